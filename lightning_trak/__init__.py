@@ -1,0 +1,49 @@
+"""TRAK data attribution for PyTorch Lightning: which training examples made my model say this?
+
+The way of the data, and the module that is each stage::
+
+    checkpoint → per-sample gradients → projection → store → gram → scores → attribution
+
+    module, tasks     what a module tells: model output f, loss L(f), Q = −∂L/∂f, w = ∂²L/∂f²
+    callback          from Lightning's checkpoint saving to the stages
+    attribute         the stages in order
+    _loop             the featurization loop inside Lightning
+    data, weights     examples by row; checkpoints by digest
+    gradients         per-sample gradients of f
+    projection        random projections
+    featurize         gradients, projected as they appear
+    store             FeatureStore, the directory of checkpoints and features
+    gram, scores      kernel and scores
+    attribution, plot what the user gets back
+
+Only module, tasks, callback, attribute and _loop may import Lightning; every other stage is usable without it.
+
+Importing the package registers ``lightning.pytorch.Trainer.attribute``.
+"""
+
+from __future__ import annotations
+
+import lightning.pytorch as _pl
+
+from lightning_trak.attribute import attribute
+from lightning_trak.attribution import Attribution
+from lightning_trak.callback import TRAKCallback
+from lightning_trak.module import TRAKMixin
+from lightning_trak.projection import Projector
+from lightning_trak.store import FeatureStore
+from lightning_trak.tasks import ClassificationMixin, RegressionMixin
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attribution",
+    "ClassificationMixin",
+    "FeatureStore",
+    "Projector",
+    "RegressionMixin",
+    "TRAKCallback",
+    "TRAKMixin",
+    "attribute",
+]
+
+_pl.Trainer.attribute = attribute  # type: ignore[attr-defined]

@@ -1,0 +1,301 @@
+"""The loop that featurizes: a predict-style pass of its own, inside Lightning and without a trace.
+
+It never calls ``trainer.predict``, which would overwrite the state of a running ``fit``. Weights come in as arguments
+(`ModelFunction`), so the module's own are not touched either, nor any ``.grad``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.trainer.connectors.data_connector import _DataHookSelector
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_trak.data import loader_batch_size, numbered_loader, seed_all
+from lightning_trak.featurize import Featurizer
+from lightning_trak.gradients import ENGINES, EngineUnsuitable, ModelFunction, batch_gradient
+from lightning_trak.gradients.batch import tensors_of
+from lightning_trak.module import LossTerms
+from lightning_trak.projection import Projector, projection_key
+from lightning_trak.store import CheckpointEntry
+from lightning_trak.weights import Weights, load_weights
+
+Array = npt.NDArray[Any]
+
+
+@contextmanager
+def undisturbed(module: pl.LightningModule) -> Iterator[None]:
+    """Evaluate ``module`` with gradients and without autocast, and leave modes and random states as they were."""
+    modes = {submodule: submodule.training for submodule in module.modules()}
+    isolated = isolate_rng()
+    isolated.__enter__()
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(module.device.type, enabled=False),
+        ):
+            module.eval()
+            yield
+    finally:
+        for submodule, training in modes.items():
+            submodule.training = training
+        isolated.__exit__(None, None, None)  # not with the exception: isolate_rng restores nothing then
+
+
+@contextmanager
+def attached(
+    trainer: pl.Trainer, module: pl.LightningModule, datamodule: pl.LightningDataModule | None
+) -> Iterator[None]:
+    """Set a trainer up to run ``module`` on its device outside ``fit``, and leave all three as they were."""
+    strategy, connector, state = trainer.strategy, trainer._data_connector, trainer.state
+    connected, model, device = strategy.lightning_module, strategy.model, module.device
+    before = (state.fn, state.status, state.stage, connector._datahook_selector, trainer.datamodule)
+    trainers = (module._trainer, None if datamodule is None else datamodule.trainer)
+    try:
+        strategy.connect(module)
+        strategy.setup_environment()
+        module.trainer = trainer
+        connector._datahook_selector = _DataHookSelector(module, datamodule)
+        if datamodule is not None:
+            trainer.datamodule, datamodule.trainer = datamodule, trainer
+        state.fn, state.status, state.stage = TrainerFn.PREDICTING, TrainerStatus.RUNNING, RunningStage.PREDICTING
+        with undisturbed(module):
+            strategy.model_to_device()
+            yield
+    finally:
+        module.to(device)
+        module.trainer = trainers[0]
+        if datamodule is not None:
+            datamodule.trainer = trainers[1]
+        state.fn, state.status, state.stage, connector._datahook_selector, trainer.datamodule = before
+        strategy._lightning_module, strategy.model = connected, model
+
+
+@contextmanager
+def progress(trainer: pl.Trainer, description: str, total: int) -> Iterator[Callable[[int], object]]:
+    """Show a progress bar if the trainer shows any; yields the function that moves it on."""
+    callback = trainer.progress_bar_callback
+    hidden = callback is None or callback.is_disabled
+    with Tqdm(total=total, desc=description, disable=hidden, leave=False, dynamic_ncols=True) as bar:
+        yield bar.update
+
+
+class FeaturizationLoop:
+    """Reads a dataset in order and turns its examples into features, checkpoint after checkpoint.
+
+    Args:
+        trainer: supplies device, precision and progress bar.
+        module: the user's model.
+        loader: the user's loader; its dataset, collate function and worker settings are used, its order is not.
+        parameters: names of the attributed parameters.
+        projector: the family of projections.
+        seed: with the checkpoint's digest it determines the projection.
+        gradients: ``"auto"`` or the name of an engine.
+        batch_size: None for the loader's own.
+        examples: what the rows are, for messages: ``"train"`` or ``"target"``.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        loader: DataLoader[Any],
+        *,
+        parameters: Sequence[str],
+        projector: Projector,
+        seed: int,
+        gradients: str,
+        batch_size: int | None,
+        examples: str,
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._loader = loader
+        self._parameters = list(parameters)
+        self._projector = projector
+        self._seed = seed
+        self._gradients = gradients
+        self._engine = ENGINES["vmap" if gradients == "auto" else gradients]()
+        self._batch_size = batch_size or loader_batch_size(loader)
+        self._examples = examples
+        self._loss_terms = LossTerms(module)
+
+    @property
+    def size(self) -> int:
+        """The number of examples."""
+        return len(self._loader.dataset)  # type: ignore[arg-type]
+
+    @property
+    def dimension(self) -> int:
+        """k, the number of features."""
+        parameters = dict(self._module.named_parameters())
+        return self._projector.dimension(sum(parameters[name].numel() for name in self._parameters))
+
+    def preflight(self, weights: Weights) -> None:
+        """Try the first batch, so that what cannot work fails now with its reason, and not after hours of training.
+
+        Raises:
+            ValueError: if outputs have the wrong shape, do not depend on the parameters, depend on the rest of the
+                batch, or are not finite; or if the loss terms do not belong together.
+        """
+        with undisturbed(self._module):
+            rows = range(min(self._batch_size, self.size))
+            batch = self._read_once(rows, seed=0)
+            self._check_repeatable(batch, self._read_once(rows, seed=1))
+            function = self._function(weights)
+            outputs, _ = batch_gradient(function, batch)
+            self._check_size(outputs, len(rows))
+            self._check_finite("model_output", outputs, rows)
+            if self._gradients != "loop":
+                self._check_independent(outputs[:1], function.output(self._read_once(rows[:1], seed=0)))
+            if self._examples == "train":
+                self._loss(function, batch, outputs, rows)
+
+    def run(
+        self,
+        weights: Weights,
+        digest: str,
+        rows: Sequence[int],
+        receive: Callable[[Sequence[int], Array, Array, Array], object],
+        description: str,
+    ) -> None:
+        """Featurize ``rows`` at one checkpoint.
+
+        Args:
+            weights: the checkpoint's weights.
+            digest: their digest.
+            rows: which examples; they are read in this order.
+            receive: takes (rows, features (r, k), Q (r,), w (r,)) batch by batch; Q and w are zero for targets.
+            description: what the progress bar says.
+        """
+        rows = [int(row) for row in rows]
+        done = 0
+        with undisturbed(self._module), progress(self._trainer, description, len(rows)) as advance:
+            function = self._function(weights)
+            while done < len(rows):
+                featurizer = Featurizer(function, self._engine, self._projector, projection_key(self._seed, digest))
+                try:
+                    for batch_rows, batch in self._read(rows[done:], self._engine.batch_size or self._batch_size):
+                        receive(batch_rows, *self._featurize(featurizer, batch_rows, batch))
+                        done += len(batch_rows)
+                        advance(len(batch_rows))
+                except EngineUnsuitable as error:
+                    self._fall_back(error)
+
+    def _featurize(self, featurizer: Featurizer, rows: Sequence[int], batch: Any) -> tuple[Array, Array, Array]:
+        result = featurizer(batch, len(rows))
+        self._check_size(result.outputs, len(rows))
+        self._check_finite("model_output", result.outputs, rows)
+        self._check_finite("the gradient of model_output", result.features.sum(1), rows)
+        loss_grad, curvature = torch.zeros(2, len(rows))
+        if self._examples == "train":
+            loss_grad, curvature = self._loss(featurizer.function, batch, result.outputs, rows)
+        return result.features.cpu().numpy(), loss_grad.float().cpu().numpy(), curvature.float().cpu().numpy()
+
+    def _loss(self, function: ModelFunction, batch: Any, outputs: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        loss_grad, curvature = self._loss_terms(function.call, batch, outputs)
+        self._check_finite("out_to_loss_grad", loss_grad, rows)
+        self._check_finite("out_to_loss_curvature", curvature, rows)
+        return loss_grad, curvature
+
+    def _function(self, weights: Weights) -> ModelFunction:
+        device, plugin = self._trainer.strategy.root_device, self._trainer.precision_plugin
+        missing = {name: value for name, value in self._module.named_buffers() if name not in weights}
+        return ModelFunction(
+            self._module, {**plugin.convert_input(missing), **weights}, self._parameters, device
+        )
+
+    def _read(self, rows: Sequence[int], batch_size: int, num_workers: int | None = None) -> Iterator[tuple[Any, Any]]:
+        """Yield (rows, batch), each batch passed through precision and batch hooks as in ``predict``."""
+        for batch_rows, batch in numbered_loader(self._loader, rows, batch_size, num_workers):
+            batch = self._trainer.precision_plugin.convert_input(batch)
+            batch = self._module._on_before_batch_transfer(batch, dataloader_idx=0)
+            yield batch_rows, self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+    def _read_once(self, rows: Sequence[int], seed: int) -> Any:
+        seed_all(seed)
+        return next(self._read(rows, len(rows), num_workers=0))[1]
+
+    def _fall_back(self, error: EngineUnsuitable) -> None:
+        """Go on with the loop, which differentiates what vmap cannot, if the choice is ours."""
+        if self._gradients != "auto" or self._engine.name == "loop":
+            raise ValueError(
+                f"gradients={self._engine.name!r} cannot differentiate this model: {error}. Use gradients='auto' or"
+                " 'loop'."
+            ) from error
+        self._engine = ENGINES["loop"]()
+        rank_zero_info(f"TRAKCallback: gradients='loop', one example at a time and slower, because {error}")
+
+    def _check_size(self, outputs: Tensor, size: int) -> None:
+        if outputs.shape != (size,):
+            raise ValueError(
+                f"{type(self._module).__name__}.model_output(batch) returned shape {tuple(outputs.shape)} for a batch"
+                f" of {size} examples; expected one number for each, ({size},)."
+            )
+
+    def _check_finite(self, what: str, values: Tensor, rows: Sequence[int]) -> None:
+        bad = (~torch.isfinite(values)).nonzero()[:, 0].tolist()
+        if bad:
+            shown = ", ".join(str(rows[index]) for index in bad[:10]) + (", ..." if len(bad) > 10 else "")
+            raise ValueError(
+                f"{what} is NaN or infinite for {self._examples} rows {shown}. Look at these examples and at the"
+                " weights (did training diverge?); remove the examples, or compute model_output in a stabler way, e.g."
+                " from logsumexp and not from log(softmax)."
+            )
+
+    def _check_independent(self, together: Tensor, alone: Tensor) -> None:
+        tolerance = 1e-3 if together.dtype in (torch.float32, torch.float64) else 0.05
+        if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance):
+            raise ValueError(
+                f"{type(self._module).__name__}.model_output gives {together.item():.6g} for the first"
+                f" {self._examples} example in its batch, and {alone.item():.6g} for it alone. The output of an example"
+                " must depend neither on the others (padding without a mask, batch statistics, negatives from the"
+                " batch) nor on chance. If the example alone is what you mean, use gradients='loop'."
+            )
+
+    def _check_repeatable(self, first: Any, second: Any) -> None:
+        same = all(
+            one.shape == other.shape and torch.equal(one, other)
+            for one, other in zip(tensors_of(first), tensors_of(second), strict=True)
+        )
+        if not same:
+            rank_zero_warn(
+                f"Two reads of the same {self._examples} examples differ: the dataset, its collate function or a"
+                " batch-transfer hook augments at random, so features are those of one random draw. Define"
+                " featurize_dataloader() in the LightningDataModule or LightningModule: train_dataloader without"
+                " augmentation."
+            )
+
+
+def featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> None:
+    """Compute what is missing of a checkpoint's train features, and seal them."""
+    weights = load_weights(entry.weights_path, entry.digest)
+    entry.allocate(loop.dimension)
+    where = f" (epoch {entry.meta['epoch']}, step {entry.meta['global_step']})" if "epoch" in entry.meta else ""
+    description = f"Featurizing checkpoint {number}{where}"
+    loop.run(weights, entry.digest, entry.missing_rows().tolist(), entry.write, description)
+    entry.finish()
+
+
+def featurize_targets(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> Tensor:
+    """Return the targets' features at a checkpoint, (m, k)."""
+    features = np.zeros((loop.size, loop.dimension), dtype=np.float32)
+
+    def receive(rows: Sequence[int], block: Array, *_: Array) -> None:
+        features[rows] = block
+
+    weights = load_weights(entry.weights_path, entry.digest)
+    loop.run(weights, entry.digest, range(loop.size), receive, f"Featurizing targets at checkpoint {number}")
+    return torch.from_numpy(features)

@@ -1,0 +1,266 @@
+"""attribute: the stages in order, from checkpoints to scores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_trak._loop import attached, featurize_checkpoint, featurize_targets, progress
+from lightning_trak.attribution import Attribution, AttributionInfo
+from lightning_trak.callback import Plan, TRAKCallback, add_checkpoint, check_limit, check_supported, find_callback
+from lightning_trak.data import check_loader
+from lightning_trak.gradients.function import check_fit
+from lightning_trak.scores import Extremes, TrainFeatures, extreme_scores, n_blocks, precondition, scores
+from lightning_trak.store import FeatureStore
+from lightning_trak.weights import load_weights, read_checkpoint, weights_digest
+
+CkptPath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
+
+
+def attribute(
+    trainer: pl.Trainer,
+    model: pl.LightningModule | None = None,
+    dataloaders: DataLoader[Any] | pl.LightningDataModule | None = None,
+    datamodule: pl.LightningDataModule | None = None,
+    ckpt_path: CkptPath = None,
+    *,
+    name: str | None = None,
+    top_k: int | None = None,
+) -> Attribution:
+    """Score how much every training example raised the model output on every target.
+
+    Also a method: ``trainer.attribute(...)``. Model, trainer, callbacks and random states are left as they were.
+
+    Args:
+        trainer: a ``lightning.pytorch.Trainer`` with one `TRAKCallback`.
+        model: None for the model that the trainer fitted last. Its weights do not matter, those of the checkpoints do.
+        dataloaders: the targets, in the order of their dataset; else ``datamodule.attribute_dataloader()``,
+            ``predict_dataloader()`` or ``test_dataloader()``, whichever is defined first, else those of the model.
+        datamodule: also supplies the train set, from ``featurize_dataloader()`` or ``train_dataloader()``, where
+            checkpoints are still to be featurized.
+        ckpt_path: None for every checkpoint in the store; ``"best"`` or ``"last"``; or a path or list of paths of
+            Lightning ``.ckpt`` or state-dict files. What is not featurized yet is featurized first.
+        name: saves the result in the store too, in ``scores/<name>``, for `Attribution.load`.
+        top_k: keep only the highest and lowest ``top_k`` scores of each target, not all n × m.
+
+    Returns:
+        The scores, (n, m), averaged over the checkpoints.
+
+    Raises:
+        MisconfigurationException: if trainer, model, loaders and store do not fit together; the remedy is named.
+        ValueError: if data, weights or stored features are not what they should be.
+    """
+    callback = find_callback(trainer)
+    model = _model(trainer, model)
+    check_supported(trainer, model)
+    if isinstance(dataloaders, pl.LightningDataModule):
+        dataloaders, datamodule = None, dataloaders
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k must be a positive integer or None, got {top_k!r}.")
+    datamodule = datamodule or trainer.datamodule  # type: ignore[attr-defined]
+    fresh = model._trainer is None
+    with attached(trainer, model, datamodule):
+        if fresh:
+            model.setup("predict")
+            model.configure_model()
+        data = _Data(trainer, model, datamodule, dataloaders, callback)
+        store, plan = _open_store(trainer, model, callback, data, create=ckpt_path is not None)
+        digests = _select(trainer, store, ckpt_path)
+        _featurize_missing(trainer, model, store, plan, data, digests)
+        trains, solved = _solve(trainer, model, store, plan, data, digests, callback)
+        result = _score(trainer, trains, solved, top_k)
+    info = AttributionInfo(
+        n_train=store.n_train,
+        n_targets=len(solved[0]),
+        checkpoints=tuple(digests),
+        projector=plan.projector.name,
+        proj_dim=plan.proj_dim,
+        damping=callback.damping,
+        curvature=callback.curvature,
+    )
+    attribution = Attribution(result, info)
+    if name is not None:
+        attribution.save(store.scores_dir(name))
+    return attribution
+
+
+class _Data:
+    """Finds the loaders of targets and train set, each only when it is needed."""
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None,
+        dataloaders: Any,
+        callback: TRAKCallback,
+    ) -> None:
+        self._trainer = trainer
+        self._owners = [owner for owner in (datamodule, model) if owner is not None]
+        self._dataloaders = dataloaders
+        self._fitted = callback.train_loader if self._owners[0] is trainer.datamodule or datamodule is None else None
+        self._prepared: set[tuple[int, str]] = set()
+
+    def targets(self) -> DataLoader[Any]:
+        """Return the loader of the targets."""
+        remedy = "Pass trainer.attribute(dataloaders=...)."
+        if self._dataloaders is not None:
+            loader = check_loader(self._dataloaders, "dataloaders", "")
+            check_limit("limit_predict_batches", self._trainer.limit_predict_batches, loader)
+            return loader
+        for owner in self._owners:
+            for hook, stage in (
+                ("attribute_dataloader", "predict"),
+                ("predict_dataloader", "predict"),
+                ("test_dataloader", "test"),
+            ):
+                if _defines(owner, hook):
+                    loader = check_loader(self._request(owner, hook, stage), hook, remedy)
+                    limit = f"limit_{stage}_batches"
+                    check_limit(limit, getattr(self._trainer, limit), loader)
+                    return loader
+        raise MisconfigurationException(
+            "No targets to attribute: no dataloaders were passed, and neither attribute_dataloader, predict_dataloader"
+            f" nor test_dataloader is defined in {' or '.join(type(owner).__name__ for owner in self._owners)}."
+            " Call trainer.attribute(dataloaders=DataLoader(...))."
+        )
+
+    def train(self) -> DataLoader[Any]:
+        """Return the loader of the train set: that of the last ``fit`` where it is known."""
+        if self._fitted is not None:
+            return self._fitted
+        remedy = "Or define featurize_dataloader()."
+        for hook in ("featurize_dataloader", "train_dataloader"):
+            for owner in self._owners:
+                if _defines(owner, hook):
+                    return check_loader(self._request(owner, hook, "fit"), hook, remedy)
+        raise MisconfigurationException(
+            "Some checkpoints are not featurized yet, and there is no train set to featurize: neither"
+            " featurize_dataloader nor train_dataloader is defined in"
+            f" {' or '.join(type(owner).__name__ for owner in self._owners)}. Pass datamodule=..."
+        )
+
+    def _request(self, owner: Any, hook: str, stage: str) -> Any:
+        if (id(owner), stage) not in self._prepared:
+            if not self._prepared:
+                owner.prepare_data()
+            owner.setup(stage)
+            self._prepared.add((id(owner), stage))
+        return getattr(owner, hook)()
+
+
+def _defines(owner: Any, hook: str) -> bool:
+    known = hasattr(pl.LightningModule, hook) or hasattr(pl.LightningDataModule, hook)
+    return is_overridden(hook, owner) if known else hasattr(owner, hook)
+
+
+def _model(trainer: pl.Trainer, model: Any) -> pl.LightningModule:
+    model = trainer.lightning_module if model is None else model
+    model = getattr(model, "_orig_mod", model)  # compiled
+    if model is None:
+        raise TypeError("trainer.attribute() needs a model when the trainer has fitted none: attribute(model, ...).")
+    if not isinstance(model, pl.LightningModule):
+        raise TypeError(
+            f"model must be a lightning.pytorch.LightningModule, got {type(model).__module__}."
+            f"{type(model).__qualname__}. Derive it from L.LightningModule with 'import lightning as L'."
+        )
+    return model
+
+
+def _open_store(
+    trainer: pl.Trainer, model: pl.LightningModule, callback: TRAKCallback, data: _Data, *, create: bool
+) -> tuple[FeatureStore, Plan]:
+    """Open the store, or make it if checkpoints are brought along; see that it is of this model."""
+    path = callback.store_path(trainer)
+    if not (path / "manifest.json").exists() and create:
+        plan = Plan(callback, model)
+        return FeatureStore.create(path, plan.manifest(data.train())), plan
+    store = FeatureStore(path)
+    plan = Plan(callback, model, store.manifest)
+    store.check(plan.settings)
+    return store, plan
+
+
+def _select(trainer: pl.Trainer, store: FeatureStore, ckpt_path: CkptPath) -> list[str]:
+    """Return the digests of the checkpoints to average over; files brought along are put into the store."""
+    if ckpt_path is None or ckpt_path == "last":
+        if not store.digests:
+            raise MisconfigurationException(
+                f"The store '{store.dirpath}' has no checkpoints. Train with a TRAKCallback and checkpointing on (not"
+                " with fast_dev_run), or pass checkpoint files with ckpt_path=[...]."
+            )
+        return store.digests if ckpt_path is None else store.digests[-1:]
+    if ckpt_path == "best":
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if not best:
+            raise MisconfigurationException(
+                "ckpt_path='best', but this trainer has no ModelCheckpoint that saved a best model. Pass its path."
+            )
+        ckpt_path = best
+    paths = [ckpt_path] if isinstance(ckpt_path, (str, os.PathLike)) else list(ckpt_path)
+    if not paths:
+        raise ValueError("ckpt_path is an empty list; pass at least one checkpoint file, or None for all in the store.")
+    digests = []
+    for path in paths:
+        weights = read_checkpoint(path)
+        digest = weights_digest(weights)
+        if digest not in digests:
+            digests.append(digest)
+        check_fit(trainer.lightning_module, weights)
+        add_checkpoint(store, digest, weights, {"file": os.path.basename(path)})
+    return digests
+
+
+def _featurize_missing(
+    trainer: pl.Trainer, model: pl.LightningModule, store: FeatureStore, plan: Plan, data: _Data, digests: list[str]
+) -> None:
+    missing = [digest for digest in digests if not store[digest].complete]
+    if not missing:
+        return
+    loader = data.train()
+    store.check(plan.manifest(loader))
+    loop = plan.loop(trainer, model, loader, "train")
+    loop.preflight(load_weights(store[missing[0]].weights_path, missing[0]))
+    for number, digest in enumerate(missing, 1):
+        featurize_checkpoint(loop, store[digest], f"{number}/{len(missing)}")
+
+
+def _solve(
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    store: FeatureStore,
+    plan: Plan,
+    data: _Data,
+    digests: list[str],
+    callback: TRAKCallback,
+) -> tuple[list[TrainFeatures], list[Tensor]]:
+    """Featurize the targets at every checkpoint and solve with its kernel."""
+    loop = plan.loop(trainer, model, data.targets(), "target")
+    trains, solved = [], []
+    for number, digest in enumerate(digests, 1):
+        entry = store[digest]
+        entry.verify()
+        if number == 1:
+            loop.preflight(load_weights(entry.weights_path, digest))
+        targets = featurize_targets(loop, entry, f"{number}/{len(digests)}")
+        train = TrainFeatures(entry.features, entry.loss_grad, entry.curvature)
+        solved.append(precondition(train, targets, damping=callback.damping, curvature=callback.curvature))
+        trains.append(train)
+    return trains, solved
+
+
+def _score(
+    trainer: pl.Trainer, trains: list[TrainFeatures], solved: list[Tensor], top_k: int | None
+) -> Tensor | Extremes:
+    n_train = len(trains[0].features)
+    with progress(trainer, "Scoring", n_blocks(n_train)) as advance:
+        if top_k is None:
+            return scores(trains, solved, lambda: advance(1))
+        return extreme_scores(trains, solved, min(top_k, n_train), lambda: advance(1))

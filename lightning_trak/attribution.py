@@ -1,0 +1,194 @@
+"""Attribution: what the user gets back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_trak.plot import plot_extremes
+from lightning_trak.scores import Extremes, Ranked, rank
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class AttributionInfo:
+    """How scores came about.
+
+    Attributes:
+        n_train: n.
+        n_targets: m.
+        checkpoints: digests of the checkpoints averaged over.
+        projector: name of the projection.
+        proj_dim: k.
+        damping: λ.
+        curvature: whether H was weighted with the loss's curvature.
+    """
+
+    n_train: int
+    n_targets: int
+    checkpoints: tuple[str, ...]
+    projector: str
+    proj_dim: int
+    damping: float
+    curvature: bool
+
+
+class Attribution:
+    """Scores of every training example for every target.
+
+    A positive score says that training on the example raised the model output of the target (the example is *helpful*,
+    a proponent), a negative one that it lowered it. With ``curvature=True`` a score predicts by how much the output
+    falls if the example is left out of training.
+
+    Args:
+        scores: τ, (n, m); or, to hold only the best and worst of each target, `Extremes`.
+        info: how they came about.
+
+    >>> info = AttributionInfo(3, 1, ("a1b2",), "sparse", 2048, 0.3, True)
+    >>> attribution = Attribution(torch.tensor([[0.5], [-1.0], [2.0]]), info)
+    >>> attribution
+    Attribution(n_train=3, n_targets=1, checkpoints=1, projector='sparse', proj_dim=2048, damping=0.3, curvature=True)
+    >>> attribution.top(2).indices, attribution.bottom(1).values
+    (tensor([[2, 0]]), tensor([[-1.]]))
+    """
+
+    def __init__(self, scores: Tensor | Extremes, info: AttributionInfo) -> None:
+        self._scores = scores
+        self.info = info
+
+    @property
+    def scores(self) -> Tensor:
+        """τ, (n, m): row i, column j says how much training example i raised the model output on target j."""
+        if isinstance(self._scores, Extremes):
+            kept = self._scores.top.indices.shape[1]
+            raise AttributeError(
+                f"Only the {kept} highest and lowest scores of each target were kept; .top(k) and .bottom(k) return"
+                " them. For all scores call trainer.attribute(...) without top_k."
+            )
+        return self._scores
+
+    def top(self, k: int = 5) -> Ranked:
+        """Return the most helpful training examples of every target, the best first.
+
+        Args:
+            k: how many.
+
+        Returns:
+            ``indices`` (m, k) into the train set, and ``values`` (m, k), their scores.
+        """
+        return self._ranked(k, largest=True)
+
+    def bottom(self, k: int = 5) -> Ranked:
+        """Return the most harmful training examples of every target, the worst first; as `top` otherwise."""
+        return self._ranked(k, largest=False)
+
+    def plot(
+        self,
+        train: Sequence[Any] | None = None,
+        targets: Sequence[Any] | None = None,
+        *,
+        columns: Sequence[int] | None = None,
+        k: int = 5,
+    ) -> tuple[Figure, Any]:
+        """Draw targets beside their k most helpful and k most harmful training examples.
+
+        Args:
+            train: the train set, to show its examples: images, or pairs of image and label, by index. An image is
+                (H, W), (C, H, W) or (H, W, C). Without it scores are shown as bars.
+            targets: the target set, likewise.
+            columns: which targets to draw, by index; the first five if None.
+            k: how many training examples on each side.
+
+        Returns:
+            The figure, and its axes as a NumPy array: (targets, 1 + 2k) with images, (targets,) with bars.
+
+        Raises:
+            ModuleNotFoundError: if matplotlib is not installed.
+        """
+        shown = list(range(min(5, self.info.n_targets))) if columns is None else [int(column) for column in columns]
+        outside = [column for column in shown if not 0 <= column < self.info.n_targets]
+        if outside or not shown:
+            raise ValueError(f"columns must name some of the {self.info.n_targets} targets, got {columns!r}.")
+        extremes = Extremes(self.top(k), self.bottom(k))
+        return plot_extremes(extremes, shown, train, targets)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the attribution into the directory ``path``; a former attribution there is replaced."""
+        target = Path(path)
+        if target.exists() and not (target / "attribution.json").is_file():
+            raise FileExistsError(f"'{path}' exists and is no saved attribution; choose another path.")
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, array in self._arrays().items():
+            np.save(partial / f"{name}.npy", array.numpy(), allow_pickle=False)
+        (partial / "attribution.json").write_text(json.dumps(asdict(self.info), indent=1))
+        shutil.rmtree(target, ignore_errors=True)
+        partial.replace(target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Attribution:
+        """Read an attribution that `save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is none in ``path``.
+            ValueError: if it is damaged.
+        """
+        folder = Path(path)
+        if not (folder / "attribution.json").is_file():
+            raise FileNotFoundError(f"There is no saved attribution in '{path}' (no attribution.json).")
+        try:
+            fields = json.loads((folder / "attribution.json").read_text())
+            info = AttributionInfo(**{**fields, "checkpoints": tuple(fields["checkpoints"])})
+            names = ["scores"] if (folder / "scores.npy").exists() else ["top", "top_values", "bottom", "bottom_values"]
+            arrays = [torch.from_numpy(np.load(folder / f"{name}.npy", allow_pickle=False)) for name in names]
+        except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
+            raise ValueError(f"The attribution in '{path}' is damaged: {error}. Compute it again.") from error
+        if len(arrays) == 1:
+            if tuple(arrays[0].shape) != (info.n_train, info.n_targets):
+                raise ValueError(f"The attribution in '{path}' is damaged: scores have shape {tuple(arrays[0].shape)}.")
+            return cls(arrays[0], info)
+        return cls(Extremes(Ranked(arrays[0], arrays[1]), Ranked(arrays[2], arrays[3])), info)
+
+    def _arrays(self) -> dict[str, Tensor]:
+        if isinstance(self._scores, Tensor):
+            return {"scores": self._scores}
+        top, bottom = self._scores.top, self._scores.bottom
+        return {
+            "top": top.indices,
+            "top_values": top.values,
+            "bottom": bottom.indices,
+            "bottom_values": bottom.values,
+        }
+
+    def _ranked(self, k: int, *, largest: bool) -> Ranked:
+        if isinstance(self._scores, Extremes):
+            kept = self._scores.top if largest else self._scores.bottom
+            limit, why = kept.indices.shape[1], "kept by trainer.attribute(top_k=...)"
+        else:
+            limit, why = self.info.n_train, "in the train set"
+        if not 1 <= k <= limit:
+            raise ValueError(f"k must be between 1 and {limit}, the number of examples {why}; got {k}.")
+        if isinstance(self._scores, Extremes):
+            return Ranked(kept.indices[:, :k], kept.values[:, :k])
+        return rank(self._scores.T, k, largest)
+
+    def __repr__(self) -> str:
+        info = self.info
+        return (
+            f"Attribution(n_train={info.n_train}, n_targets={info.n_targets}, checkpoints={len(info.checkpoints)},"
+            f" projector={info.projector!r}, proj_dim={info.proj_dim}, damping={info.damping:g},"
+            f" curvature={info.curvature})"
+        )

@@ -1,0 +1,340 @@
+"""TRAKCallback: bridges Lightning's checkpoint saving to the stages. There is no mathematics in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.utils.data import DataLoader
+
+from lightning_trak._loop import FeaturizationLoop, attached, featurize_checkpoint, undisturbed
+from lightning_trak.data import check_loader, fingerprint
+from lightning_trak.gradients import ENGINES
+from lightning_trak.projection import Projector, check_projector, make_projector
+from lightning_trak.store import FeatureStore, explained_os_errors
+from lightning_trak.weights import Weights, save_weights, select_parameters, tensors_in, weights_digest
+
+_TRAIN_REMEDY = "Or define featurize_dataloader() in the LightningDataModule or LightningModule."
+
+
+class TRAKCallback(pl.Callback):
+    """Featurizes the train set at the checkpoints of a run, so that ``trainer.attribute(...)`` can explain outputs.
+
+    Training is bit-identical with and without it. Weights are taken as the checkpoint file holds them (averaged
+    weights too), right after the file is written; their features are computed between two training steps
+    (``featurize_on="save"``) or after the last (``"fit_end"``). Saves before the first training step, such as those of
+    the learning rate finder, are none of the run's checkpoints.
+
+    Args:
+        dirpath: the feature store; default ``<trainer.default_root_dir>/trak``. Several runs may share it: that is how
+            ensembles are made.
+        proj_dim: k, the number of features.
+        projector: ``"rademacher"`` (dense), ``"sparse"``, ``"identity"`` (k = p) or a `Projector`; ``"auto"`` is
+            ``"identity"`` for models of at most ``proj_dim`` parameters, else ``"sparse"``.
+        gradients: ``"vmap"``, ``"loop"``, or ``"auto"``: vmap where the model allows it, else the loop.
+        featurize_on: ``"save"``: every distinct set of weights as it is saved, also those that are deleted later;
+            ``"fit_end"``: once per run, the checkpoints that the run kept.
+        parameters: the attributed parameters: None for all trainable ones, else names or glob patterns.
+        damping: λ, added to H relative to its mean diagonal.
+        curvature: True: H = Φᵀ diag(w) Φ, a Newton step. False: H = Φᵀ Φ, as in the TRAK paper.
+        seed: chooses the projections.
+        batch_size: for featurization; None for that of the loader.
+
+    Raises:
+        ValueError, TypeError: for arguments out of range.
+
+    >>> TRAKCallback("attributions", proj_dim=512, featurize_on="fit_end").proj_dim
+    512
+    """
+
+    def __init__(
+        self,
+        dirpath: str | os.PathLike[str] | None = None,
+        *,
+        proj_dim: int = 2048,
+        projector: str | Projector = "auto",
+        gradients: str = "auto",
+        featurize_on: str = "save",
+        parameters: str | Sequence[str] | None = None,
+        damping: float = 0.3,
+        curvature: bool = True,
+        seed: int = 0,
+        batch_size: int | None = None,
+    ) -> None:
+        Projector.check_proj_dim(proj_dim)
+        check_projector(projector)
+        _check_choice("gradients", gradients, ("auto", *ENGINES))
+        _check_choice("featurize_on", featurize_on, ("save", "fit_end"))
+        if not isinstance(damping, (int, float)) or not 0 <= damping < float("inf"):
+            raise ValueError(f"damping must be a finite number of at least 0, got {damping!r}.")
+        if not isinstance(curvature, bool):
+            raise TypeError(f"curvature must be True or False, got {curvature!r}.")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an integer, got {seed!r}.")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"batch_size must be a positive integer or None, got {batch_size!r}.")
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.proj_dim = proj_dim
+        self.projector = projector
+        self.gradients = gradients
+        self.featurize_on = featurize_on
+        self.parameters = parameters
+        self.damping = damping
+        self.curvature = curvature
+        self.seed = seed
+        self.batch_size = batch_size
+        self.train_loader: DataLoader[Any] | None = None
+        self._store: FeatureStore | None = None
+        self._loop: FeaturizationLoop | None = None
+        self._files: dict[str, str] = {}  # path of a checkpoint file → digest of its weights
+        self._pending: dict[str, bool] = {}  # digest to featurize → whether this run added it
+        self._featurized = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check the wiring, and start to watch checkpoint files."""
+        find_callback(trainer)
+        if stage != "fit":
+            return
+        check_supported(trainer, pl_module)
+        self._store = self._loop = self.train_loader = None
+        self._files, self._pending, self._featurized = {}, {}, 0
+        watched = trainer.strategy.checkpoint_io
+        inner = watched.inner if isinstance(watched, _WatchedCheckpointIO) else watched
+        trainer.strategy.checkpoint_io = _WatchedCheckpointIO(inner, self)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Try the first batch and open the store, so that what cannot work fails before training."""
+        with undisturbed(pl_module):
+            loader = self._find_train_loader(trainer, pl_module)
+            _check_limit(trainer, loader)
+            plan = Plan(self, pl_module)
+            loop = plan.loop(trainer, pl_module, loader, "train")
+            loop.preflight(tensors_in(pl_module.state_dict()))
+            if trainer.fast_dev_run:
+                return  # nothing will be saved
+            self._store = FeatureStore.create(self.store_path(trainer), plan.manifest(loader))
+        self.train_loader, self._loop = loader, loop
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Featurize what was saved since the last training step."""
+        if self.featurize_on == "save":
+            self._featurize_pending()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Featurize what is left, or with ``featurize_on="fit_end"`` all that the run kept."""
+        if self._pending:
+            with attached(trainer, pl_module, trainer.datamodule):
+                self._featurize_pending()
+        if self._store is not None:
+            rank_zero_info(f"TRAKCallback: {self._featurized} checkpoints featurized in '{self._store.dirpath}'.")
+
+    def store_path(self, trainer: pl.Trainer) -> Path:
+        """Return the directory of the feature store."""
+        return Path(trainer.default_root_dir) / "trak" if self.dirpath is None else self.dirpath
+
+    def file_saved(self, path: str, checkpoint: dict[str, Any]) -> None:
+        """Note the weights that a checkpoint file was written with, and put them into the store."""
+        if self._store is None:
+            return
+        weights = tensors_in(checkpoint["state_dict"])
+        digest = weights_digest(weights)
+        if self._files.get(path) == digest:
+            return
+        self.file_removed(path)
+        self._files[path] = digest
+        if digest in self._store and self._store[digest].complete:
+            return
+        added = digest not in self._store
+        meta = {"epoch": checkpoint["epoch"], "global_step": checkpoint["global_step"], "file": os.path.basename(path)}
+        add_checkpoint(self._store, digest, weights, meta)
+        self._pending.setdefault(digest, added)
+
+    def file_removed(self, path: str) -> None:
+        """Forget a checkpoint file that was deleted or overwritten, and its weights if they are not featurized yet."""
+        digest = self._files.pop(path, None)
+        if digest is None or digest in self._files.values() or self._store is None:
+            return
+        if self._pending.pop(digest, False):
+            self._store.discard(digest)
+
+    def _featurize_pending(self) -> None:
+        if self._store is None or self._loop is None:
+            return
+        for digest in list(self._pending):
+            featurize_checkpoint(self._loop, self._store[digest], str(self._featurized + 1))
+            del self._pending[digest]
+            self._featurized += 1
+
+    def _find_train_loader(self, trainer: pl.Trainer, module: pl.LightningModule) -> DataLoader[Any]:
+        for owner in (trainer.datamodule, module):
+            if hasattr(owner, "featurize_dataloader"):
+                return check_loader(owner.featurize_dataloader(), "featurize_dataloader", "")
+        return check_loader(trainer.train_dataloader, "train_dataloader", _TRAIN_REMEDY)
+
+
+class Plan:
+    """What is computed: the attributed parameters and their projection, settled for one model.
+
+    Args:
+        callback: says what the user asked for.
+        module: the model.
+        manifest: of an existing store; settings that the user left at their defaults are taken from it.
+    """
+
+    def __init__(
+        self, callback: TRAKCallback, module: pl.LightningModule, manifest: dict[str, Any] | None = None
+    ) -> None:
+        self._callback = callback
+        parameters, projector, proj_dim, seed = (
+            callback.parameters,
+            callback.projector,
+            callback.proj_dim,
+            callback.seed,
+        )
+        if manifest is not None:
+            defaults = TRAKCallback.__init__.__kwdefaults__
+            stored = manifest["projection"]
+            parameters = list(manifest["parameters"]) if parameters is None else parameters
+            projector = stored["projector"] if projector == "auto" else projector
+            proj_dim = stored["proj_dim"] if proj_dim == defaults["proj_dim"] else proj_dim
+            seed = stored["seed"] if seed == defaults["seed"] else seed
+        own = dict(module.named_parameters())
+        self.parameters = select_parameters(module, parameters)
+        self.shapes = {name: list(own[name].shape) for name in self.parameters}
+        self.n_params = sum(own[name].numel() for name in self.parameters)
+        self.projector = make_projector(projector, proj_dim, self.n_params)
+        self.seed = seed
+
+    @property
+    def proj_dim(self) -> int:
+        """k, as it comes out."""
+        return self.projector.dimension(self.n_params)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The part of the store's manifest that does not depend on the data."""
+        projection = {"projector": self.projector.name, "proj_dim": self.proj_dim, "seed": self.seed}
+        return {"projection": projection, "parameters": self.shapes}
+
+    def manifest(self, loader: DataLoader[Any]) -> dict[str, Any]:
+        """Return the store's manifest for a train set."""
+        data = fingerprint(loader.dataset)
+        return {"n_train": data["n"], **self.settings, "data": data["digest"]}
+
+    def loop(
+        self, trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader[Any], examples: str
+    ) -> FeaturizationLoop:
+        """Return the loop that computes it."""
+        return FeaturizationLoop(
+            trainer,
+            module,
+            loader,
+            parameters=self.parameters,
+            projector=self.projector,
+            seed=self.seed,
+            gradients=self._callback.gradients,
+            batch_size=self._callback.batch_size,
+            examples=examples,
+        )
+
+
+class _WatchedCheckpointIO(CheckpointIO):
+    """Tells a `TRAKCallback` of every checkpoint file written or deleted, whoever does it and with whatever options.
+
+    The callback hook ``on_save_checkpoint`` would not do: it runs before other callbacks and the module have put
+    averaged weights in, knows no path, and is not called with ``save_weights_only=True``.
+    """
+
+    def __init__(self, inner: CheckpointIO, callback: TRAKCallback) -> None:
+        self.inner = inner
+        self._callback = callback
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
+        self._callback.file_saved(os.fspath(path), checkpoint)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self.inner.load_checkpoint(path, *args, **kwargs)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self.inner.remove_checkpoint(path)
+        self._callback.file_removed(os.fspath(path))
+
+    def teardown(self) -> None:
+        self.inner.teardown()
+
+
+def add_checkpoint(store: FeatureStore, digest: str, weights: Weights, meta: dict[str, Any]) -> None:
+    """Put weights into the store, the file first: an entry without its weights is never there."""
+    if digest in store:
+        return
+    folder = store.folder(digest)
+    with explained_os_errors(store.dirpath):
+        save_weights(weights, folder / "weights.pt")
+    store.add(digest, meta)
+
+
+def find_callback(trainer: Any) -> TRAKCallback:
+    """Return the one TRAKCallback of a `lightning.pytorch.Trainer`.
+
+    Raises:
+        TypeError: for another kind of trainer.
+        MisconfigurationException: if it has none, or several.
+    """
+    if not isinstance(trainer, pl.Trainer):
+        kind = f"{type(trainer).__module__}.{type(trainer).__qualname__}"
+        raise TypeError(
+            f"lightning_trak works with lightning.pytorch.Trainer, got {kind}. Import with 'import lightning as L' and"
+            " use L.Trainer, L.LightningModule and L.LightningDataModule throughout; 'pytorch_lightning' is another"
+            " package with classes of its own."
+        )
+    found = [callback for callback in trainer.callbacks if isinstance(callback, TRAKCallback)]  # type: ignore[attr-defined]
+    if len(found) != 1:
+        raise MisconfigurationException(
+            f"The Trainer has {len(found) or 'no'} TRAKCallback{'s' if len(found) > 1 else ''}, expected one:"
+            " Trainer(callbacks=[TRAKCallback('attributions')])."
+        )
+    return found[0]
+
+
+def check_supported(trainer: pl.Trainer, module: Any) -> None:
+    """Raise unless trainer and module are of a kind that can be featurized."""
+    if not callable(getattr(module, "model_output", None)):
+        raise MisconfigurationException(
+            f"{type(module).__name__} does not define model_output(self, batch), the number to attribute for every"
+            " example of a batch. Mix ClassificationMixin or RegressionMixin into it, or define it with TRAKMixin."
+        )
+    if trainer.world_size > 1 or not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise MisconfigurationException(
+            f"TRAKCallback featurizes in one process, got {type(trainer.strategy).__name__} with"
+            f" world_size={trainer.world_size}. Train without the callback, then attribute the checkpoint files on one"
+            " device: L.Trainer(devices=1, callbacks=[TRAKCallback(...)]).attribute(model, datamodule=dm,"
+            " ckpt_path=[...])."
+        )
+
+
+def _check_limit(trainer: pl.Trainer, loader: DataLoader[Any]) -> None:
+    if not trainer.fast_dev_run:
+        check_limit("limit_train_batches", trainer.limit_train_batches, loader)
+
+
+def check_limit(name: str, limit: float, loader: DataLoader[Any]) -> None:
+    """Raise if a ``limit_*_batches`` of the Trainer leaves some examples of ``loader`` out."""
+    if limit < 1.0 if isinstance(limit, float) else limit < len(loader):
+        raise MisconfigurationException(
+            f"Trainer({name}={limit}) leaves examples out, while attribution covers all {len(loader)} batches. Remove"
+            " the limit (overfit_batches sets one too), or give the loader a torch.utils.data.Subset of the examples"
+            " that count."
+        )
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")

@@ -1,0 +1,174 @@
+"""Datasets read in order, with the row of every example known: pure torch."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
+
+_WHOLE = (SequentialSampler, RandomSampler, DistributedSampler, WeightedRandomSampler)
+_FINGERPRINTED = 32
+
+
+class _Numbered(Dataset[Any]):
+    """Yields (index, example): the one way to know the row of an example whatever reads it."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, self._dataset[index]
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+
+class _Collate:
+    """Collates the examples as the user's loader does, and keeps their indices beside."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, items: list[tuple[int, Any]]) -> tuple[list[int], Any]:
+        return [index for index, _ in items], self._collate([example for _, example in items])
+
+
+def check_loader(loader: Any, what: str, remedy: str) -> DataLoader[Any]:
+    """Return ``loader`` if it is a DataLoader whose examples have rows, each read exactly once.
+
+    Args:
+        loader: what the user supplied.
+        what: how to call it in an error, e.g. ``"train_dataloader"``.
+        remedy: what to supply instead.
+
+    Raises:
+        TypeError: if it is not one DataLoader over a map-style dataset.
+        ValueError: if the dataset is empty, or the sampler reads only a part of it.
+    """
+    if isinstance(loader, (list, tuple)) and len(loader) == 1:
+        loader = loader[0]
+    if not isinstance(loader, DataLoader):
+        raise TypeError(f"{what} is {type(loader).__name__}; expected one torch.utils.data.DataLoader. {remedy}")
+    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__getitem__"):
+        raise TypeError(
+            f"{what} reads {type(loader.dataset).__name__}, an iterable dataset, whose examples have no index."
+            f" Scores need to name examples: use a map-style dataset with __getitem__ and __len__. {remedy}"
+        )
+    if loader.batch_sampler is None:
+        raise TypeError(f"{what} has batch_size=None: its dataset yields whole batches, whose rows are unknown. {remedy}")
+    n = len(loader.dataset)  # type: ignore[arg-type]
+    if n == 0:
+        raise ValueError(f"{what} reads an empty dataset; there is nothing to attribute. {remedy}")
+    sampler = getattr(loader.batch_sampler, "sampler", None)
+    if isinstance(sampler, Sequence | Iterable) and not isinstance(sampler, _WHOLE) and hasattr(sampler, "__len__"):
+        drawn = len(sampler)  # type: ignore[arg-type]
+        if drawn < n:
+            raise ValueError(
+                f"{what} has a {type(sampler).__name__} that reads {drawn} of the dataset's {n} examples, so rows would"
+                f" stand for examples never read. Use torch.utils.data.Subset(dataset, indices) in its place. {remedy}"
+            )
+    return loader
+
+
+def numbered_loader(
+    loader: DataLoader[Any], rows: Sequence[int], batch_size: int | None = None, num_workers: int | None = None
+) -> DataLoader[tuple[list[int], Any]]:
+    """Read chosen rows of a loader's dataset in the order given, whatever the loader's own sampler.
+
+    Args:
+        loader: supplies dataset, collate function and worker settings.
+        rows: indices into its dataset.
+        batch_size: None for the loader's own.
+        num_workers: None for the loader's own.
+
+    Returns:
+        A loader of ``(rows, batch)``.
+
+    >>> loader = DataLoader(torch.arange(10) * 1.5, batch_size=4, shuffle=True, drop_last=True)
+    >>> list(numbered_loader(loader, [7, 8, 9], batch_size=2))
+    [([7, 8], tensor([10.5000, 12.0000])), ([9], tensor([13.5000]))]
+    """
+    workers = loader.num_workers if num_workers is None else num_workers
+    return DataLoader(
+        _Numbered(loader.dataset),
+        batch_size=batch_size or loader_batch_size(loader),
+        sampler=rows,
+        num_workers=workers,
+        collate_fn=_Collate(loader.collate_fn),
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout if workers else 0,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context if workers else None,
+        prefetch_factor=loader.prefetch_factor if workers and loader.num_workers else None,
+    )
+
+
+def loader_batch_size(loader: DataLoader[Any]) -> int:
+    """Return the batch size of a loader, also of one with a batch sampler of its own."""
+    return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
+
+
+def fingerprint(dataset: Any) -> dict[str, Any]:
+    """Describe a dataset so that another one, or another order, is told apart: its size and a digest of 32 examples.
+
+    Each is read twice under the same random state; parts that differ even so are left out. Nothing is left of the
+    random state: call it where that is restored.
+
+    >>> fingerprint([1.0, 2.0]) == fingerprint([2.0, 1.0])
+    False
+    """
+    n = len(dataset)
+    rows = sorted({round(row) for row in np.linspace(0, n - 1, min(n, _FINGERPRINTED))})
+    first, second = ([_digests(dataset, row) for row in rows] for _ in range(2))
+    digest = hashlib.blake2b(digest_size=16)
+    for one, other in zip(first, second, strict=True):
+        for part, again in zip(one, other, strict=False):
+            digest.update(part if part == again else b"random")
+    return {"n": n, "digest": digest.hexdigest()}
+
+
+def seed_all(seed: int) -> None:
+    """Seed the generators that datasets draw their augmentations from."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def _digests(dataset: Any, row: int) -> list[bytes]:
+    seed_all(0)
+    return [hashlib.blake2b(part, digest_size=16).digest() for part in _parts(dataset[row])]
+
+
+def _parts(example: Any) -> Iterator[bytes]:
+    """Yield the bytes of everything in an example that has a value of its own."""
+    if isinstance(example, torch.Tensor):
+        yield f"{example.dtype}{tuple(example.shape)}".encode()
+        yield example.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    elif isinstance(example, Mapping):
+        for key in example:
+            yield str(key).encode()
+            yield from _parts(example[key])
+    elif isinstance(example, (list, tuple)):
+        for value in example:
+            yield from _parts(value)
+    elif isinstance(example, (str, int, float, complex, bool, bytes, type(None))):
+        yield repr(example).encode()
+    elif hasattr(example, "__array__") or hasattr(example, "__array_interface__"):  # NumPy, PIL
+        array = np.asarray(example)
+        yield f"{array.dtype}{array.shape}".encode()
+        yield array.tobytes() if array.dtype != object else repr(array.tolist()).encode()
+    else:
+        yield type(example).__name__.encode()

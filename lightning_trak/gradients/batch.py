@@ -1,0 +1,76 @@
+"""Batches of any structure: find their tensors, put others in their place, describe them in an error."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Rebuild ``batch`` with ``function`` applied to every tensor in it.
+
+    Mappings (Hugging Face's ``BatchEncoding`` too), lists, tuples, named tuples and dataclasses are entered; anything
+    else is kept as it is.
+
+    >>> import torch
+    >>> map_tensors({"x": torch.ones(2), "name": "a"}, lambda tensor: tensor.sum().item())
+    {'x': 2.0, 'name': 'a'}
+    """
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return _rebuild_mapping(batch, {key: map_tensors(value, function) for key, value in batch.items()})
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(value, function) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(map_tensors(value, function) for value in batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = {field.name: map_tensors(getattr(batch, field.name), function) for field in dataclasses.fields(batch)}
+        return dataclasses.replace(batch, **fields)
+    return batch
+
+
+def _rebuild_mapping(like: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
+    try:
+        return type(like)(items)  # type: ignore[call-arg]
+    except TypeError:  # a mapping with a constructor of its own, e.g. defaultdict
+        return items
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """List the tensors of ``batch`` in the order in which `map_tensors` visits them.
+
+    >>> import torch
+    >>> [tuple(tensor.shape) for tensor in tensors_of((torch.ones(4, 2), {"y": torch.ones(4)}))]
+    [(4, 2), (4,)]
+    """
+    found: list[Tensor] = []
+    map_tensors(batch, found.append)
+    return found
+
+
+def with_tensors(batch: Any, tensors: list[Tensor]) -> Any:
+    """Rebuild ``batch`` with ``tensors`` in the places of its own, in the order of `tensors_of`."""
+    following = iter(tensors)
+    return map_tensors(batch, lambda _: next(following))
+
+
+def describe(batch: Any) -> str:
+    """Say in one line what ``batch`` is made of, for error messages.
+
+    >>> import torch
+    >>> describe({"x": torch.ones(4, 2), "label": [1, 2]})
+    "dict(x: Tensor(4, 2), label: list(int, int))"
+    """
+    if isinstance(batch, Tensor):
+        return f"Tensor{tuple(batch.shape)}"
+    name = type(batch).__name__
+    if isinstance(batch, Mapping):
+        return f"{name}({', '.join(f'{key}: {describe(value)}' for key, value in batch.items())})"
+    if isinstance(batch, (list, tuple)):
+        shown = ", ".join(describe(value) for value in batch[:4])
+        return f"{name}({shown}{', ...' if len(batch) > 4 else ''})"
+    return name

@@ -1,0 +1,106 @@
+"""A module's outputs as a pure function of one checkpoint's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class _MethodCall(nn.Module):
+    """Gives any method of a module the ``forward`` that `torch.func.functional_call` calls."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, method: Any, *args: Any) -> Any:
+        return method(*args)
+
+
+class ModelFunction:
+    """A module evaluated at the weights of one checkpoint; the module's own weights are neither read nor changed.
+
+    Args:
+        module: defines ``model_output(batch) -> (b,)``.
+        weights: a state dict for ``module``; names and shapes must fit.
+        parameters: names of the attributed parameters, as in ``module.named_parameters()``.
+        device: where the weights are put.
+
+    Attributes:
+        parameters: the attributed parameters by name, detached, in the order given.
+
+    Raises:
+        ValueError: if ``weights`` do not fit ``module``; missing, unexpected and misshapen names are listed.
+
+    >>> module = nn.Linear(2, 1)
+    >>> module.model_output = lambda x: module(x).squeeze(1)
+    >>> weights = {"weight": torch.tensor([[1.0, 2.0]]), "bias": torch.zeros(1)}
+    >>> ModelFunction(module, weights, ["weight"]).output(torch.tensor([[3.0, 4.0]]))
+    tensor([11.])
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        weights: Mapping[str, Tensor],
+        parameters: Iterable[str],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        check_fit(module, weights)
+        self.module = module
+        own = dict(module.named_parameters()) | dict(module.named_buffers())
+        values = {name: weights.get(name, value).detach().to(device) for name, value in own.items()}
+        self.parameters = {name: values.pop(name) for name in parameters}
+        self._others = values
+        self._call = _MethodCall(module)
+
+    @property
+    def n_params(self) -> int:
+        """p, the number of attributed parameters."""
+        return sum(value.numel() for value in self.parameters.values())
+
+    def call(self, method: Any, *args: Any, parameters: Mapping[str, Tensor] | None = None) -> Any:
+        """Call ``method(*args)``, a bound method of the module, at the checkpoint's weights.
+
+        Args:
+            method: e.g. ``module.model_output``.
+            args: its arguments.
+            parameters: put in the place of `parameters`, to differentiate by them.
+        """
+        values = {**self._others, **(self.parameters if parameters is None else parameters)}
+        return functional_call(self._call, {f"module.{name}": value for name, value in values.items()}, (method, *args))
+
+    def output(self, batch: Any, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return ``model_output(batch)``, shape (b,)."""
+        output = self.call(self.module.model_output, batch, parameters=parameters)
+        if not isinstance(output, Tensor) or output.ndim != 1:
+            got = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"{type(self.module).__name__}.model_output(batch) returned {got}; expected one number for each example"
+                " of the batch, a tensor of shape (b,). Reduce it to one scalar an example, e.g. with .squeeze(-1) or"
+                " .sum(dim=...) over everything but the batch."
+            )
+        return output
+
+
+def check_fit(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError that lists what differs if ``weights`` are not a state dict of ``module``."""
+    own = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    strict = getattr(module, "strict_loading", True)
+    problems = [f"missing: {name}" for name in own if name not in weights and strict]
+    problems += [f"unexpected: {name}" for name in weights if name not in own and strict]
+    problems += [
+        f"{name}: shape {tuple(weights[name].shape)} in the checkpoint, {tuple(value.shape)} in the model"
+        for name, value in own.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
+        raise ValueError(
+            f"The checkpoint does not fit {type(module).__name__}: {shown}. Build the model with the hyperparameters it"
+            " was trained with, or attribute other checkpoints with ckpt_path=..."
+        )

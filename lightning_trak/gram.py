@@ -1,0 +1,92 @@
+"""The kernel H: accumulated, damped, factored once, solved many times; never inverted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def gram(blocks: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """Accumulate H = Φᵀ diag(w) Φ over blocks of rows.
+
+    Products are taken in the blocks' precision, and summed over blocks in float64.
+
+    Args:
+        blocks: pairs of features (r, k) and weights w (r,), at least one; None for w = 1.
+
+    Returns:
+        H, (k, k), float64.
+
+    Raises:
+        ValueError: if a weight is negative: H would not be positive definite.
+
+    >>> features = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    >>> gram([(features, torch.tensor([2.0, 1.0]))])
+    tensor([[3., 1.],
+            [1., 1.]], dtype=torch.float64)
+    """
+    total: Tensor | None = None
+    for features, weights in blocks:
+        if weights is not None and bool((weights < 0).any()):
+            raise ValueError(
+                f"The curvature ∂²L/∂f² is negative for {int((weights < 0).sum())} examples (least:"
+                f" {weights.min().item():.3g}): output_to_loss is not convex in the output. Use"
+                " TRAKCallback(curvature=False), or override out_to_loss_curvature."
+            )
+        weighted = features if weights is None else features * weights[:, None]
+        product = (weighted.T @ features).double()
+        total = product if total is None else total.add_(product)
+    if total is None:
+        raise ValueError("gram needs at least one block of features.")
+    return total
+
+
+@dataclass(frozen=True)
+class CholeskyFactor:
+    """The lower Cholesky factor of H + λ·mean(diag H)·I, (k, k), float64. `factor` makes it, `solve` uses it."""
+
+    lower: Tensor
+
+
+def factor(kernel: Tensor, damping: float) -> CholeskyFactor:
+    """Damp a kernel relative to its mean diagonal and factor it: H + λ·mean(diag H)·I = L Lᵀ.
+
+    Relative damping means the same whatever the scale of the gradients and the size of the train set.
+
+    Args:
+        kernel: H, (k, k), symmetric, positive semi-definite.
+        damping: λ ≥ 0.
+
+    Raises:
+        ValueError: if the damped kernel is not numerically positive definite.
+
+    >>> state = factor(2 * torch.eye(2, dtype=torch.float64), damping=0.5)
+    >>> solve(state, torch.tensor([[3.0, 6.0]]))
+    tensor([[1., 2.]])
+    """
+    scale = kernel.diagonal().mean()
+    if not bool(torch.isfinite(scale)) or scale <= 0:
+        raise ValueError(
+            f"The kernel H has a mean diagonal of {scale.item():.3g}: all gradients or all curvatures vanish or are not"
+            " finite. Attribute checkpoints whose training loss is not exactly zero, or use curvature=False."
+        )
+    damped = kernel + damping * scale * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
+    lower, info = torch.linalg.cholesky_ex(damped)
+    pivots = lower.diagonal()
+    # Features are float32, so a kernel is known to about k·ε of its largest entries: beyond that it is singular.
+    if int(info) or bool(pivots.min() ** 2 < 1e-7 * pivots.max() ** 2):
+        raise ValueError(
+            f"The kernel H, ({len(kernel)}, {len(kernel)}), is singular or nearly so with damping={damping:g}: there"
+            " are too few or too similar training examples for so many features. Set TRAKCallback(damping=0.3), or a"
+            " proj_dim well below the number of training examples."
+        )
+    return CholeskyFactor(lower)
+
+
+def solve(state: CholeskyFactor, vectors: Tensor) -> Tensor:
+    """Return (H + λ·mean(diag H)·I)⁻¹ x for every row x of ``vectors``, (m, k) → (m, k), in their own precision."""
+    solved = torch.cholesky_solve(vectors.to(state.lower.dtype).T, state.lower).T
+    return solved.to(vectors.dtype).contiguous()

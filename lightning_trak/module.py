@@ -1,0 +1,160 @@
+"""What a module tells about itself so that its outputs can be attributed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+
+class TRAKMixin:
+    """Says what to attribute: the model output f, and the loss L as a function of it.
+
+    Mix it into a LightningModule and define `model_output`; that is enough. The rest has defaults:
+
+    - ``output_to_loss``: L(f) = softplus(−f), the loss of a log-odds f (TRAK, Section 3.1);
+    - ``out_to_loss_grad``: Q = −∂L/∂f, by autograd on ``output_to_loss``;
+    - ``out_to_loss_curvature``: w = ∂²L/∂f², by autograd on ``output_to_loss``.
+
+    A module that merely defines ``model_output`` works without the mixin. Park et al., "TRAK: Attributing Model Behavior
+    at Scale", ICML 2023, arXiv 2303.14186.
+
+    >>> class Logistic(TRAKMixin, torch.nn.Linear):
+    ...     def model_output(self, batch):
+    ...         x, sign = batch
+    ...         return sign * self(x).squeeze(1)
+    >>> batch = torch.zeros(1, 3), torch.ones(1)
+    >>> model = Logistic(3, 1, bias=False)
+    >>> model.out_to_loss_grad(batch), model.out_to_loss_curvature(batch)
+    (tensor([0.5000]), tensor([0.2500]))
+    """
+
+    def model_output(self, batch: Any) -> Tensor:
+        """Return f(z; θ) for every example z of ``batch``, shape (b,).
+
+        Written for an ordinary batch as ``training_step`` gets it, of any structure. The output of an example must not
+        depend on the other examples of the batch.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define model_output(self, batch), which returns the number to attribute for"
+            " every example of the batch, a tensor of shape (b,). ClassificationMixin and RegressionMixin have it ready."
+        )
+
+    def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
+        """Return the training loss of every example as a function of its model output, (b,) → (b,); twice differentiable.
+
+        The default is softplus(−f).
+        """
+        return softplus(-output)
+
+    def out_to_loss_grad(self, batch: Any) -> Tensor:
+        """Return Q = −∂L/∂f for every example, (b,): how hard training still pulls on it. Overridable."""
+        return _derivatives_of(self, batch)[0]
+
+    def out_to_loss_curvature(self, batch: Any) -> Tensor:
+        """Return w = ∂²L/∂f² for every example, (b,). Overridable."""
+        return _derivatives_of(self, batch)[1]
+
+
+def _derivatives_of(module: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    return loss_derivatives(lambda output: module.output_to_loss(output, batch), module.model_output(batch))
+
+
+def loss_derivatives(output_to_loss: Callable[[Tensor], Tensor], output: Tensor) -> tuple[Tensor, Tensor]:
+    """Differentiate a loss twice by the model output.
+
+    Args:
+        output_to_loss: L, (b,) → (b,), example by example.
+        output: f, (b,).
+
+    Returns:
+        Q = −∂L/∂f and w = ∂²L/∂f², each (b,).
+
+    >>> loss_derivatives(softplus, torch.zeros(1))
+    (tensor([-0.5000]), tensor([0.2500]))
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        output = output.detach().clone().requires_grad_()
+        loss = output_to_loss(output)
+        if not isinstance(loss, Tensor) or loss.shape != output.shape:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"output_to_loss(output, batch) returned {got} for an output of shape {tuple(output.shape)}; expected"
+                " one loss for each example. Use reduction='none', and do not average over the batch."
+            )
+        if not loss.requires_grad:
+            raise ValueError("output_to_loss(output, batch) does not depend on output; compute the loss from it.")
+        (slope,) = torch.autograd.grad(loss.sum(), output, create_graph=True)
+        curvature = torch.zeros_like(output)
+        if slope.requires_grad:
+            (second,) = torch.autograd.grad(slope.sum(), output, allow_unused=True)
+            curvature = curvature if second is None else second
+    return -slope.detach(), curvature
+
+
+class LossTerms:
+    """Q and w of a module's examples, from whatever the module defines: its own formulas first, else autograd.
+
+    Where neither ``out_to_loss_grad`` nor ``out_to_loss_curvature`` is the module's own, the outputs already known
+    are differentiated and no further forward pass is run.
+
+    Args:
+        module: defines ``model_output``, with or without `TRAKMixin`.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self._own_grad = _own(module, "out_to_loss_grad")
+        self._own_curvature = _own(module, "out_to_loss_curvature")
+        self._own_loss = _own(module, "output_to_loss")
+
+    def __call__(self, call: Callable[..., Any], batch: Any, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Return Q and w, each (b,), for a batch whose model outputs are known.
+
+        Args:
+            call: calls a bound method of the module at the right weights, as `ModelFunction.call` does.
+            batch: the batch.
+            output: f, (b,).
+        """
+        loss_grad, curvature = loss_derivatives(lambda f: call(self._output_to_loss, f, batch), output)
+        if self._own_grad is not None:
+            own = _checked("out_to_loss_grad", call(self._own_grad, batch), output)
+            if self._own_curvature is None:
+                _check_consistent(own, loss_grad)
+            loss_grad = own
+        if self._own_curvature is not None:
+            curvature = _checked("out_to_loss_curvature", call(self._own_curvature, batch), output)
+        return loss_grad, curvature
+
+    def _output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
+        own = self._own_loss
+        return TRAKMixin.output_to_loss(self._module, output, batch) if own is None else own(output, batch)
+
+
+def _own(module: Any, name: str) -> Callable[..., Any] | None:
+    """Return the module's own method of that name; None if it has none or merely inherits the mixin's default."""
+    method = getattr(module, name, None)
+    default = getattr(TRAKMixin, name)
+    return None if method is None or getattr(method, "__func__", None) is default else method
+
+
+def _checked(name: str, value: Any, output: Tensor) -> Tensor:
+    if not isinstance(value, Tensor) or value.shape != output.shape:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"{name}(batch) returned {got}; expected one number for each example, shape {tuple(output.shape)}."
+        )
+    return value.detach()
+
+
+def _check_consistent(own: Tensor, from_loss: Tensor) -> None:
+    """Refuse a Q of one loss and a w of another: the Newton step of neither."""
+    if not torch.allclose(own.to(from_loss.dtype), from_loss, rtol=1e-2, atol=1e-3, equal_nan=True):
+        raise ValueError(
+            f"out_to_loss_grad gives {own[0].item():.4g} for an example where −∂output_to_loss/∂f is"
+            f" {from_loss[0].item():.4g}: they belong to different losses, so the curvature ∂²L/∂f² is unknown. Define"
+            " output_to_loss (out_to_loss_grad then follows), or out_to_loss_curvature beside out_to_loss_grad."
+        )

@@ -1,0 +1,110 @@
+"""Pictures of an attribution: targets beside the training examples that moved them most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_trak.scores import Extremes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_HELPFUL, _HARMFUL = "#2166ac", "#b2182b"  # blue and red that also the colour-blind tell apart
+
+
+def plot_extremes(
+    extremes: Extremes, columns: Sequence[int], train: Sequence[Any] | None, targets: Sequence[Any] | None
+) -> tuple[Figure, npt.NDArray[Any]]:
+    """Draw a row for each target; see `Attribution.plot`."""
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Attribution.plot needs matplotlib, which is not installed: pip install matplotlib"
+        ) from error
+    k = extremes.top.indices.shape[1]
+    if train is None:
+        figure, axes = plt.subplots(len(columns), 1, figsize=(6, 0.5 + len(columns) * (0.5 + 0.36 * k)), squeeze=False)
+        for axis, column in zip(axes[:, 0], columns, strict=True):
+            _bars(axis, extremes, column)
+        figure.tight_layout()
+        return figure, axes[:, 0]
+    figure, axes = plt.subplots(
+        len(columns), 2 * k + 1, figsize=(1.1 * (2 * k + 1.4), 1.55 * len(columns) + 0.3), squeeze=False
+    )
+    for row, column in zip(axes, columns, strict=True):
+        _images(row, extremes, column, train, targets)
+    axes[0, 1 + (k - 1) // 2].text(0.5, 1.62, "most helpful", transform=axes[0, 1 + (k - 1) // 2].transAxes, ha="center")
+    harmful = axes[0, k + 1 + (k - 1) // 2]
+    harmful.text(0.5, 1.62, "most harmful", transform=harmful.transAxes, ha="center")
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
+    return figure, axes
+
+
+def _bars(axis: Axes, extremes: Extremes, column: int) -> None:
+    indices = [*extremes.top.indices[column].tolist(), *extremes.bottom.indices[column].tolist()[::-1]]
+    values = [*extremes.top.values[column].tolist(), *extremes.bottom.values[column].tolist()[::-1]]
+    places = np.arange(len(values))
+    axis.barh(places, values, color=[_HELPFUL if value > 0 else _HARMFUL for value in values])
+    axis.set_yticks(places, [f"train {index}" for index in indices], fontsize=8)
+    axis.invert_yaxis()
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_title(f"target {column}", fontsize=10)
+    axis.set_xlabel("score", fontsize=8)
+
+
+def _images(
+    row: npt.NDArray[Any],
+    extremes: Extremes,
+    column: int,
+    train: Sequence[Any],
+    targets: Sequence[Any] | None,
+) -> None:
+    if targets is None:
+        row[0].text(0.5, 0.5, f"target\n{column}", ha="center", va="center")
+    else:
+        image, label = _image_and_label(targets[column])
+        row[0].imshow(image, cmap="gray_r")
+        row[0].set_title(f"target {column}" + ("" if label is None else f"\nlabel {label}"), fontsize=8)
+    k = extremes.top.indices.shape[1]
+    for ranked, colour, first in ((extremes.top, _HELPFUL, 1), (extremes.bottom, _HARMFUL, k + 1)):
+        for axis, index, value in zip(
+            row[first : first + k], ranked.indices[column].tolist(), ranked.values[column].tolist(), strict=True
+        ):
+            image, label = _image_and_label(train[index])
+            axis.imshow(image, cmap="gray_r")
+            title = f"{value:+.2g}" if label is None else f"label {label}\n{value:+.2g}"
+            axis.set_title(title, fontsize=8, color=colour)
+            axis.set_xlabel(f"#{index}", fontsize=7)
+    for axis in row:
+        axis.set_xticks([])
+        axis.set_yticks([])
+
+
+def _image_and_label(example: Any) -> tuple[npt.NDArray[Any], Any]:
+    """Take the image, as matplotlib wants it, and the label, if any, out of an example."""
+    image, label = example, None
+    if isinstance(example, Mapping):
+        image = next(example[key] for key in ("image", "pixel_values", "x") if key in example)
+        label = next((example[key] for key in ("label", "labels", "y") if key in example), None)
+    elif isinstance(example, (list, tuple)):
+        image, label = example[0], example[1] if len(example) > 1 else None
+    array = np.asarray(image)
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (3, 4):
+        array = np.moveaxis(array, 0, 2)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3):
+        raise ValueError(
+            f"An example of shape {array.shape} is no image, (H, W), (C, H, W) or (H, W, C). Call plot() without train"
+            " and targets to draw scores as bars."
+        )
+    if array.dtype.kind == "f":
+        low, high = float(array.min()), float(array.max())
+        array = (array - low) / (high - low) if high > low else np.zeros_like(array)
+    return array, label.item() if hasattr(label, "item") else label

@@ -1,0 +1,40 @@
+"""Random projections of per-sample gradients: pure torch, drawn from a counter-based generator, never stored."""
+
+from __future__ import annotations
+
+from lightning_trak.projection.identity import IdentityProjector
+from lightning_trak.projection.projector import Projector, projection_key
+from lightning_trak.projection.rademacher import RademacherProjector
+from lightning_trak.projection.sparse import SparseProjector
+
+__all__ = ["IdentityProjector", "Projector", "RademacherProjector", "SparseProjector", "make_projector"]
+__all__ += ["projection_key"]
+
+_BY_NAME: dict[str, type[Projector]] = {
+    projector.name: projector for projector in (IdentityProjector, RademacherProjector, SparseProjector)
+}
+
+
+def check_projector(projector: str | Projector) -> None:
+    """Raise a ValueError or TypeError if ``projector`` is neither a known name nor a `Projector`."""
+    if isinstance(projector, Projector) or projector == "auto" or projector in _BY_NAME:
+        return
+    expected = f"'auto', {', '.join(map(repr, sorted(_BY_NAME)))} or a Projector"
+    error = ValueError if isinstance(projector, str) else TypeError
+    raise error(f"projector must be {expected}, got {projector!r}.")
+
+
+def make_projector(projector: str | Projector, proj_dim: int, n_params: int) -> Projector:
+    """Build the projector that a name stands for; a `Projector` is returned as it is.
+
+    ``"auto"`` is ``"identity"`` where the gradients have no more than ``proj_dim`` entries, else ``"sparse"``.
+
+    >>> make_projector("auto", proj_dim=2048, n_params=10**6)
+    SparseProjector(proj_dim=2048)
+    """
+    check_projector(projector)
+    if isinstance(projector, Projector):
+        return projector
+    if projector == "auto":
+        projector = "identity" if n_params <= proj_dim else "sparse"
+    return _BY_NAME[projector](proj_dim)

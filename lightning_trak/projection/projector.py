@@ -1,0 +1,61 @@
+"""What every projection has in common: the interface by which gradients become features."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+
+class Projector(ABC):
+    """A family of random matrices P of shape (p, k) with E[P Pᵀ] = I, one for every key.
+
+    A projector holds no matrix. Gradients arrive as blocks of consecutive parameters, a layer at a time if the engine
+    yields them so, and are added into the features: ``features += gradients @ P[start:start + q]``. The result does
+    not depend on how the parameters are cut into blocks, so nothing of shape (b, p) need ever exist.
+
+    To write one, define `add_` and, where the dimension is not chosen freely, `dimension`.
+
+    Args:
+        proj_dim: k, the sketch dimension.
+    """
+
+    name: str
+
+    def __init__(self, proj_dim: int = 2048) -> None:
+        self.check_proj_dim(proj_dim)
+        self.proj_dim = proj_dim
+
+    @staticmethod
+    def check_proj_dim(proj_dim: int) -> None:
+        """Raise a ValueError unless ``proj_dim`` is a positive integer."""
+        if isinstance(proj_dim, bool) or not isinstance(proj_dim, int) or proj_dim < 1:
+            raise ValueError(f"proj_dim must be a positive integer, got {proj_dim!r}.")
+
+    def dimension(self, n_params: int) -> int:
+        """Return k for gradients of ``n_params`` entries."""
+        return self.proj_dim
+
+    @abstractmethod
+    def add_(self, features: Tensor, gradients: Tensor, start: int, key: int) -> None:
+        """Add the projection of a block of gradients to ``features``, in place.
+
+        Args:
+            features: (b, k), float32.
+            gradients: (b, q), the entries ``start`` to ``start + q`` of the flattened per-sample gradients.
+            start: index of the block's first parameter among all p.
+            key: chooses P; below 2⁶⁴.
+        """
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(proj_dim={self.proj_dim})"
+
+
+def projection_key(seed: int, checkpoint: str) -> int:
+    """Derive the key of a checkpoint's projection: a function of the seed and the checkpoint's digest alone.
+
+    >>> projection_key(0, "a") == projection_key(0, "a"), projection_key(0, "a") == projection_key(1, "a")
+    (True, False)
+    """
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{checkpoint}".encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,128 @@
+"""Weights of checkpoints: their digest, their files, and which of their parameters are attributed."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Weights = dict[str, Tensor]
+
+
+def tensors_in(state_dict: Mapping[str, Any]) -> Weights:
+    """Return the tensors of a state dict, detached, without other extra state."""
+    return {name: value.detach() for name, value in state_dict.items() if isinstance(value, Tensor)}
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Return the identity of a checkpoint: a digest of its weights' names, types, shapes and bytes.
+
+    >>> weights_digest({"a": torch.zeros(2)}) == weights_digest({"a": torch.zeros(2)})
+    True
+    >>> weights_digest({"a": torch.zeros(2)}) == weights_digest({"a": torch.zeros(2, 1)})
+    False
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(weights):
+        value = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write weights to ``path`` at once or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        # Through a file of our own, so that a full disk is an OSError that says so, and no view drags its storage along.
+        with open(partial, "wb") as file:
+            torch.save({name: value.detach().cpu().clone() for name, value in weights.items()}, file)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_weights(path: Path, digest: str) -> Weights:
+    """Read the weights that `save_weights` wrote, and make sure that they are those of ``digest``.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    try:
+        weights: Weights = torch.load(path, map_location="cpu", weights_only=True)
+        found = weights_digest(weights)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, AttributeError) as error:
+        found = f"unreadable ({type(error).__name__})"
+    if found != digest:
+        raise ValueError(
+            f"The weights file '{path}' is damaged: its digest is {found}, expected {digest}. Delete the folder"
+            f" '{path.parent}' and featurize the checkpoint again with ckpt_path=..."
+        )
+    return weights
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Weights:
+    """Read the weights in a Lightning ``.ckpt`` file or a plain state-dict file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or holds something else.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"ckpt_path names '{path}', which is no file. Pass paths of .ckpt or state-dict files.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"'{path}' cannot be read with torch.load(weights_only=True): {error}\nIf you trust the file, save its"
+            " weights alone and pass that file:"
+            " torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt')"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"'{path}' is damaged or no checkpoint: {error}") from error
+    state_dict = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    weights = tensors_in(state_dict) if isinstance(state_dict, Mapping) else {}
+    if not weights:
+        raise ValueError(f"'{path}' holds no weights; expected a Lightning checkpoint or a state dict.")
+    return weights
+
+
+def select_parameters(module: nn.Module, parameters: str | Sequence[str] | None) -> list[str]:
+    """Return the names of the attributed parameters, in the module's order.
+
+    Args:
+        module: the model.
+        parameters: None for all that require a gradient; else names or glob patterns, frozen parameters included.
+
+    Raises:
+        ValueError: if a pattern matches nothing, or nothing is left.
+
+    >>> select_parameters(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), "1.*")
+    ['1.weight', '1.bias']
+    """
+    floating = {name: value for name, value in module.named_parameters() if value.dtype.is_floating_point}
+    if parameters is None:
+        chosen = [name for name, value in floating.items() if value.requires_grad]
+        if not chosen:
+            raise ValueError(
+                f"{type(module).__name__} has no parameter that requires a gradient. Unfreeze some, or name those to"
+                " attribute with parameters=..."
+            )
+        return chosen
+    patterns = [parameters] if isinstance(parameters, str) else list(parameters)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in floating):
+            near = difflib.get_close_matches(pattern, floating, n=3, cutoff=0.4) or list(floating)[:3]
+            raise ValueError(
+                f"parameters={pattern!r} matches no parameter of {type(module).__name__}; there are, for example,"
+                f" {', '.join(map(repr, near))}. Names are those of module.named_parameters(); * matches anything."
+            )
+    return [name for name in floating if any(fnmatchcase(name, pattern) for pattern in patterns)]
