@@ -46,4 +46,4 @@ __all__ = [
     "attribute",
 ]
 
-_pl.Trainer.attribute = attribute  # type: ignore[attr-defined]
+_pl.Trainer.attribute = attribute

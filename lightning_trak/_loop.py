@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.data import loader_batch_size, numbered_loader, seed_all
 from lightning_trak.featurize import Featurizer
-from lightning_trak.gradients import ENGINES, EngineUnsuitable, ModelFunction, batch_gradient
+from lightning_trak.gradients import ENGINES, Engine, EngineUnsuitable, ModelFunction, batch_gradient
 from lightning_trak.gradients.batch import tensors_of
 from lightning_trak.module import LossTerms
 from lightning_trak.projection import Projector, projection_key
@@ -127,7 +127,7 @@ class FeaturizationLoop:
         self._projector = projector
         self._seed = seed
         self._gradients = gradients
-        self._engine = ENGINES["vmap" if gradients == "auto" else gradients]()
+        self._engine: Engine = ENGINES["vmap" if gradients == "auto" else gradients]()
         self._batch_size = batch_size or loader_batch_size(loader)
         self._examples = examples
         self._loss_terms = LossTerms(module)
@@ -213,9 +213,7 @@ class FeaturizationLoop:
     def _function(self, weights: Weights) -> ModelFunction:
         device, plugin = self._trainer.strategy.root_device, self._trainer.precision_plugin
         missing = {name: value for name, value in self._module.named_buffers() if name not in weights}
-        return ModelFunction(
-            self._module, {**plugin.convert_input(missing), **weights}, self._parameters, device
-        )
+        return ModelFunction(self._module, {**plugin.convert_input(missing), **weights}, self._parameters, device)
 
     def _read(self, rows: Sequence[int], batch_size: int, num_workers: int | None = None) -> Iterator[tuple[Any, Any]]:
         """Yield (rows, batch), each batch passed through precision and batch hooks as in ``predict``."""

@@ -14,7 +14,15 @@ from torch.utils.data import DataLoader
 
 from lightning_trak._loop import attached, featurize_checkpoint, featurize_targets, progress
 from lightning_trak.attribution import Attribution, AttributionInfo
-from lightning_trak.callback import Plan, TRAKCallback, add_checkpoint, check_limit, check_supported, find_callback
+from lightning_trak.callback import (
+    TRAIN_REMEDY,
+    Plan,
+    TRAKCallback,
+    add_checkpoint,
+    check_limit,
+    check_supported,
+    find_callback,
+)
 from lightning_trak.data import check_loader
 from lightning_trak.gradients.function import check_fit
 from lightning_trak.scores import Extremes, TrainFeatures, extreme_scores, n_blocks, precondition, scores
@@ -64,13 +72,14 @@ def attribute(
         dataloaders, datamodule = None, dataloaders
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise ValueError(f"top_k must be a positive integer or None, got {top_k!r}.")
-    datamodule = datamodule or trainer.datamodule  # type: ignore[attr-defined]
+    fitted = callback.train_loader if datamodule in (None, trainer.datamodule) else None
+    datamodule = datamodule or trainer.datamodule
     fresh = model._trainer is None
     with attached(trainer, model, datamodule):
         if fresh:
             model.setup("predict")
             model.configure_model()
-        data = _Data(trainer, model, datamodule, dataloaders, callback)
+        data = _Data(trainer, model, datamodule, dataloaders, fitted)
         store, plan = _open_store(trainer, model, callback, data, create=ckpt_path is not None)
         digests = _select(trainer, store, ckpt_path)
         _featurize_missing(trainer, model, store, plan, data, digests)
@@ -100,12 +109,12 @@ class _Data:
         model: pl.LightningModule,
         datamodule: pl.LightningDataModule | None,
         dataloaders: Any,
-        callback: TRAKCallback,
+        fitted: DataLoader[Any] | None,
     ) -> None:
         self._trainer = trainer
         self._owners = [owner for owner in (datamodule, model) if owner is not None]
         self._dataloaders = dataloaders
-        self._fitted = callback.train_loader if self._owners[0] is trainer.datamodule or datamodule is None else None
+        self._train = fitted
         self._prepared: set[tuple[int, str]] = set()
 
     def targets(self) -> DataLoader[Any]:
@@ -132,17 +141,21 @@ class _Data:
             " Call trainer.attribute(dataloaders=DataLoader(...))."
         )
 
-    def train(self) -> DataLoader[Any]:
-        """Return the loader of the train set: that of the last ``fit`` where it is known."""
-        if self._fitted is not None:
-            return self._fitted
-        remedy = "Or define featurize_dataloader()."
+    def train_if_defined(self) -> DataLoader[Any] | None:
+        """Return the loader of the train set, that of the last ``fit`` where it is known; None if there is none."""
         for hook in ("featurize_dataloader", "train_dataloader"):
             for owner in self._owners:
-                if _defines(owner, hook):
-                    return check_loader(self._request(owner, hook, "fit"), hook, remedy)
+                if self._train is None and _defines(owner, hook):
+                    self._train = check_loader(self._request(owner, hook, "fit"), hook, TRAIN_REMEDY)
+        return self._train
+
+    def train(self) -> DataLoader[Any]:
+        """Return the loader of the train set."""
+        loader = self.train_if_defined()
+        if loader is not None:
+            return loader
         raise MisconfigurationException(
-            "Some checkpoints are not featurized yet, and there is no train set to featurize: neither"
+            "There are checkpoints to featurize, and no train set: neither"
             " featurize_dataloader nor train_dataloader is defined in"
             f" {' or '.join(type(owner).__name__ for owner in self._owners)}. Pass datamodule=..."
         )
@@ -185,6 +198,9 @@ def _open_store(
     store = FeatureStore(path)
     plan = Plan(callback, model, store.manifest)
     store.check(plan.settings)
+    loader = data.train_if_defined()
+    if loader is not None:  # even where nothing is to be featurized: rows of another data set would mislead
+        store.check(plan.manifest(loader))
     return store, plan
 
 
@@ -224,9 +240,7 @@ def _featurize_missing(
     missing = [digest for digest in digests if not store[digest].complete]
     if not missing:
         return
-    loader = data.train()
-    store.check(plan.manifest(loader))
-    loop = plan.loop(trainer, model, loader, "train")
+    loop = plan.loop(trainer, model, data.train(), "train")
     loop.preflight(load_weights(store[missing[0]].weights_path, missing[0]))
     for number, digest in enumerate(missing, 1):
         featurize_checkpoint(loop, store[digest], f"{number}/{len(missing)}")

@@ -18,7 +18,6 @@ from lightning_trak.plot import plot_extremes
 from lightning_trak.scores import Extremes, Ranked, rank
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lightning_trak.projection import Projector, check_projector, make_projector
 from lightning_trak.store import FeatureStore, explained_os_errors
 from lightning_trak.weights import Weights, save_weights, select_parameters, tensors_in, weights_digest
 
-_TRAIN_REMEDY = "Or define featurize_dataloader() in the LightningDataModule or LightningModule."
+TRAIN_REMEDY = "Or define featurize_dataloader() in the LightningDataModule or LightningModule."
 
 
 class TRAKCallback(pl.Callback):
@@ -174,9 +175,10 @@ class TRAKCallback(pl.Callback):
 
     def _find_train_loader(self, trainer: pl.Trainer, module: pl.LightningModule) -> DataLoader[Any]:
         for owner in (trainer.datamodule, module):
-            if hasattr(owner, "featurize_dataloader"):
-                return check_loader(owner.featurize_dataloader(), "featurize_dataloader", "")
-        return check_loader(trainer.train_dataloader, "train_dataloader", _TRAIN_REMEDY)
+            hook: Any = getattr(owner, "featurize_dataloader", None)
+            if hook is not None:
+                return check_loader(hook(), "featurize_dataloader", "")
+        return check_loader(trainer.train_dataloader, "train_dataloader", TRAIN_REMEDY)
 
 
 class Plan:
@@ -192,14 +194,10 @@ class Plan:
         self, callback: TRAKCallback, module: pl.LightningModule, manifest: dict[str, Any] | None = None
     ) -> None:
         self._callback = callback
-        parameters, projector, proj_dim, seed = (
-            callback.parameters,
-            callback.projector,
-            callback.proj_dim,
-            callback.seed,
-        )
+        parameters, projector = callback.parameters, callback.projector
+        proj_dim, seed = callback.proj_dim, callback.seed
         if manifest is not None:
-            defaults = TRAKCallback.__init__.__kwdefaults__
+            defaults = {name: value.default for name, value in signature(TRAKCallback).parameters.items()}
             stored = manifest["projection"]
             parameters = list(manifest["parameters"]) if parameters is None else parameters
             projector = stored["projector"] if projector == "auto" else projector
@@ -295,7 +293,7 @@ def find_callback(trainer: Any) -> TRAKCallback:
             " use L.Trainer, L.LightningModule and L.LightningDataModule throughout; 'pytorch_lightning' is another"
             " package with classes of its own."
         )
-    found = [callback for callback in trainer.callbacks if isinstance(callback, TRAKCallback)]  # type: ignore[attr-defined]
+    found = [callback for callback in trainer.callbacks if isinstance(callback, TRAKCallback)]
     if len(found) != 1:
         raise MisconfigurationException(
             f"The Trainer has {len(found) or 'no'} TRAKCallback{'s' if len(found) > 1 else ''}, expected one:"

@@ -68,7 +68,9 @@ def check_loader(loader: Any, what: str, remedy: str) -> DataLoader[Any]:
             f" Scores need to name examples: use a map-style dataset with __getitem__ and __len__. {remedy}"
         )
     if loader.batch_sampler is None:
-        raise TypeError(f"{what} has batch_size=None: its dataset yields whole batches, whose rows are unknown. {remedy}")
+        raise TypeError(
+            f"{what} has batch_size=None: its dataset yields whole batches, whose rows are unknown. {remedy}"
+        )
     n = len(loader.dataset)  # type: ignore[arg-type]
     if n == 0:
         raise ValueError(f"{what} reads an empty dataset; there is nothing to attribute. {remedy}")
@@ -143,7 +145,7 @@ def fingerprint(dataset: Any) -> dict[str, Any]:
 def seed_all(seed: int) -> None:
     """Seed the generators that datasets draw their augmentations from."""
     torch.manual_seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002: it is the global generator that augmentations use
     random.seed(seed)
 
 

@@ -19,8 +19,8 @@ class TRAKMixin:
     - ``out_to_loss_grad``: Q = −∂L/∂f, by autograd on ``output_to_loss``;
     - ``out_to_loss_curvature``: w = ∂²L/∂f², by autograd on ``output_to_loss``.
 
-    A module that merely defines ``model_output`` works without the mixin. Park et al., "TRAK: Attributing Model Behavior
-    at Scale", ICML 2023, arXiv 2303.14186.
+    A module that merely defines ``model_output`` works without the mixin. Park et al., "TRAK: Attributing Model
+    Behavior at Scale", ICML 2023, arXiv 2303.14186.
 
     >>> class Logistic(TRAKMixin, torch.nn.Linear):
     ...     def model_output(self, batch):
@@ -40,13 +40,13 @@ class TRAKMixin:
         """
         raise NotImplementedError(
             f"{type(self).__name__} must define model_output(self, batch), which returns the number to attribute for"
-            " every example of the batch, a tensor of shape (b,). ClassificationMixin and RegressionMixin have it ready."
+            " every example of the batch, shape (b,). ClassificationMixin and RegressionMixin have it ready."
         )
 
     def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
-        """Return the training loss of every example as a function of its model output, (b,) → (b,); twice differentiable.
+        """Return the training loss of every example as a function of its model output, (b,) → (b,).
 
-        The default is softplus(−f).
+        It must be differentiable twice. The default is softplus(−f).
         """
         return softplus(-output)
 

@@ -39,7 +39,9 @@ def plot_extremes(
     )
     for row, column in zip(axes, columns, strict=True):
         _images(row, extremes, column, train, targets)
-    axes[0, 1 + (k - 1) // 2].text(0.5, 1.62, "most helpful", transform=axes[0, 1 + (k - 1) // 2].transAxes, ha="center")
+    axes[0, 1 + (k - 1) // 2].text(
+        0.5, 1.62, "most helpful", transform=axes[0, 1 + (k - 1) // 2].transAxes, ha="center"
+    )
     harmful = axes[0, k + 1 + (k - 1) // 2]
     harmful.text(0.5, 1.62, "most harmful", transform=harmful.transAxes, ha="center")
     figure.tight_layout(rect=(0, 0, 1, 0.97))
@@ -94,6 +96,7 @@ def _image_and_label(example: Any) -> tuple[npt.NDArray[Any], Any]:
         label = next((example[key] for key in ("label", "labels", "y") if key in example), None)
     elif isinstance(example, (list, tuple)):
         image, label = example[0], example[1] if len(example) > 1 else None
+    label = label.item() if hasattr(label, "item") else label
     array = np.asarray(image)
     if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (3, 4):
         array = np.moveaxis(array, 0, 2)
@@ -107,4 +110,4 @@ def _image_and_label(example: Any) -> tuple[npt.NDArray[Any], Any]:
     if array.dtype.kind == "f":
         low, high = float(array.min()), float(array.max())
         array = (array - low) / (high - low) if high > low else np.zeros_like(array)
-    return array, label.item() if hasattr(label, "item") else label
+    return array, label

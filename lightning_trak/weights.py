@@ -34,7 +34,7 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     for name in sorted(weights):
         value = weights[name].detach().cpu().contiguous()
         digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+        digest.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
@@ -42,7 +42,7 @@ def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     """Write weights to ``path`` at once or not at all."""
     partial = path.with_name(path.name + ".partial")
     try:
-        # Through a file of our own, so that a full disk is an OSError that says so, and no view drags its storage along.
+        # Through a file of our own, so that a full disk is an OSError; cloned, so that no view drags its storage along.
         with open(partial, "wb") as file:
             torch.save({name: value.detach().cpu().clone() for name, value in weights.items()}, file)
         os.replace(partial, path)

@@ -45,6 +45,6 @@ def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
 
 
 def counters(start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the low and high 32-bit words of the integers from ``start`` to ``stop``, each of shape (stop − start,)."""
+    """Return the low and high 32-bit words of the integers from ``start`` to ``stop``, each (stop − start,)."""
     index = torch.arange(start, stop, device=device)
     return index & _MASK, index >> 32

@@ -42,7 +42,7 @@ class RademacherProjector(Projector):
         block = torch.arange(-(-self.proj_dim // _BITS), device=device)
         words = philox4x32((low[:, None], high[:, None], block, torch.zeros_like(block)), key)
         halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-        columns = torch.stack(torch.broadcast_tensors(*halves), dim=2)  # (rows, blocks, 8): 16 bits each, lowest first
+        columns = torch.stack(halves, dim=2)  # (rows, blocks, 8): 16 bits each, lowest first
         return embedding(columns, _sign_table(device)).flatten(1)[:, : self.proj_dim]
 
 
