@@ -219,7 +219,7 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """The part of the store's manifest that does not depend on the data."""
         projection = {"projector": self.projector.name, "proj_dim": self.proj_dim, "seed": self.seed}
-        return {"projection": projection, "parameters": self.shapes}
+        return {"parameters": self.shapes, "projection": projection}
 
     def manifest(self, loader: DataLoader[Any]) -> dict[str, Any]:
         """Return the store's manifest for a train set."""

@@ -145,7 +145,7 @@ def fingerprint(dataset: Any) -> dict[str, Any]:
 def seed_all(seed: int) -> None:
     """Seed the generators that datasets draw their augmentations from."""
     torch.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002: it is the global generator that augmentations use
+    np.random.seed(seed)  # noqa: NPY002 - it is the global generator that augmentations use
     random.seed(seed)
 
 

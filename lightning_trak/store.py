@@ -88,7 +88,7 @@ class FeatureStore:
         """Raise a ValueError that names the first field in which ``manifest`` differs from the store's own."""
         given = _flat(json.loads(json.dumps(manifest)))
         stored = _flat({name: self.manifest.get(name) for name in manifest})
-        for field in sorted({*given, *stored}):
+        for field in {**given, **stored}:
             own, value = stored.get(field), given.get(field)
             if own != value:
                 raise ValueError(
@@ -258,7 +258,7 @@ class CheckpointEntry:
         if name not in self._open or mode == "r":
             path = self.path / f"{name}.npy"
             try:
-                array = np.load(path, mmap_mode=mode, allow_pickle=False)  # type: ignore[arg-type]
+                array: Array = np.load(path, mmap_mode=mode, allow_pickle=False)  # type: ignore[arg-type]
             except (OSError, ValueError, EOFError) as error:
                 raise self._damaged(name, str(error)) from error
             if len(array) != self.n_train:

@@ -27,6 +27,7 @@ class ClassificationMixin(TRAKMixin):
     Attributes:
         temperature: divides the logits; 1 unless training does the same.
 
+    >>> import torch
     >>> class Classifier(ClassificationMixin, torch.nn.Linear): ...
     >>> model = Classifier(2, 3)
     >>> batch = torch.randn(5, 2), torch.tensor([0, 1, 2, 0, 1])
@@ -67,11 +68,12 @@ class RegressionMixin(TRAKMixin):
     Batches ``(x, y)`` and mappings with ``"labels"`` are understood; for others override `get_predictions` and
     `get_labels`.
 
+    >>> import torch
     >>> class Regressor(RegressionMixin, torch.nn.Linear): ...
-    >>> model = Regressor(2, 1)
-    >>> batch = torch.zeros(3, 2), model.bias.detach() + torch.tensor([1.0, 0.0, -1.0])
+    >>> model = Regressor(2, 1, bias=False)
+    >>> batch = torch.zeros(3, 2), torch.tensor([1.0, 2.0, -1.0])
     >>> model.out_to_loss_grad(batch), model.out_to_loss_curvature(batch)
-    (tensor([ 2.,  0., -2.]), tensor([2., 2., 2.]))
+    (tensor([ 2.,  4., -2.]), tensor([2., 2., 2.]))
     """
 
     def get_predictions(self, batch: Any) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lightning_trak.gradients.engine import Engine, EngineUnsuitable, Sink
 from lightning_trak.gradients.function import ModelFunction
 from lightning_trak.gradients.loop import LoopEngine, batch_gradient
@@ -9,5 +11,5 @@ from lightning_trak.gradients.vmap import VmapEngine
 
 __all__ = ["Engine", "EngineUnsuitable", "LoopEngine", "ModelFunction", "Sink", "VmapEngine", "batch_gradient"]
 
-ENGINES: dict[str, type[LoopEngine] | type[VmapEngine]] = {"vmap": VmapEngine, "loop": LoopEngine}
+ENGINES: dict[str, Callable[[], Engine]] = {"vmap": VmapEngine, "loop": LoopEngine}
 """By name, best first: ``gradients="auto"`` tries them in this order."""

@@ -63,7 +63,7 @@ def describe(batch: Any) -> str:
 
     >>> import torch
     >>> describe({"x": torch.ones(4, 2), "label": [1, 2]})
-    "dict(x: Tensor(4, 2), label: list(int, int))"
+    'dict(x: Tensor(4, 2), label: list(int, int))'
     """
     if isinstance(batch, Tensor):
         return f"Tensor{tuple(batch.shape)}"

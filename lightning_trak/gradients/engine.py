@@ -20,8 +20,15 @@ class Engine(Protocol):
     needs (b, p) memory.
     """
 
-    name: str
-    batch_size: int | None  # the batch size that the engine requires; None if any will do
+    @property
+    def name(self) -> str:
+        """What ``gradients=`` calls it."""
+        ...
+
+    @property
+    def batch_size(self) -> int | None:
+        """The batch size that it requires; None if any will do."""
+        ...
 
     def __call__(self, function: ModelFunction, batch: Any, size: int, sink: Sink) -> Tensor:
         """Send every parameter's gradients for every example of ``batch`` to ``sink`` exactly once.

@@ -15,7 +15,7 @@ class LoopEngine:
     """One backward pass for each example, which is read as a batch of its own."""
 
     name = "loop"
-    batch_size = 1
+    batch_size: int | None = 1
 
     def __call__(self, function: ModelFunction, batch: Any, size: int, sink: Sink) -> Tensor:
         """Send the gradients of the one example; see `Engine`."""

@@ -22,7 +22,7 @@ class VmapEngine:
     """
 
     name = "vmap"
-    batch_size = None
+    batch_size: int | None = None
 
     def __call__(self, function: ModelFunction, batch: Any, size: int, sink: Sink) -> Tensor:
         """Send the gradients chunk by chunk; see `Engine`."""
