@@ -233,6 +233,7 @@ def test_checkpoint_plugins_of_the_user_still_work(tmp_path):
     assert set(FeatureStore(tmp_path / "store").digests) == set(digests_of(*(tmp_path / "files").iterdir()))
 
 
+@pytest.mark.filterwarnings("ignore:.*was called without a model")  # Lightning, of OnExceptionCheckpoint
 def test_a_crash_in_training_loses_nothing(tmp_path):
     class Crashes(Classifier):
         def on_train_epoch_start(self):
@@ -317,8 +318,7 @@ def test_models_that_vmap_cannot_differentiate_fall_back_to_the_loop(tmp_path):
     fit(tmp_path, TRAKCallback(tmp_path / "a"), module=Branches(), max_epochs=1)
     fit(tmp_path, TRAKCallback(tmp_path / "b"), max_epochs=1)
     (one,), (other,) = FeatureStore(tmp_path / "a"), FeatureStore(tmp_path / "b")
-    L.seed_everything(0, verbose=False)
-    assert one.complete
+    np.testing.assert_allclose(one.features, other.features, rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match="gradients='vmap' cannot differentiate"):
         fit(tmp_path, TRAKCallback(tmp_path / "c", gradients="vmap"), module=Branches(), max_epochs=1)
 

@@ -1,0 +1,764 @@
+"""`Trainer.attribute` as a whole: right, undisturbing, and clear about what it cannot do."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+import lightning_trak as lt
+from lightning_trak import Attribution, FeatureStore, TRAKCallback, attribute
+from lightning_trak.projection import make_projector, projection_key
+from tests.conftest import Blobs, Classifier, make_data, make_trainer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One trained run of three checkpoints, shared by the tests that only read it."""
+    root = tmp_path_factory.mktemp("run")
+    L.seed_everything(0, verbose=False)
+    saving = ModelCheckpoint(root / "files", save_top_k=-1, monitor="val_loss", filename="{epoch}")
+    trainer = make_trainer(root, TRAKCallback(root / "store"), saving)
+    module, data = Classifier(), Blobs()
+    trainer.fit(module, datamodule=data)
+    return root, trainer, module, data
+
+
+def fresh(root, **kwargs):
+    """A trainer that knows nothing but the store."""
+    return make_trainer(root, TRAKCallback(root / "store", **kwargs))
+
+
+def features_float64(module, dataset, names, projection):
+    """Slow and obvious: one example, one backward pass, one matrix product at a time. Returns Φ, p."""
+    module = copy.deepcopy(module).double().eval()
+    rows, probabilities = [], []
+    for x, y in dataset:
+        p = module(x[None].double()).softmax(1)[0, y]
+        parameters = dict(module.named_parameters())
+        gradients = torch.autograd.grad(torch.log(p / (1 - p)), [parameters[name] for name in names])
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]).numpy() @ projection)
+        probabilities.append(p.item())
+    return np.array(rows), np.array(probabilities)
+
+
+def scores_float64(train, targets, q, w, damping):
+    """τ[i, j] = φ(z_j)ᵀ (H + λ·mean(diag H)·I)⁻¹ φ(z_i) q_i, by explicit loops and an explicit inverse."""
+    k = train.shape[1]
+    kernel = np.zeros((k, k))
+    for phi, weight in zip(train, w, strict=True):
+        kernel += weight * np.outer(phi, phi)
+    inverse = np.linalg.inv(kernel + damping * np.mean(np.diag(kernel)) * np.eye(k))
+    scores = np.zeros((len(train), len(targets)))
+    for i in range(len(train)):
+        for j in range(len(targets)):
+            scores[i, j] = targets[j] @ inverse @ train[i] * q[i]
+    return scores
+
+
+def projection_matrix(projector, key, p):
+    """Row by row: what the projector makes of each unit vector."""
+    features = torch.zeros(p, projector.dimension(p))
+    projector.add_(features, torch.eye(p), 0, key)
+    return features.double().numpy()
+
+
+@pytest.mark.parametrize("curvature", [True, False])
+@pytest.mark.parametrize("projector", ["identity", "sparse", "rademacher"])
+@pytest.mark.parametrize("gradients", ["vmap", "loop"])
+def test_whole_attribution_against_a_float64_reference(tmp_path, run, projector, curvature, gradients):
+    root, _, module, data = run
+    paths = sorted((root / "files").iterdir())
+    trak = TRAKCallback(
+        tmp_path / "store", projector=projector, proj_dim=24, gradients=gradients, curvature=curvature, damping=0.2,
+        seed=3, parameters=["net.0.*", "net.4.*"],
+    )  # fmt: skip
+    scores = make_trainer(tmp_path, trak).attribute(Classifier(), datamodule=data, ckpt_path=paths).scores
+    names = ["net.0.weight", "net.0.bias", "net.4.weight", "net.4.bias"]
+    expected = 0
+    store = FeatureStore(tmp_path / "store")
+    for path, digest in zip(paths, store.digests, strict=True):
+        model = Classifier.load_from_checkpoint(path)
+        p = sum(parameter.numel() for name, parameter in model.named_parameters() if name in names)
+        matrix = projection_matrix(make_projector(projector, 24, p), projection_key(3, digest), p)
+        train, probabilities = features_float64(model, make_data(40), names, matrix)
+        targets, _ = features_float64(model, make_data(7, 2), names, matrix)
+        weights = probabilities * (1 - probabilities) if curvature else np.ones(40)
+        expected = expected + scores_float64(train, targets, 1 - probabilities, weights, 0.2) / len(paths)
+    np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def snapshot(trainer, module):
+    """Everything of model, trainer and callbacks that a user could notice."""
+    return {
+        "weights": {name: value.clone() for name, value in module.state_dict().items()},
+        "data pointers": [parameter.data_ptr() for parameter in module.parameters()],
+        "grads": [None if p.grad is None else p.grad.clone() for p in module.parameters()],
+        "requires_grad": [parameter.requires_grad for parameter in module.parameters()],
+        "modes": [submodule.training for submodule in module.modules()],
+        "module trainer": module._trainer,
+        "device": module.device,
+        "callbacks": list(trainer.callbacks),
+        "lightning_module": trainer.lightning_module,
+        "strategy model": trainer.strategy.model,
+        "state": (trainer.state.fn, trainer.state.status, trainer.state.stage),
+        "datamodule": trainer.datamodule,
+        "train_dataloader": trainer.train_dataloader,
+        "predict source": trainer.predict_loop._data_source.instance,
+        "selector": trainer._data_connector._datahook_selector,
+        "best": trainer.checkpoint_callback.best_model_path,
+        "global_step": trainer.global_step,
+        "metrics": dict(trainer.callback_metrics),
+        "rng": (torch.get_rng_state(), np.random.get_state()[1].copy()),
+        "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+    }
+
+
+def assert_same(one, other):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, np.ndarray):
+        assert np.array_equal(one, other)
+    elif isinstance(one, dict):
+        assert list(one) == list(other)
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_same(left, right)
+    else:
+        assert one is other or one == other
+
+
+def prepared(run):
+    """The run's model in an odd state: some gradients, mixed modes, a frozen parameter."""
+    module = run[2]
+    module.train()
+    module.net[1].eval()
+    module.net[0].weight.grad = torch.ones_like(module.net[0].weight)
+    module.net[4].bias.requires_grad_(False)
+    return module
+
+
+def test_attribute_leaves_everything_as_it_was(run):
+    _, trainer, _, _ = run
+    module = prepared(run)
+    before = snapshot(trainer, module)
+    trainer.attribute()
+    assert_same(before, snapshot(trainer, module))
+    module.net[4].bias.requires_grad_(True)
+
+
+def test_attribute_leaves_everything_as_it_was_after_an_error_too(run, monkeypatch):
+    _, trainer, _, _ = run
+    module = prepared(run)
+    before = snapshot(trainer, module)
+
+    def fails(*_, **__):
+        torch.rand(3)
+        raise RuntimeError("in the middle")
+
+    monkeypatch.setattr("lightning_trak._loop.Featurizer.__call__", fails)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        trainer.attribute()
+    assert_same(before, snapshot(trainer, module))
+    module.net[4].bias.requires_grad_(True)
+
+
+def test_another_model_or_datamodule_does_not_stay_attached(run):
+    root, trainer, module, _ = run
+    other, data = Classifier(), Blobs()
+    before = snapshot(trainer, module)
+    trainer.attribute(other, datamodule=data)
+    assert_same(before, snapshot(trainer, module))
+    assert other._trainer is None
+    assert data.trainer is None
+    untouched = fresh(root)
+    untouched.attribute(other, datamodule=data)
+    assert untouched.lightning_module is None
+    assert untouched.datamodule is None
+
+
+def test_training_goes_on_after_attribute_as_without(tmp_path):
+    def train(attributes):
+        L.seed_everything(0, verbose=False)
+        root = tmp_path / str(attributes)
+        trainer = make_trainer(root, TRAKCallback(root / "store"), max_epochs=1)
+        module, data = Classifier(), Blobs()
+        trainer.fit(module, datamodule=data)
+        if attributes:
+            trainer.attribute()
+        trainer.fit_loop.max_epochs = 3
+        trainer.fit(module, datamodule=data)
+        return module.state_dict()
+
+    for one, other in zip(train(False).values(), train(True).values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_results_do_not_depend_on_how_data_are_read(tmp_path, run):
+    root, trainer, _, _ = run
+    expected = trainer.attribute().scores
+    files = sorted((root / "files").iterdir())
+    for number, (options, data) in enumerate(
+        [
+            ({"inference_mode": False}, Blobs()),
+            ({}, Blobs(batch_size=40)),
+            ({}, Blobs(batch_size=1)),
+            ({}, Blobs(num_workers=2)),
+        ]
+    ):
+        store = tmp_path / str(number)
+        for batch_size in (None, 3):
+            again = make_trainer(store, TRAKCallback(store / str(batch_size), batch_size=batch_size), **options)
+            scores = again.attribute(Classifier(), datamodule=data, ckpt_path=files).scores
+            torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-5)
+    shuffled = DataLoader(make_data(7, 2), 2, shuffle=True)
+    torch.testing.assert_close(trainer.attribute(dataloaders=shuffled).scores, expected, rtol=1e-3, atol=1e-5)
+    with torch.inference_mode():
+        torch.testing.assert_close(trainer.attribute().scores, expected, rtol=1e-3, atol=1e-5)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(trainer.attribute().scores, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_fresh_process_needs_the_store_alone(run):
+    root, trainer, _, _ = run
+    script = f"""
+import warnings; warnings.filterwarnings("ignore")
+import sys; sys.path.insert(0, {str(__file__.rsplit("/tests/", 1)[0])!r})
+import torch, lightning as L
+from lightning_trak import TRAKCallback
+from tests.conftest import Blobs, Classifier
+trainer = L.Trainer(callbacks=[TRAKCallback({str(root / "store")!r})], logger=False, accelerator="cpu")
+torch.save(trainer.attribute(Classifier(), datamodule=Blobs()).scores, {str(root / "scores.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    torch.testing.assert_close(torch.load(root / "scores.pt"), trainer.attribute().scores)
+
+
+def test_store_settings_hold_where_the_callback_says_nothing(tmp_path):
+    L.seed_everything(0, verbose=False)
+    settings = {"proj_dim": 16, "projector": "rademacher", "seed": 7, "parameters": "net.*.weight"}
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store", **settings), max_epochs=1)
+    trainer.fit(Classifier(), datamodule=Blobs())
+    expected = trainer.attribute().scores
+    torch.testing.assert_close(fresh(tmp_path).attribute(Classifier(), datamodule=Blobs()).scores, expected)
+    for other in ({"seed": 8}, {"proj_dim": 17}, {"projector": "sparse"}, {"parameters": "net.0.weight"}):
+        with pytest.raises(ValueError, match=r"was made with .*, but here"):
+            fresh(tmp_path, **other).attribute(Classifier(), datamodule=Blobs())
+
+
+def test_checkpoints_brought_along(tmp_path, run):
+    root, trainer, _, data = run
+    files = sorted((root / "files").iterdir())
+    plain = tmp_path / "plain.pt"
+    torch.save(torch.load(files[0], weights_only=True)["state_dict"], plain)
+    scores = fresh(tmp_path).attribute(Classifier(), datamodule=data, ckpt_path=[plain, *files[1:]]).scores
+    torch.testing.assert_close(scores, trainer.attribute(ckpt_path=files).scores, rtol=1e-3, atol=1e-5)
+    one = fresh(tmp_path).attribute(Classifier(), datamodule=data, ckpt_path=str(files[1]))
+    assert len(one.info.checkpoints) == 1
+    assert len(FeatureStore(tmp_path / "store")) == 3
+
+
+def test_best_and_last(run):
+    root, trainer, _, _ = run
+    best = trainer.attribute(ckpt_path="best")
+    expected = trainer.attribute(ckpt_path=trainer.checkpoint_callback.best_model_path)
+    assert best.info.checkpoints == expected.info.checkpoints
+    store = FeatureStore(root / "store")
+    assert trainer.attribute(ckpt_path="last").info.checkpoints == (store.digests[-1],)
+    with pytest.raises(MisconfigurationException, match="no ModelCheckpoint that saved a best"):
+        fresh(root).attribute(Classifier(), datamodule=Blobs(), ckpt_path="best")
+
+
+def test_top_k_is_the_extremes_of_the_whole(run):
+    _, trainer, _, _ = run
+    whole, extremes = trainer.attribute(), trainer.attribute(top_k=4)
+    for side in ("top", "bottom"):
+        expected, got = getattr(whole, side)(3), getattr(extremes, side)(3)
+        assert torch.equal(expected.indices, got.indices)
+        torch.testing.assert_close(expected.values, got.values)
+    with pytest.raises(AttributeError, match="without top_k"):
+        extremes.scores  # noqa: B018
+    assert trainer.attribute(top_k=1000).top(40).indices.shape == (7, 40)
+
+
+def test_name_keeps_the_result_in_the_store(run):
+    root, trainer, _, _ = run
+    attribution = trainer.attribute(name="first")
+    loaded = Attribution.load(root / "store" / "scores" / "first")
+    assert torch.equal(loaded.scores, attribution.scores)
+    assert repr(loaded) == repr(attribution)
+
+
+def test_function_and_method_are_one(run):
+    _, trainer, _, _ = run
+    assert torch.equal(attribute(trainer).scores, trainer.attribute().scores)
+    assert L.Trainer.attribute is attribute
+
+
+def test_targets_are_looked_for_in_order(run):
+    _, trainer, _, _ = run
+
+    class Many(Blobs):
+        def attribute_dataloader(self):
+            return DataLoader(make_data(2), 2)
+
+        def predict_dataloader(self):
+            return DataLoader(make_data(3), 2)
+
+    class Predict(Blobs):
+        def predict_dataloader(self):
+            return DataLoader(make_data(3), 2)
+
+    assert trainer.attribute(datamodule=Many()).scores.shape == (40, 2)
+    assert trainer.attribute(datamodule=Predict()).scores.shape == (40, 3)
+    assert trainer.attribute(datamodule=Blobs()).scores.shape == (40, 7)
+    assert trainer.attribute(dataloaders=DataLoader(make_data(5), 2)).scores.shape == (40, 5)
+    assert trainer.attribute(dataloaders=DataLoader(make_data(5), 2), datamodule=Blobs()).scores.shape == (40, 5)
+    assert trainer.attribute(dataloaders=Predict()).scores.shape == (40, 3)
+
+
+def test_loaders_of_the_module_itself(tmp_path):
+    class WithData(Classifier):
+        def train_dataloader(self):
+            return DataLoader(make_data(16), 8, shuffle=True)
+
+        def val_dataloader(self):
+            return DataLoader(make_data(8), 8)
+
+        def test_dataloader(self):
+            return DataLoader(make_data(5, 2), 2)
+
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store"), max_epochs=1)
+    trainer.fit(WithData())
+    expected = trainer.attribute().scores
+    assert expected.shape == (16, 5)
+    torch.testing.assert_close(fresh(tmp_path).attribute(WithData()).scores, expected)
+
+
+def test_layers_made_in_setup_or_configure_model(tmp_path):
+    class Late(lt.ClassificationMixin, L.LightningModule):
+        def setup(self, stage):
+            if not hasattr(self, "first"):
+                self.first = torch.nn.Linear(4, 4)
+
+        def configure_model(self):
+            if not hasattr(self, "last"):
+                self.last = torch.nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.last(self.first(x).tanh())
+
+        training_step, configure_optimizers = Classifier.training_step, lambda self: torch.optim.SGD(self.parameters())
+
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store"), max_epochs=1)
+    trainer.fit(Late(), DataLoader(make_data(16), 8))
+    targets = DataLoader(make_data(5, 2), 5)
+    expected = trainer.attribute(dataloaders=targets).scores
+    torch.testing.assert_close(fresh(tmp_path).attribute(Late(), dataloaders=targets).scores, expected)
+
+
+# -------------------------------------------------------------------------------------- do the scores mean anything?
+
+
+class Logistic(lt.TRAKMixin, L.LightningModule):
+    """Logistic regression without a bias: convex, f linear in θ, its loss softplus(−f)."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.theta = torch.nn.Parameter(torch.zeros(d))
+
+    def model_output(self, batch):
+        x, sign = batch
+        return sign * (x @ self.theta)
+
+
+def fit_logistic(x, sign):
+    """Newton's method in float64, to the optimum."""
+    theta = torch.zeros(x.shape[1], dtype=torch.float64)
+    for _ in range(50):
+        p = torch.sigmoid(sign * (x @ theta))
+        gradient = -(x * (sign * (1 - p))[:, None]).sum(0)
+        hessian = (x * (p * (1 - p))[:, None]).T @ x
+        theta = theta - torch.linalg.solve(hessian, gradient)
+    return theta
+
+
+def logistic_data(n, d=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    noise = torch.randn(n, generator=generator, dtype=torch.float64)
+    return x, torch.where(x.sum(1) + noise > 0, 1.0, -1.0).double()
+
+
+def test_scores_are_the_change_that_leaving_an_example_out_makes(tmp_path):
+    """For a convex model at its optimum a score is f(all) − f(without the example), sign and magnitude."""
+    x, sign = logistic_data(400)
+    targets, target_sign = logistic_data(6, seed=1)
+    theta = fit_logistic(x, sign)
+    torch.save({"theta": theta.float()}, tmp_path / "theta.pt")
+
+    def loader(x, sign):
+        return DataLoader(TensorDataset(x.float(), sign.float()), 64)
+
+    class Data(L.LightningDataModule):
+        def train_dataloader(self):
+            return loader(x, sign)
+
+        def predict_dataloader(self):
+            return loader(targets, target_sign)
+
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store", damping=0))
+    attribution = trainer.attribute(Logistic(4), datamodule=Data(), ckpt_path=tmp_path / "theta.pt")
+    chosen = {int(row) for row in torch.cat([attribution.top(2).indices, attribution.bottom(2).indices], 1).flatten()}
+    predicted, actual = [], []
+    for row in sorted(chosen):
+        keep = torch.arange(len(x)) != row
+        without = fit_logistic(x[keep], sign[keep])
+        actual.append(target_sign * (targets @ (theta - without)))
+        predicted.append(attribution.scores[row].double())
+    predicted, actual = torch.stack(predicted), torch.stack(actual)
+    slope = (predicted * actual).sum() / predicted.square().sum()
+    assert torch.corrcoef(torch.stack([predicted.flatten(), actual.flatten()]))[0, 1] > 0.995
+    assert 0.9 < slope < 1.1
+    for column in range(6):  # and the best proponent raises the output, the worst opponent lowers it
+        keep = torch.arange(len(x)) != attribution.top(1).indices[column, 0]
+        assert target_sign[column] * (targets[column] @ (theta - fit_logistic(x[keep], sign[keep]))) > 0
+        keep = torch.arange(len(x)) != attribution.bottom(1).indices[column, 0]
+        assert target_sign[column] * (targets[column] @ (theta - fit_logistic(x[keep], sign[keep]))) < 0
+
+
+class DigitsCNN(lt.ClassificationMixin, L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(
+            torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 16, 3), torch.nn.ReLU(),
+            torch.nn.Flatten(), torch.nn.Linear(256, 10),
+        )  # fmt: skip
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_near_duplicates_of_training_digits_find_their_originals(tmp_path):
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.tensor(digits.images[:800, None] / 16, dtype=torch.float32)
+    labels = torch.tensor(digits.target[:800])
+    L.seed_everything(0, verbose=False)
+    rows = torch.randperm(800)[:30]
+    blurred = images[rows] + 0.05 * torch.randn_like(images[rows])
+    trak = TRAKCallback(tmp_path / "store", proj_dim=512)
+    trainer = make_trainer(tmp_path, trak, ModelCheckpoint(tmp_path / "files", save_top_k=-1), max_epochs=5)
+    trainer.fit(DigitsCNN(), DataLoader(TensorDataset(images, labels), 32, shuffle=True))
+    top = trainer.attribute(dataloaders=DataLoader(TensorDataset(blurred, labels[rows]), 32)).top(5)
+    found = (top.indices == rows[:, None]).any(1).float().mean().item()
+    assert found >= 0.9
+
+
+# --------------------------------------------------------------------------------------------- models and batches
+
+
+class DictSet(Dataset):
+    """Examples as Hugging Face datasets give them."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        x, y = self.dataset[index]
+        return {"inputs": x, "labels": y}
+
+
+class NestedSet(DictSet):
+    def __getitem__(self, index):
+        x, y = self.dataset[index]
+        return {"views": [x[:2], (x[2:], index)]}, y
+
+
+class DictClassifier(Classifier):
+    """Returns an object with logits, as Hugging Face models do."""
+
+    def forward(self, inputs):
+        from types import SimpleNamespace
+
+        return SimpleNamespace(logits=self.net(inputs))
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.get_logits(batch), self.get_labels(batch))
+
+
+class NestedClassifier(DictClassifier):
+    def forward(self, x):
+        return self.net(x)
+
+    def get_logits(self, batch):
+        first, (second, _) = batch[0]["views"]
+        return self(torch.cat([first, second], 1))
+
+
+class Tied(Classifier):
+    """The same weight used in two layers, and a layer called twice; a frozen layer in front."""
+
+    def __init__(self):
+        super().__init__()
+        del self.net
+        self.front = torch.nn.Linear(4, 4).requires_grad_(False)
+        self.encode, self.decode = torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)
+        self.decode.weight = self.encode.weight
+        self.last = torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        hidden = self.decode(self.encode(self.front(x)).tanh()).tanh()
+        return self.last(self.encode(hidden))
+
+
+class Regressor(lt.RegressionMixin, L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self(batch[0])[:, 0], batch[1])
+
+    configure_optimizers = DigitsCNN.configure_optimizers
+
+
+def regression_data(n, seed=0):
+    x, _ = make_data(n, seed).tensors
+    return TensorDataset(x, x.sum(1))
+
+
+CASES = {
+    "dict": (DictClassifier, DictSet(make_data(24)), DictSet(make_data(5, 2))),
+    "nested": (NestedClassifier, NestedSet(make_data(24)), NestedSet(make_data(5, 2))),
+    "tied and frozen": (Tied, make_data(24), make_data(5, 2)),
+    "regression": (Regressor, regression_data(24), regression_data(5, 2)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_models_and_batches(tmp_path, case):
+    make_module, train, targets = CASES[case]
+
+    class Module(make_module):
+        validation_step = None
+
+    L.seed_everything(0, verbose=False)
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store", damping=0.1), max_epochs=1)
+    module = Module()
+    trainer.fit(module, DataLoader(train, 8, shuffle=True))
+    scores = trainer.attribute(dataloaders=DataLoader(targets, 2)).scores
+    module = module.double().eval()
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+    def double(batch):
+        if isinstance(batch, torch.Tensor):
+            return batch.double() if batch.is_floating_point() else batch
+        if isinstance(batch, dict):
+            return {key: double(value) for key, value in batch.items()}
+        return [double(value) for value in batch]
+
+    def reference(dataset):
+        rows, q, w = [], [], []
+        for batch in DataLoader(dataset, 1):
+            batch = double(batch)
+            output = module.model_output(batch)
+            rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(output.sum(), parameters)]).numpy())
+            f = output.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(module.output_to_loss(f, batch).sum(), f, create_graph=True)
+            q.append(-slope.item())
+            w.append(torch.autograd.grad(slope.sum(), f)[0].item())
+        return np.array(rows), np.array(q), np.array(w)
+
+    phi, q, w = reference(train)
+    expected = scores_float64(phi, reference(targets)[0], q, w, 0.1)
+    np.testing.assert_allclose(scores.numpy(), expected, rtol=2e-3, atol=1e-4 * np.abs(expected).max())
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+def test_no_callback(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"no TRAKCallback.*callbacks=\[TRAKCallback"):
+        make_trainer(tmp_path).attribute(Classifier(), datamodule=Blobs())
+
+
+def test_two_callbacks(tmp_path):
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "a"))
+    trainer.callbacks.append(TRAKCallback(tmp_path / "b"))
+    with pytest.raises(MisconfigurationException, match="2 TRAKCallbacks"):
+        trainer.attribute(Classifier(), datamodule=Blobs())
+
+
+def test_other_lightning_is_refused_by_name(tmp_path, run):
+    import pytorch_lightning
+
+    with pytest.raises(TypeError, match=r"got pytorch_lightning.*import lightning as L"):
+        attribute(pytorch_lightning.Trainer(logger=False, accelerator="cpu"), Classifier())
+    with pytest.raises(TypeError, match=r"model must be a lightning\.pytorch\.LightningModule, got pytorch_lightning"):
+        run[1].attribute(pytorch_lightning.LightningModule())
+
+
+def test_no_model(tmp_path):
+    with pytest.raises(TypeError, match="needs a model"):
+        fresh(tmp_path).attribute(datamodule=Blobs())
+
+
+def test_model_without_model_output(run):
+    with pytest.raises(MisconfigurationException, match="does not define model_output"):
+        run[1].attribute(L.LightningModule())
+
+
+def test_no_store_or_an_empty_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no feature store.*ckpt_path"):
+        fresh(tmp_path).attribute(Classifier(), datamodule=Blobs())
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store"), enable_checkpointing=False)
+    trainer.fit(Classifier(), datamodule=Blobs())
+    with pytest.raises(MisconfigurationException, match="has no checkpoints.*ckpt_path"):
+        trainer.attribute()
+
+
+def test_no_targets(run):
+    class NoTargets(Blobs):
+        test_dataloader = L.LightningDataModule.test_dataloader
+
+    with pytest.raises(
+        MisconfigurationException, match=r"attribute_dataloader, predict_dataloader\s+nor test_dataloader"
+    ):
+        run[1].attribute(datamodule=NoTargets())
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from make_data(4)
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "message"),
+    [
+        (DataLoader(Stream(), 2), TypeError, "iterable dataset"),
+        (DataLoader(Subset(make_data(4), []), 2), ValueError, "empty dataset"),
+        ([DataLoader(make_data(4)), DataLoader(make_data(4))], TypeError, "expected one"),
+        (make_data(4), TypeError, "expected one torch.utils.data.DataLoader"),
+    ],
+)
+def test_targets_without_rows(run, loader, error, message):
+    with pytest.raises(error, match=message):
+        run[1].attribute(dataloaders=loader)
+
+
+@pytest.mark.parametrize("limit", [{"limit_predict_batches": 1}, {"limit_test_batches": 0.5}])
+def test_limits_that_truncate(run, limit):
+    root = run[0]
+    trainer = make_trainer(root, TRAKCallback(root / "store"), **limit)
+    kind = next(iter(limit))
+    loaders = (
+        {"dataloaders": DataLoader(make_data(5), 2)} if kind == "limit_predict_batches" else {"datamodule": Blobs()}
+    )
+    with pytest.raises(MisconfigurationException, match=f"{kind}=.* leaves examples out"):
+        trainer.attribute(Classifier(), **loaders)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"), [(Blobs(n=41), "n_train=40, but here n_train=41"), (Blobs(seed=9), "with data=")]
+)
+def test_other_data_than_the_stores(run, data, message):
+    with pytest.raises(ValueError, match=message):
+        fresh(run[0]).attribute(Classifier(), datamodule=data)
+
+
+def test_checkpoints_that_do_not_fit(tmp_path, run):
+    root, trainer, _, _ = run
+    torch.save(Classifier(hidden=9).state_dict(), tmp_path / "wide.pt")
+    torch.save({"other": torch.zeros(1)}, tmp_path / "other.pt")
+    n = len(FeatureStore(root / "store"))
+    with pytest.raises(ValueError, match=r"does not fit Classifier: net.0.weight: shape \(9, 4\).*\(6, 4\)"):
+        trainer.attribute(ckpt_path=tmp_path / "wide.pt")
+    with pytest.raises(ValueError, match=r"does not fit Classifier: missing: net.0.weight"):
+        trainer.attribute(ckpt_path=[tmp_path / "other.pt"])
+    with pytest.raises(FileNotFoundError, match="which is no file"):
+        trainer.attribute(ckpt_path=tmp_path / "nowhere.pt")
+    with pytest.raises(ValueError, match="empty list"):
+        trainer.attribute(ckpt_path=[])
+    assert len(FeatureStore(root / "store")) == n
+    with pytest.raises(ValueError, match=r"parameters.net.0.weight=\[6, 4\], but here"):
+        fresh(root).attribute(Classifier(hidden=9), datamodule=Blobs())
+
+
+def test_damaged_store(tmp_path):
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store"), max_epochs=1)
+    trainer.fit(Classifier(), datamodule=Blobs())
+    entry = next(iter(FeatureStore(tmp_path / "store")))
+    for name in ("features.npy", "loss_grad.npy", "weights.pt"):
+        path = entry.path / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-9])
+        with pytest.raises(ValueError, match=f"{name}.* is damaged.*[Dd]elete"):
+            trainer.attribute()
+        flipped = bytearray(content)
+        for place in range(len(flipped) // 3, 2 * len(flipped) // 3):
+            flipped[place] ^= 0xFF
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match=f"{name}.* is damaged.*[Dd]elete"):
+            trainer.attribute()
+        path.write_bytes(content)
+    trainer.attribute()
+
+
+def test_targets_with_nan_are_named(run):
+    x, y = make_data(5).tensors
+    x = x.index_fill(0, torch.tensor([3]), float("nan"))
+    with pytest.raises(ValueError, match="NaN or infinite for target rows 3"):
+        run[1].attribute(dataloaders=DataLoader(TensorDataset(x, y), 2))
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 2.5, True])
+def test_top_k_is_checked(run, top_k):
+    with pytest.raises(ValueError, match="top_k must be a positive integer"):
+        run[1].attribute(top_k=top_k)
+
+
+def test_without_damping_too_few_examples_are_an_error(run):
+    root, _, _, _ = run
+    with pytest.raises(ValueError, match=r"damping=0.*n=40.*meaningless"):
+        fresh(root, damping=0).attribute(Classifier(), datamodule=Blobs())
+
+
+def test_only_the_lightning_side_imports_lightning():
+    import ast
+    from pathlib import Path
+
+    package = Path(lt.__file__).parent
+    allowed = {"module.py", "tasks.py", "callback.py", "attribute.py", "_loop.py", "__init__.py"}
+    for path in package.rglob("*.py"):
+        if path.parent == package and path.name in allowed:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] in ("lightning", "pytorch_lightning") for name in names), path
