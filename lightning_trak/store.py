@@ -86,16 +86,16 @@ class FeatureStore:
 
     def check(self, manifest: Mapping[str, Any]) -> None:
         """Raise a ValueError that names the first field in which ``manifest`` differs from the store's own."""
-        given = _flat(json.loads(json.dumps(manifest)))
-        stored = _flat({name: self.manifest.get(name) for name in manifest})
-        for field in {**given, **stored}:
-            own, value = stored.get(field), given.get(field)
-            if own != value:
-                raise ValueError(
-                    f"The store '{self.dirpath}' was made with {field}={_short(own)}, but here {field}={_short(value)}:"
-                    f" features of the two cannot be mixed. Use another dirpath for TRAKCallback, restore the former"
-                    f" {field}, or delete the store to start anew."
-                )
+        for name, value in json.loads(json.dumps(manifest)).items():
+            given, stored = _flat({name: value}), _flat({name: self.manifest.get(name)})
+            for field in [*stored, *(field for field in given if field not in stored)]:
+                if stored.get(field) != given.get(field):
+                    own, here = _short(stored.get(field)), _short(given.get(field))
+                    raise ValueError(
+                        f"The store '{self.dirpath}' was made with {field}={own}, but here {field}={here}: features of"
+                        " the two cannot be mixed. Use another dirpath for TRAKCallback, restore the former"
+                        f" {field}, or delete the store to start anew."
+                    )
 
     @property
     def n_train(self) -> int:

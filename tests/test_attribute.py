@@ -76,7 +76,7 @@ def projection_matrix(projector, key, p):
 @pytest.mark.parametrize("projector", ["identity", "sparse", "rademacher"])
 @pytest.mark.parametrize("gradients", ["vmap", "loop"])
 def test_whole_attribution_against_a_float64_reference(tmp_path, run, projector, curvature, gradients):
-    root, _, module, data = run
+    root, _, _, data = run
     paths = sorted((root / "files").iterdir())
     trak = TRAKCallback(
         tmp_path / "store", projector=projector, proj_dim=24, gradients=gradients, curvature=curvature, damping=0.2,

@@ -233,7 +233,7 @@ def test_checkpoint_plugins_of_the_user_still_work(tmp_path):
     assert set(FeatureStore(tmp_path / "store").digests) == set(digests_of(*(tmp_path / "files").iterdir()))
 
 
-@pytest.mark.filterwarnings("ignore:.*was called without a model")  # Lightning, of OnExceptionCheckpoint
+@pytest.mark.filterwarnings("ignore:.*fit.ckpt_path=")  # Lightning, of OnExceptionCheckpoint
 def test_a_crash_in_training_loses_nothing(tmp_path):
     class Crashes(Classifier):
         def on_train_epoch_start(self):
@@ -253,7 +253,7 @@ def test_a_crash_in_training_loses_nothing(tmp_path):
 def test_rows_are_dataset_rows_whatever_the_loader_does(tmp_path):
     """The loader shuffles and drops; the features equal those of a plain loop over the dataset in float64."""
     trak = TRAKCallback(tmp_path / "store", projector="identity")
-    trainer, module = fit(tmp_path, trak, max_epochs=1, data=Blobs(n=21, batch_size=8))
+    _, module = fit(tmp_path, trak, max_epochs=1, data=Blobs(n=21, batch_size=8))
     entry = next(iter(FeatureStore(tmp_path / "store")))
     module.double().eval()
     for row, (x, y) in enumerate(make_data(21)):
@@ -315,12 +315,12 @@ def test_models_that_vmap_cannot_differentiate_fall_back_to_the_loop(tmp_path):
             scale = 2.0 if x.sum().item() > 1e9 else 1.0
             return super().model_output((x * scale, y))
 
-    fit(tmp_path, TRAKCallback(tmp_path / "a"), module=Branches(), max_epochs=1)
+    fit(tmp_path, TRAKCallback(tmp_path / "a"), module=Branches, max_epochs=1)
     fit(tmp_path, TRAKCallback(tmp_path / "b"), max_epochs=1)
     (one,), (other,) = FeatureStore(tmp_path / "a"), FeatureStore(tmp_path / "b")
     np.testing.assert_allclose(one.features, other.features, rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match="gradients='vmap' cannot differentiate"):
-        fit(tmp_path, TRAKCallback(tmp_path / "c", gradients="vmap"), module=Branches(), max_epochs=1)
+        fit(tmp_path, TRAKCallback(tmp_path / "c", gradients="vmap"), module=Branches, max_epochs=1)
 
 
 def test_a_module_with_model_output_alone(tmp_path):
@@ -482,7 +482,7 @@ def test_limits_that_truncate(tmp_path, limit):
         ({"trak": {"seed": 1}}, r"projection.seed=0, but here projection.seed=1"),
         ({"trak": {"projector": "sparse"}}, "projection.projector=.identity"),
         ({"trak": {"projector": "sparse", "proj_dim": 8}}, r"projection"),
-        ({"trak": {"parameters": "net.0.*"}}, r"parameters.net.1.weight=\\[6\\]"),
+        ({"trak": {"parameters": "net.0.*"}}, r"parameters.net.1.weight=.6., but here"),
         ({"module": Classifier(hidden=7)}, r"parameters.net.0.weight=\[6, 4\], but here .*\[7, 4\]"),
     ],
 )
