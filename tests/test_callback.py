@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     ModelCheckpoint,
     OnExceptionCheckpoint,
+    ProgressBar,
     WeightAveraging,
 )
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
@@ -306,6 +308,31 @@ def test_progress_says_what_and_how_far(tmp_path, capfd):
     assert "Featurizing checkpoint 1 (epoch 0, step 5)" in "".join(capfd.readouterr())
     fit(tmp_path, TRAKCallback(tmp_path / "store2"), max_epochs=1, enable_progress_bar=False)
     assert "Featurizing" not in "".join(capfd.readouterr())
+
+
+def test_progress_joins_a_live_rich_display(tmp_path):
+    class Live:
+        """What is used of `rich.progress.Progress`; rich itself would change every other test's progress bar."""
+
+        def __init__(self):
+            self.live = SimpleNamespace(is_started=True)
+            self.tasks = {}
+
+        def add_task(self, description, total):
+            self.tasks[description] = [0, total, True]
+            return description
+
+        def update(self, task, advance):
+            self.tasks[task][0] += advance
+
+        def remove_task(self, task):
+            self.tasks[task][2] = False
+
+    class RichLike(ProgressBar):
+        progress = Live()
+
+    fit(tmp_path, TRAKCallback(tmp_path / "store"), RichLike(), max_epochs=1, enable_progress_bar=True)
+    assert RichLike.progress.tasks == {"Featurizing checkpoint 1 (epoch 0, step 5)": [40, 40, False]}
 
 
 def test_models_that_vmap_cannot_differentiate_fall_back_to_the_loop(tmp_path):
