@@ -161,9 +161,10 @@ class _Data:
         )
 
     def _request(self, owner: Any, hook: str, stage: str) -> Any:
+        """Call a loader hook of a datamodule or module, prepared and set up as Lightning does for that stage."""
+        if not any(prepared == id(owner) for prepared, _ in self._prepared):
+            owner.prepare_data()
         if (id(owner), stage) not in self._prepared:
-            if not self._prepared:
-                owner.prepare_data()
             owner.setup(stage)
             self._prepared.add((id(owner), stage))
         return getattr(owner, hook)()
