@@ -47,7 +47,7 @@ class SparseProjector(Projector):
             self._drawn.clear()
         found = self._drawn.get((key, start, stop, device))
         if found is None:
-            blocks = range(start, stop, _BLOCK)
+            blocks = range(start, max(stop, start + 1), _BLOCK)  # one at least, be it empty
             found = torch.cat([_draw(first, min(first + _BLOCK, stop), self.proj_dim, key, device) for first in blocks])
             self._drawn[key, start, stop, device] = found
         return found

@@ -1,0 +1,201 @@
+"""Projections against references written from their definitions, one integer at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_trak.projection import (
+    IdentityProjector,
+    Projector,
+    RademacherProjector,
+    SparseProjector,
+    check_projector,
+    make_projector,
+    projection_key,
+)
+from lightning_trak.projection.philox import philox4x32
+
+RANDOM = [RademacherProjector, SparseProjector]
+ALL = [*RANDOM, IdentityProjector]
+
+
+def philox_reference(counter, key):
+    """Philox4x32-10 with Python's integers (Salmon et al., 2011)."""
+    c, k = list(counter), [key & 0xFFFFFFFF, key >> 32]
+    for _ in range(10):
+        one, other = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [
+            (other >> 32) ^ c[1] ^ k[0],
+            other & 0xFFFFFFFF,
+            (one >> 32) ^ c[3] ^ k[1],
+            one & 0xFFFFFFFF,
+        ]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_philox_known_answers(counter, key, expected):
+    """The known-answer tests published with Random123."""
+    words = [torch.tensor([int(word, 16)]) for word in counter.split()]
+    low, high = (int(word, 16) for word in key.split())
+    got = [f"{word.item():08x}" for word in philox4x32(tuple(words), low | high << 32)]
+    assert got == expected.split()
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=4, max_size=4), st.integers(0, 2**64 - 1))
+def test_philox_against_python_integers(counter, key):
+    got = philox4x32(tuple(torch.tensor([word]) for word in counter), key)
+    assert [word.item() for word in got] == philox_reference(counter, key)
+
+
+def rademacher_reference(start, rows, k, key):
+    matrix = np.zeros((rows, k))
+    for i in range(rows):
+        for j in range(k):
+            row = start + i
+            words = philox_reference((row & 0xFFFFFFFF, row >> 32, j // 128, 0), key)
+            bit = words[j % 128 // 32] >> (j % 32) & 1
+            matrix[i, j] = (2 * bit - 1) / np.sqrt(k)
+    return matrix
+
+
+def sparse_reference(start, rows, k, key):
+    matrix = np.zeros((rows, k))
+    for i in range(rows):
+        row = start + i
+        bucket, sign, _, _ = philox_reference((row & 0xFFFFFFFF, row >> 32, 0, 1), key)
+        matrix[i, bucket * k >> 32] = -1 if sign & 1 else 1
+    return matrix
+
+
+REFERENCES = {RademacherProjector: rademacher_reference, SparseProjector: sparse_reference}
+
+
+@pytest.mark.parametrize("projector", RANDOM)
+@pytest.mark.parametrize("k", [1, 7, 128, 200])
+@pytest.mark.parametrize("start", [0, 5, 2**32 - 3, 2**33 + 1])
+def test_matrix_is_the_documented_one(projector, k, start):
+    key = 0x123456789ABCDEF0
+    features = torch.zeros(6, k)
+    projector(k).add_(features, torch.eye(6), start, key)
+    np.testing.assert_allclose(features.numpy(), REFERENCES[projector](start, 6, k, key), rtol=1e-6)
+
+
+def project(projector, gradients, key=3, cuts=()):
+    features = torch.zeros(len(gradients), projector.dimension(gradients.shape[1]))
+    edges = [0, *sorted(cuts), gradients.shape[1]]
+    for start, stop in zip(edges, edges[1:], strict=False):
+        projector.add_(features, gradients[:, start:stop], start, key)
+    return features
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(ALL),
+    st.integers(0, 5),
+    st.integers(1, 60),
+    st.sampled_from([1, 8, 130]),
+    st.data(),
+)
+def test_any_cut_split_and_order_gives_the_same_features(projector, b, p, k, data):
+    projector = projector(k)
+    gradients = torch.randn(b, p, generator=torch.Generator().manual_seed(p))
+    whole = project(projector, gradients)
+    cuts = data.draw(st.lists(st.integers(0, p), max_size=4))
+    order = torch.tensor(data.draw(st.permutations(range(b))), dtype=torch.int64)
+    torch.testing.assert_close(project(projector, gradients, cuts=cuts), whole)
+    torch.testing.assert_close(project(projector, gradients[order]), whole[order])
+    split = data.draw(st.integers(0, b))
+    parts = torch.cat([project(projector, gradients[:split]), project(projector, gradients[split:])])
+    torch.testing.assert_close(parts, whole)
+
+
+def test_dense_blocks_do_not_show(monkeypatch):
+    gradients = torch.randn(3, 500)
+    whole = project(RademacherProjector(96), gradients)
+    monkeypatch.setattr("lightning_trak.projection.rademacher._BLOCK_ENTRIES", 96 * 7)
+    torch.testing.assert_close(project(RademacherProjector(96), gradients), whole)
+    monkeypatch.setattr("lightning_trak.projection.sparse._BLOCK", 13)
+    again = project(SparseProjector(96), gradients)
+    monkeypatch.undo()
+    torch.testing.assert_close(again, project(SparseProjector(96), gradients))
+
+
+@pytest.mark.parametrize("projector", RANDOM)
+@pytest.mark.parametrize("k", [16, 130])
+def test_inner_products_are_kept_on_average(projector, k):
+    """E[⟨Px, Py⟩] = ⟨x, y⟩: the mean over 2000 keys is within five standard errors."""
+    x, y = torch.randn(2, 40, generator=torch.Generator().manual_seed(0))
+    both = torch.stack([x, y])
+    products = []
+    for key in range(2000):
+        features = project(projector(k), both, key=key * 7919)
+        products.append((features @ features.T)[[0, 0, 1], [0, 1, 1]])
+    products = torch.stack(products).double()
+    error = products.std(0) / len(products) ** 0.5
+    expected = torch.stack([x @ x, x @ y, y @ y]).double()
+    assert ((products.mean(0) - expected).abs() < 5 * error).all()
+
+
+@pytest.mark.parametrize("projector", RANDOM)
+def test_key_and_position_choose_the_matrix(projector):
+    eye = torch.eye(50)
+    one = project(projector(32), eye, key=1)
+    assert torch.equal(one, project(projector(32), eye, key=1))
+    assert not torch.equal(one, project(projector(32), eye, key=2))
+    kept = projector(32)
+    project(kept, eye, key=1)
+    assert torch.equal(project(kept, eye, key=2), project(projector(32), eye, key=2))
+    assert torch.equal(project(kept, eye, key=1), one)
+
+
+def test_identity_is_exact():
+    gradients = torch.randn(3, 10)
+    assert torch.equal(project(IdentityProjector(), gradients, cuts=[4]), gradients)
+    assert IdentityProjector(4).dimension(10) == 10
+
+
+def test_projection_key():
+    keys = {projection_key(seed, digest) for seed in range(5) for digest in ("a", "b", "1:a")}
+    assert len(keys) == 15
+    assert all(0 <= key < 2**64 for key in keys)
+
+
+def test_make_projector():
+    assert isinstance(make_projector("auto", 10, 10), IdentityProjector)
+    assert isinstance(make_projector("auto", 10, 11), SparseProjector)
+    assert make_projector("rademacher", 10, 11).proj_dim == 10
+    own = SparseProjector(5)
+    assert make_projector(own, 10, 11) is own
+    with pytest.raises(ValueError, match="'auto', 'identity', 'rademacher', 'sparse' or a Projector, got 'gauss'"):
+        check_projector("gauss")
+    with pytest.raises(TypeError, match="got 3"):
+        check_projector(3)
+    with pytest.raises(ValueError, match="positive integer, got 0"):
+        SparseProjector(0)
+
+
+def test_a_projector_of_ones_own():
+    class First(Projector):
+        name = "first"
+
+        def dimension(self, n_params):
+            return 1
+
+        def add_(self, features, gradients, start, key):
+            if start == 0:
+                features[:, 0] += gradients[:, 0]
+
+    assert project(First(), torch.tensor([[2.0, 3.0]]), cuts=[1]).item() == 2.0

@@ -1,0 +1,161 @@
+"""Kernel and scores against NumPy loops, and against the `traker` package on identical gradients."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+from torch import nn
+
+from lightning_trak import ClassificationMixin
+from lightning_trak.featurize import Featurizer
+from lightning_trak.gradients import ModelFunction, VmapEngine
+from lightning_trak.gram import factor, gram, solve
+from lightning_trak.module import LossTerms
+from lightning_trak.projection import IdentityProjector
+from lightning_trak.scores import TrainFeatures, extreme_scores, n_blocks, precondition, scores
+
+
+def random_train(n, k, seed=0):
+    rng = np.random.default_rng(seed)
+    arrays = rng.normal(size=(n, k)), rng.uniform(size=n), rng.uniform(0.1, 1, size=n)
+    return TrainFeatures(*(array.astype(np.float32) for array in arrays))
+
+
+def scores_reference(trains, targets, damping, curvature):
+    """τ[i, j], one pair and one checkpoint at a time, in float64."""
+    n, m = len(trains[0].features), len(targets[0])
+    total = np.zeros((n, m))
+    for train, phi in zip(trains, targets, strict=True):
+        features, q, w = (np.float64(array) for array in (train.features, train.loss_grad, train.curvature))
+        k = features.shape[1]
+        kernel = np.zeros((k, k))
+        for i in range(n):
+            kernel += (w[i] if curvature else 1.0) * np.outer(features[i], features[i])
+        kernel += damping * np.trace(kernel) / k * np.eye(k)
+        for j in range(m):
+            x = np.linalg.solve(kernel, np.float64(phi[j]))
+            for i in range(n):
+                total[i, j] += features[i] @ x * q[i] / len(trains)
+    return total
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 6), st.booleans(), st.data())
+def test_gram_against_numpy_for_any_cut(n, k, weighted, data):
+    train = random_train(n, k)
+    cuts = sorted(data.draw(st.lists(st.integers(0, n), max_size=3)))
+    features, weights = torch.tensor(train.features), torch.tensor(train.curvature)
+    edges = [0, *cuts, n]
+    got = gram(
+        (features[a:b], weights[a:b] if weighted else None) for a, b in zip(edges, edges[1:], strict=False) if b > a
+    )
+    phi = np.float64(train.features)
+    expected = phi.T @ ((np.float64(train.curvature)[:, None] if weighted else 1) * phi)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-5)
+    assert got.dtype == torch.float64
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01, 0.3, 10.0])
+def test_solve_against_numpy(damping):
+    phi = np.random.default_rng(0).normal(size=(50, 8))
+    kernel = phi.T @ phi
+    vectors = torch.randn(5, 8)
+    damped = kernel + damping * np.mean(np.diag(kernel)) * np.eye(8)
+    got = solve(factor(torch.tensor(kernel), damping), vectors)
+    np.testing.assert_allclose(got.numpy(), np.linalg.solve(damped, vectors.numpy().T).T, rtol=1e-4, atol=1e-6)
+
+
+def test_kernels_that_cannot_be_solved():
+    phi = torch.randn(3, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"singular.*damping=0.*damping=0.3"):
+        factor(phi.T @ phi, 0)
+    nearly = torch.diag(torch.tensor([1.0, 1e-9], dtype=torch.float64))
+    with pytest.raises(ValueError, match="singular or nearly so"):
+        factor(nearly, 0)
+    with pytest.raises(ValueError, match="mean diagonal of 0"):
+        factor(torch.zeros(2, 2, dtype=torch.float64), 0.3)
+    with pytest.raises(ValueError, match="mean diagonal of nan"):
+        factor(torch.full((2, 2), float("nan"), dtype=torch.float64), 0.3)
+    with pytest.raises(ValueError, match="negative for 1 examples"):
+        gram([(torch.ones(2, 2), torch.tensor([1.0, -0.5]))])
+    with pytest.raises(ValueError, match="at least one block"):
+        gram([])
+    with pytest.raises(ValueError, match=r"damping=0.*n=4"):
+        precondition(random_train(4, 4), torch.zeros(1, 4), damping=0, curvature=True)
+
+
+@pytest.mark.parametrize("curvature", [True, False])
+@pytest.mark.parametrize("block", [4, 4096])
+@pytest.mark.parametrize("checkpoints", [1, 3])
+def test_scores_against_numpy_loops(monkeypatch, curvature, block, checkpoints):
+    monkeypatch.setattr("lightning_trak.scores._BLOCK_ROWS", block)
+    trains = [random_train(23, 5, seed) for seed in range(checkpoints)]
+    targets = [np.random.default_rng(9 + seed).normal(size=(6, 5)) for seed in range(checkpoints)]
+    solved = [
+        precondition(train, torch.tensor(phi, dtype=torch.float32), damping=0.2, curvature=curvature)
+        for train, phi in zip(trains, targets, strict=True)
+    ]
+    calls = []
+    got = scores(trains, solved, lambda: calls.append(1))
+    expected = scores_reference(trains, targets, 0.2, curvature)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-4, atol=1e-6)
+    assert len(calls) == n_blocks(23) == -(-23 // block)
+    extremes = extreme_scores(trains, solved, 7)
+    for ranked, largest in ((extremes.top, True), (extremes.bottom, False)):
+        values, indices = torch.tensor(expected).topk(7, dim=0, largest=largest)
+        assert torch.equal(ranked.indices, indices.T)
+        np.testing.assert_allclose(ranked.values.numpy(), values.T.numpy(), rtol=1e-4, atol=1e-6)
+
+
+class Small(ClassificationMixin, nn.Module):
+    """Three classes, the first logit fixed at zero: no redundant parameters, so H is invertible with λ = 0."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        logits = self.last(torch.tanh(self.hidden(x)))
+        return torch.cat([torch.zeros_like(logits[:, :1]), logits], 1)
+
+
+def test_against_traker_on_identical_gradients(tmp_path):
+    """The paper's estimator (no curvature, λ = 0) ranks as the reference implementation does, target by target."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from trak import TRAKer
+        from trak.projectors import NoOpProjector
+
+        generator = torch.Generator().manual_seed(1)
+        x, z = torch.randn(200, 3, generator=generator), torch.randn(20, 3, generator=generator)
+        y, target_y = torch.randint(0, 3, (200,), generator=generator), torch.randint(0, 3, (20,), generator=generator)
+        model = Small().eval()
+        traker = TRAKer(
+            model=model, task="image_classification", train_set_size=200, save_dir=str(tmp_path), device="cpu",
+            projector=NoOpProjector(device="cpu"), proj_dim=sum(p.numel() for p in model.parameters()), lambda_reg=0.0,
+            use_half_precision=False,
+        )  # fmt: skip
+        traker.load_checkpoint(model.state_dict(), model_id=0)
+        for rows in torch.arange(200).split(50):
+            traker.featurize(batch=(x[rows], y[rows]), num_samples=len(rows))
+        traker.finalize_features()
+        traker.start_scoring_checkpoint("test", model.state_dict(), model_id=0, num_targets=20)
+        traker.score(batch=(z, target_y), num_samples=20)
+        theirs = traker.finalize_scores("test")
+
+    function = ModelFunction(model, model.state_dict(), [name for name, _ in model.named_parameters()])
+    featurizer = Featurizer(function, VmapEngine(), IdentityProjector(), key=0)
+    result = featurizer((x, y), 200)
+    loss_grad, curvature = LossTerms(model)(function.call, (x, y), result.outputs)
+    train = TrainFeatures(result.features.numpy(), loss_grad.numpy(), curvature.numpy())
+    solved = precondition(train, featurizer((z, target_y), 20).features, damping=0, curvature=False)
+    ours = scores([train], [solved])
+    assert theirs.shape == (200, 20)
+    assert min(spearmanr(np.asarray(theirs)[:, j], ours[:, j]).statistic for j in range(20)) > 0.999
