@@ -228,7 +228,11 @@ class CheckpointEntry:
     def verify(self) -> None:
         """Raise a ValueError if a file of a complete entry is not what was written."""
         for name, expected in self.meta.get("checksums", {}).items():
-            if self._checksum(name) != expected:
+            try:
+                found = self._checksum(name)
+            except OSError as error:
+                raise self._damaged(name, str(error)) from error
+            if found != expected:
                 raise self._damaged(name, "its checksum has changed")
 
     @property

@@ -64,9 +64,7 @@ class Blobs(L.LightningDataModule):
             self.test_set = make_data(self.m, 2)
 
     def train_dataloader(self):
-        return DataLoader(
-            self.train_set, self.batch_size, shuffle=True, drop_last=True, num_workers=self.num_workers
-        )
+        return DataLoader(self.train_set, self.batch_size, shuffle=True, drop_last=True, num_workers=self.num_workers)
 
     def val_dataloader(self):
         return DataLoader(self.val_set, 6)

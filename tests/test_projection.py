@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -96,7 +98,7 @@ def test_matrix_is_the_documented_one(projector, k, start):
 def project(projector, gradients, key=3, cuts=()):
     features = torch.zeros(len(gradients), projector.dimension(gradients.shape[1]))
     edges = [0, *sorted(cuts), gradients.shape[1]]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         projector.add_(features, gradients[:, start:stop], start, key)
     return features
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import numpy as np
@@ -52,9 +53,7 @@ def test_gram_against_numpy_for_any_cut(n, k, weighted, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, n), max_size=3)))
     features, weights = torch.tensor(train.features), torch.tensor(train.curvature)
     edges = [0, *cuts, n]
-    got = gram(
-        (features[a:b], weights[a:b] if weighted else None) for a, b in zip(edges, edges[1:], strict=False) if b > a
-    )
+    got = gram((features[a:b], weights[a:b] if weighted else None) for a, b in itertools.pairwise(edges) if b > a)
     phi = np.float64(train.features)
     expected = phi.T @ ((np.float64(train.curvature)[:, None] if weighted else 1) * phi)
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,152 @@
+"""What the user gets back: rankings, files, pictures."""
+
+from __future__ import annotations
+
+import sys
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+
+from lightning_trak import Attribution
+from lightning_trak.attribution import AttributionInfo
+from lightning_trak.scores import Extremes, Ranked
+
+mpl.use("Agg")
+
+SCORES = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+INFO = AttributionInfo(12, 6, ("aa", "bb"), "sparse", 2048, 0.3, True)
+
+
+@pytest.fixture
+def full():
+    return Attribution(SCORES, INFO)
+
+
+@pytest.fixture
+def extremes():
+    top, bottom = (SCORES.topk(4, dim=0, largest=largest) for largest in (True, False))
+    return Attribution(Extremes(Ranked(top[1].T, top[0].T), Ranked(bottom[1].T, bottom[0].T)), INFO)
+
+
+@pytest.fixture(params=["full", "extremes"])
+def either(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_top_and_bottom_against_sorting(either):
+    for column in range(6):
+        order = np.argsort(-SCORES[:, column].numpy())
+        indices, values = either.top(3)
+        assert indices[column].tolist() == order[:3].tolist()
+        assert torch.equal(values[column], SCORES[indices[column], column])
+        assert either.bottom(3).indices[column].tolist() == order[::-1][:3].tolist()
+
+
+def test_limits_of_k(full, extremes):
+    assert full.top(12).indices.shape == (6, 12)
+    for attribution, k, limit in ((full, 0, 12), (full, 13, 12), (extremes, 5, 4)):
+        with pytest.raises(ValueError, match=f"between 1 and {limit}.*got {k}"):
+            attribution.bottom(k)
+
+
+def test_scores_of_extremes(extremes):
+    with pytest.raises(AttributeError, match="Only the 4 highest and lowest"):
+        extremes.scores  # noqa: B018
+
+
+def test_repr(full):
+    assert repr(full) == (
+        "Attribution(n_train=12, n_targets=6, checkpoints=2, projector='sparse', proj_dim=2048, damping=0.3,"
+        " curvature=True)"
+    )
+
+
+def test_save_and_load(tmp_path, either):
+    either.save(tmp_path / "deep" / "place")
+    either.save(tmp_path / "deep" / "place")  # replaces
+    loaded = Attribution.load(tmp_path / "deep" / "place")
+    assert loaded.info == INFO
+    for side in ("top", "bottom"):
+        assert torch.equal(getattr(loaded, side)(4).indices, getattr(either, side)(4).indices)
+        assert torch.equal(getattr(loaded, side)(4).values, getattr(either, side)(4).values)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["place"]
+
+
+def test_save_does_not_replace_what_is_not_its_own(tmp_path, full):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="is no saved attribution"):
+        full.save(tmp_path)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("name", ["scores.npy", "attribution.json"])
+def test_damaged_files(tmp_path, full, name):
+    full.save(tmp_path / "a")
+    path = tmp_path / "a" / name
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match="is damaged"):
+        Attribution.load(tmp_path / "a")
+    np.save(tmp_path / "a" / "scores.npy", np.zeros((2, 2)))
+    with pytest.raises(ValueError, match="is damaged"):
+        Attribution.load(tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match="no saved attribution"):
+        Attribution.load(tmp_path / "nowhere")
+
+
+def test_bars(either):
+    figure, axes = either.plot(columns=[1, 4], k=3)
+    assert axes.shape == (2,)
+    assert [axis.get_title() for axis in axes] == ["target 1", "target 4"]
+    order = SCORES[:, 4].argsort(descending=True)
+    expected = [*order[:3].tolist(), *order[-3:].tolist()]
+    assert [label.get_text() for label in axes[1].get_yticklabels()] == [f"train {row}" for row in expected]
+    widths = [bar.get_width() for bar in axes[1].patches]
+    np.testing.assert_allclose(widths, SCORES[expected, 4], rtol=1e-5)
+    mpl.pyplot.close(figure)
+
+
+IMAGES = {
+    "gray": lambda n: torch.rand(n, 8, 8),
+    "channel first": lambda n: torch.rand(n, 1, 8, 8),
+    "colour": lambda n: np.random.default_rng(0).random((n, 3, 8, 8)),
+    "colour last": lambda n: np.random.default_rng(0).integers(0, 255, (n, 8, 8, 3), dtype=np.uint8),
+    "with labels": lambda n: [(torch.rand(1, 8, 8), torch.tensor(row % 10)) for row in range(n)],
+    "dicts": lambda n: [{"image": np.ones((8, 8)), "label": row % 10} for row in range(n)],
+}
+
+
+@pytest.mark.parametrize("form", IMAGES)
+def test_images(either, form):
+    figure, axes = either.plot(IMAGES[form](12), IMAGES[form](6), columns=[0, 5], k=3)
+    assert axes.shape == (2, 7)
+    best = SCORES[:, 5].argmax().item()
+    title = axes[1, 1].get_title()
+    assert f"{SCORES[best, 5]:+.2g}" in title
+    assert axes[1, 1].get_xlabel() == f"#{best}"
+    if form in ("with labels", "dicts"):
+        assert f"label {best}" in title.replace(f"label {best % 10}", f"label {best}")
+        assert axes[1, 0].get_title() == "target 5\nlabel 5"
+    assert all(axis.images for axis in axes.flat)
+    figure.canvas.draw()
+    mpl.pyplot.close(figure)
+
+
+def test_train_images_alone(full):
+    figure, axes = full.plot(IMAGES["gray"](12), columns=[2], k=1)
+    assert axes.shape == (1, 3)
+    assert axes[0, 0].texts[0].get_text() == "target\n2"
+    mpl.pyplot.close(figure)
+
+
+def test_what_cannot_be_drawn(full, monkeypatch):
+    for columns in ([6], [-1], []):
+        with pytest.raises(ValueError, match="some of the 6 targets"):
+            full.plot(columns=columns)
+    with pytest.raises(ValueError, match=r"shape \(4,\) is no image"):
+        full.plot(torch.zeros(12, 4))
+    mpl.pyplot.close("all")
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
+        full.plot()

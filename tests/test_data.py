@@ -1,0 +1,160 @@
+"""Rows stay rows, however loaders shuffle; data sets are told apart."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from lightning_trak.data import check_loader, fingerprint, loader_batch_size, numbered_loader
+
+DATA = TensorDataset(torch.arange(11) * 10, torch.arange(11))
+
+
+class Descending(BatchSampler):
+    """A batch sampler of one's own, without a batch_size."""
+
+    def __init__(self):
+        pass
+
+    def __iter__(self):
+        yield from ([i] for i in range(10, -1, -1))
+
+    def __len__(self):
+        return 11
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        DataLoader(DATA, 4, shuffle=True, drop_last=True),
+        DataLoader(DATA, 3, num_workers=2, persistent_workers=True),
+        DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 4, drop_last=True)),
+        DataLoader(DATA, batch_sampler=Descending()),
+        DataLoader(DATA, 4, sampler=WeightedRandomSampler([1.0] * 11, 5)),
+    ],
+)
+@pytest.mark.parametrize("batch_size", [None, 1, 5])
+def test_rows_come_in_the_order_asked_for(loader, batch_size):
+    rows = [8, 2, 3, 10, 0]
+    seen = []
+    for numbers, (x, y) in numbered_loader(loader, rows, batch_size):
+        assert len(numbers) <= (batch_size or loader_batch_size(loader))
+        assert numbers == y.tolist() == (x // 10).tolist()
+        seen += numbers
+    assert seen == rows
+
+
+def test_collate_function_of_the_user():
+    loader = DataLoader(DATA, 2, collate_fn=lambda examples: {"text": [f"number {y}" for _, y in examples]})
+    assert list(numbered_loader(loader, [3, 1])) == [([3, 1], {"text": ["number 3", "number 1"]})]
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(3))
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "message"),
+    [
+        (None, TypeError, "is NoneType; expected one torch.utils.data.DataLoader"),
+        ([DataLoader(DATA), DataLoader(DATA)], TypeError, "is list"),
+        ({"a": DataLoader(DATA)}, TypeError, "is dict"),
+        (DataLoader(Stream()), TypeError, "Stream, an iterable dataset"),
+        (DataLoader(DATA, batch_size=None), TypeError, "batch_size=None"),
+        (DataLoader(Subset(DATA, []), 2), ValueError, "empty dataset"),
+        (DataLoader(DATA, 2, sampler=SubsetRandomSampler([1, 2])), ValueError, "reads 2 of the dataset's 11"),
+        (DataLoader(DATA, 2, sampler=[4, 5, 6]), ValueError, "reads 3 of the dataset's 11"),
+    ],
+)
+def test_loaders_without_rows(loader, error, message):
+    with pytest.raises(error, match=f"^the_loader .*{message}.*Do this."):
+        check_loader(loader, "the_loader", "Do this.")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shuffle": True},
+        {"sampler": RandomSampler(DATA, num_samples=3)},
+        {"sampler": WeightedRandomSampler([1.0] * 11, 3)},
+        {"sampler": SequentialSampler(DATA)},
+        {"sampler": SubsetRandomSampler(range(11))},
+        {"batch_sampler": Descending()},
+    ],
+)
+def test_loaders_with_rows(options):
+    loader = DataLoader(DATA, **options)
+    assert check_loader(loader, "x", "") is loader
+    assert check_loader([loader], "x", "") is loader
+
+
+class Examples(Dataset):
+    def __init__(self, n, make):
+        self.n, self.make = n, make
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, row):
+        return self.make(row)
+
+
+FORMS = {
+    "tensors": lambda row, change: (torch.tensor([row, change]), row),
+    "dict": lambda row, change: {"x": np.array([row + change / 2]), "text": f"{row}"},
+    "strings": lambda row, change: f"example {row} {change}",
+    "nested": lambda row, change: [{"a": (row, None, [change])}, b"bytes", 1.5],
+    "numpy scalars": lambda row, change: (np.float32(row), np.int64(change)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_fingerprint_tells_data_apart(form):
+    make = FORMS[form]
+    base = fingerprint(Examples(20, lambda row: make(row, 0)))
+    assert base == fingerprint(Examples(20, lambda row: make(row, 0)))
+    assert base != fingerprint(Examples(21, lambda row: make(row, 0)))
+    assert base != fingerprint(Examples(20, lambda row: make(19 - row, 0)))
+    assert base != fingerprint(Examples(20, lambda row: make(row, int(row == 7))))
+
+
+def test_fingerprint_reads_little_of_much():
+    read = []
+    first = fingerprint(Examples(100_000, lambda row: read.append(row) or row))
+    assert len(read) == 64
+    assert {0, 99_999} <= set(read)
+    assert first["n"] == 100_000
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        lambda: torch.rand(1).item(),
+        lambda: np.random.rand(),
+        lambda: random.random(),
+        lambda: os.urandom(4),
+    ],
+)
+def test_fingerprint_does_not_change_with_augmentation(noise):
+    def make(row):
+        return (row, noise())
+
+    assert fingerprint(Examples(20, make)) == fingerprint(Examples(20, make))
+    assert fingerprint(Examples(20, make)) != fingerprint(Examples(20, lambda row: make(row + 1)))

@@ -1,0 +1,275 @@
+"""Per-sample gradients against one backward pass at a time in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections import UserDict, defaultdict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_trak.featurize import Featurizer
+from lightning_trak.gradients import EngineUnsuitable, LoopEngine, ModelFunction, VmapEngine, batch_gradient
+from lightning_trak.gradients.batch import describe, map_tensors, tensors_of, with_tensors
+from lightning_trak.projection import make_projector
+
+
+class Net(nn.Module):
+    """A network whose output is a fixed combination of its logits, for batches of any structure."""
+
+    def __init__(self, net, inputs=lambda batch: batch):
+        super().__init__()
+        self.net, self.inputs = net, inputs
+
+    def model_output(self, batch):
+        logits = self.net(self.inputs(batch))
+        return (logits * torch.arange(1, logits.shape[1] + 1, dtype=logits.dtype)).tanh().sum(1)
+
+
+class Tied(nn.Module):
+    """One weight in two layers; a layer called twice; a buffer that no state dict holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.two.weight = self.one.weight
+        self.register_buffer("shift", torch.ones(4), persistent=False)
+
+    def forward(self, x):
+        return self.last(self.two(self.one(self.one(x).tanh() + self.shift).tanh()))
+
+
+class Embedded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(7, 5)
+        self.scale = nn.Parameter(torch.ones(5))
+
+    def forward(self, tokens):
+        hidden = self.table(tokens) * self.scale
+        return hidden.mean(1) @ self.table.weight.T
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+@dataclass
+class Record:
+    x: Any
+    note: str = "kept"
+
+
+def conv():
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 2, stride=2), nn.Flatten(), nn.Linear(16, 3)
+    )
+    net(torch.randn(8, 2, 7, 7))  # moves the running statistics away from their start
+    return net
+
+
+CASES = {
+    "mlp": lambda: (Net(nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3))), torch.randn(6, 4)),
+    "conv with batch norm": lambda: (Net(conv()), torch.randn(6, 2, 7, 7)),
+    "tied": lambda: (Net(Tied()), torch.randn(6, 4)),
+    "tied embedding": lambda: (Net(Embedded()), torch.randint(0, 7, (6, 3))),
+    "dict": lambda: (Net(nn.Linear(4, 3), lambda b: b["x"]), {"x": torch.randn(6, 4), "id": torch.arange(6)}),
+    "user dict": lambda: (Net(nn.Linear(4, 3), lambda b: b["x"]), UserDict(x=torch.randn(6, 4))),
+    "nested": lambda: (
+        Net(nn.Linear(4, 3), lambda b: b[0]["x"][1]),
+        ({"x": [torch.zeros(6), torch.randn(6, 4)]}, torch.arange(6), None, "name"),
+    ),
+    "named tuple": lambda: (Net(nn.Linear(4, 3), lambda b: b.second), Pair(torch.zeros(6, 1), torch.randn(6, 4))),
+    "dataclass": lambda: (Net(nn.Linear(4, 3), lambda b: b.x), Record(torch.randn(6, 4))),
+}
+
+
+def example(batch, row):
+    return map_tensors(batch, lambda tensor: tensor[row : row + 1])
+
+
+def reference(module, batch, size, names):
+    """One example, one backward pass, in float64."""
+    module = copy.deepcopy(module).double().eval()
+    for name, buffer in module.named_buffers():
+        assert buffer.dtype != torch.float32, name
+    parameters = dict(module.named_parameters())
+    outputs, rows = [], []
+    for row in range(size):
+        one = map_tensors(example(batch, row), lambda t: t.double() if t.is_floating_point() else t)
+        output = module.model_output(one)
+        gradients = torch.autograd.grad(output.sum(), [parameters[name] for name in names], allow_unused=True)
+        flat = [torch.zeros_like(parameters[n]) if g is None else g for n, g in zip(names, gradients, strict=True)]
+        rows.append(torch.cat([gradient.flatten() for gradient in flat]))
+        outputs.append(output.detach())
+    return torch.cat(outputs).numpy(), torch.stack(rows).numpy()
+
+
+def collect(engine, function, batch, size):
+    """Run an engine, and lay out what it sends; every entry must come exactly once."""
+    shapes = {name: value.shape for name, value in function.parameters.items()}
+    found = {name: torch.full((size, *shape), float("nan")) for name, shape in shapes.items()}
+
+    def sink(rows, name, gradients):
+        assert torch.isnan(found[name][rows]).all()
+        assert not gradients.requires_grad
+        found[name][rows] = gradients
+
+    outputs = engine(function, batch, size, sink)
+    assert not outputs.requires_grad
+    return outputs, torch.cat([value.flatten(1) for value in found.values()], 1)
+
+
+def run(module, batch, size, names, engine):
+    function = ModelFunction(module, module.state_dict(), names)
+    if engine == "vmap":
+        return collect(VmapEngine(), function, batch, size)
+    parts = [collect(LoopEngine(), function, example(batch, row), 1) for row in range(size)]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+@pytest.mark.parametrize("engine", ["vmap", "loop"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("selected", ["all", "first"])
+def test_engines_against_the_reference(case, engine, selected):
+    torch.manual_seed(0)
+    module, batch = CASES[case]()
+    module.eval()
+    names = [name for name, _ in module.named_parameters()]
+    names = names if selected == "all" else names[:1]
+    outputs, gradients = run(module, batch, 6, names, engine)
+    expected_outputs, expected = reference(module, batch, 6, names)
+    np.testing.assert_allclose(outputs.numpy(), expected_outputs, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(gradients.numpy(), expected, rtol=1e-3, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 5), st.integers(1, 4), st.integers(1, 5), st.booleans())
+def test_shapes_and_chunks(size, width, depth, chunked):
+    torch.manual_seed(size)
+    net = nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
+    module, batch = Net(net).eval(), torch.randn(size, width)
+    names = [name for name, _ in module.named_parameters()]
+    with pytest.MonkeyPatch.context() as patch:
+        if chunked:
+            patch.setattr("lightning_trak.gradients.vmap._CHUNK_BYTES", 1)
+        _, gradients = run(module, batch, size, names, "vmap")
+    if size:
+        np.testing.assert_allclose(gradients.numpy(), reference(module, batch, size, names)[1], rtol=1e-3, atol=1e-5)
+    assert gradients.shape[0] == size
+
+
+@pytest.mark.parametrize("projector", ["identity", "sparse", "rademacher"])
+@pytest.mark.parametrize("engine", [VmapEngine, LoopEngine])
+def test_features_are_gradients_times_the_projection(projector, engine):
+    torch.manual_seed(0)
+    module, batch = Net(nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3))).eval(), torch.randn(6, 4)
+    names = [name for name, _ in module.named_parameters()]
+    function = ModelFunction(module, module.state_dict(), names)
+    projector = make_projector(projector, 12, function.n_params)
+    featurize = Featurizer(function, engine(), projector, key=5)
+    matrix = torch.zeros(function.n_params, projector.dimension(function.n_params))
+    projector.add_(matrix, torch.eye(function.n_params), 0, 5)
+    outputs, gradients = reference(module, batch, 6, names)
+    expected = gradients @ matrix.double().numpy()
+    sizes = [6] if engine is VmapEngine else [1] * 6
+    parts = [featurize(part, len(part)) for part in batch.split(sizes)]
+    np.testing.assert_allclose(torch.cat([part.features for part in parts]).numpy(), expected, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(torch.cat([part.outputs for part in parts]).numpy(), outputs, rtol=1e-4, atol=1e-5)
+    if engine is VmapEngine:  # any split and any order
+        order = torch.randperm(6)
+        again = torch.cat([featurize(part, len(part)).features for part in batch[order].split(4)])
+        np.testing.assert_allclose(again.numpy(), expected[order], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("net", "batch", "reason"),
+    [
+        (nn.Linear(4, 3), {"x": torch.randn(6, 4), "shared": torch.zeros(2)}, "not every tensor of the batch has 6"),
+        (nn.Linear(4, 3), {"x": torch.randn(6, 4), "scalar": torch.tensor(1.0)}, "not every tensor"),
+        (lambda x: x * x.sum().item(), {"x": torch.randn(6, 4)}, "vmap failed with RuntimeError"),
+        (lambda x: F.dropout(x), {"x": torch.randn(6, 4)}, "alone differs"),
+        (lambda x: x - x.mean(0), {"x": torch.randn(6, 4)}, "alone differs"),
+    ],
+)
+def test_what_vmap_cannot_do_is_said(net, batch, reason):
+    module = Net(nn.Linear(4, 3) if isinstance(net, nn.Module) else Wrapped(net), lambda b: b["x"]).eval()
+    function = ModelFunction(module, module.state_dict(), [name for name, _ in module.named_parameters()])
+    with pytest.raises(EngineUnsuitable, match=reason):
+        VmapEngine()(function, batch, 6, lambda *_: None)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.linear, self.function = nn.Linear(4, 4), function
+
+    def forward(self, x):
+        return self.function(self.linear(x))
+
+
+def test_the_module_itself_is_not_touched():
+    module = Net(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
+    module.net[0].weight.grad = torch.ones(3, 4)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    weights = {name: value + 1 for name, value in before.items()}
+    function = ModelFunction(module, weights, ["net.0.weight"])
+    module.train()  # batch statistics move, but those of the checkpoint
+    function.output(torch.randn(6, 4))
+    batch_gradient(function, torch.randn(6, 4))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert torch.equal(module.net[0].weight.grad, torch.ones(3, 4))
+    assert module.net[0].bias.grad is None
+
+
+def test_weights_that_do_not_fit():
+    module = Net(nn.Linear(4, 3))
+    good = module.state_dict()
+    with pytest.raises(ValueError, match=r"missing: net\.bias"):
+        ModelFunction(module, {"net.weight": good["net.weight"]}, ["net.weight"])
+    with pytest.raises(ValueError, match="unexpected: other"):
+        ModelFunction(module, {**good, "other": torch.zeros(1)}, ["net.weight"])
+    with pytest.raises(ValueError, match=r"net\.bias: shape \(4,\) in the checkpoint, \(3,\) in the model"):
+        ModelFunction(module, {**good, "net.bias": torch.zeros(4)}, ["net.weight"])
+    module.strict_loading = False
+    ModelFunction(module, {"net.weight": good["net.weight"]}, ["net.weight"])
+
+
+def test_outputs_of_a_wrong_form():
+    module = Net(nn.Linear(4, 3))
+    for wrong, message in (
+        (lambda b: b, r"shape \(6, 4\)"),
+        (lambda b: b.sum(), r"shape \(\)"),
+        (lambda b: 1.0, "float"),
+    ):
+        module.model_output = wrong
+        with pytest.raises(ValueError, match=rf"returned .*{message}.*shape \(b,\)"):
+            ModelFunction(module, module.state_dict(), ["net.weight"]).output(torch.randn(6, 4))
+    module.model_output = lambda b: b.sum(1)
+    with pytest.raises(ValueError, match="does not depend on any of the 1 attributed"):
+        batch_gradient(ModelFunction(module, module.state_dict(), ["net.weight"]), torch.randn(6, 4))
+
+
+def test_loop_takes_one_example():
+    module = Net(nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="batches of one example, got 2"):
+        LoopEngine()(ModelFunction(module, module.state_dict(), ["net.bias"]), torch.zeros(2, 4), 2, lambda *_: None)
+
+
+def test_batch_structures():
+    batch = {"a": [torch.zeros(2)], "b": Pair(torch.ones(2), "text"), "c": Record(torch.ones(1)), "d": None}
+    assert [len(tensor) for tensor in tensors_of(batch)] == [2, 2, 1]
+    replaced = with_tensors(batch, [torch.tensor([i]) for i in range(3)])
+    assert isinstance(replaced["b"], Pair)
+    assert (replaced["b"].first.item(), replaced["c"].x.item(), replaced["c"].note) == (1, 2, "kept")
+    assert isinstance(map_tensors(UserDict(x=torch.ones(1)), len), UserDict)
+    assert map_tensors(defaultdict(list, x=torch.ones(3)), len) == {"x": 3}
+    assert describe(batch) == "dict(a: list(Tensor(2,)), b: Pair(Tensor(2,), str), c: Record, d: NoneType)"
