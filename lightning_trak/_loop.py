@@ -35,11 +35,19 @@ Array = npt.NDArray[Any]
 
 
 @contextmanager
-def undisturbed(module: pl.LightningModule) -> Iterator[None]:
-    """Evaluate ``module`` with gradients and without autocast, and leave modes and random states as they were."""
+def undisturbed(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
+    """Evaluate ``module`` as in ``predict`` but with gradients and without autocast, and leave no trace.
+
+    Kept are the modes of all submodules, the random states, the logs, and the trainer's state: hooks that augment
+    ``if self.trainer.training`` do not do so here, during ``fit`` as little as after it.
+    """
+    state = trainer.state
+    before = (state.fn, state.status, state.stage)
+    own: dict[str, Any] = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
     modes = {submodule: submodule.training for submodule in module.modules()}
     isolated = isolate_rng()
     isolated.__enter__()
+    state.fn, state.status, state.stage = TrainerFn.PREDICTING, TrainerStatus.RUNNING, RunningStage.PREDICTING
     try:
         with (
             torch.inference_mode(False),
@@ -47,11 +55,20 @@ def undisturbed(module: pl.LightningModule) -> Iterator[None]:
             torch.autocast(module.device.type, enabled=False),
         ):
             module.eval()
+            vars(module).update(log=_log_nothing, log_dict=_log_nothing)  # model_output may log, as training_step does
             yield
     finally:
+        for name in ("log", "log_dict"):
+            vars(module).pop(name, None)
+        vars(module).update(own)
         for submodule, training in modes.items():
             submodule.training = training
+        state.fn, state.status, state.stage = before
         isolated.__exit__(None, None, None)  # not with the exception: isolate_rng restores nothing then
+
+
+def _log_nothing(*_: Any, **__: Any) -> None:
+    """Take the place of ``self.log``: features are no metrics."""
 
 
 @contextmanager
@@ -59,9 +76,10 @@ def attached(
     trainer: pl.Trainer, module: pl.LightningModule, datamodule: pl.LightningDataModule | None
 ) -> Iterator[None]:
     """Set a trainer up to run ``module`` on its device outside ``fit``, and leave all three as they were."""
-    strategy, connector, state = trainer.strategy, trainer._data_connector, trainer.state
+    strategy, connector = trainer.strategy, trainer._data_connector
     connected, model, device = strategy.lightning_module, strategy.model, module.device
-    before = (state.fn, state.status, state.stage, connector._datahook_selector, trainer.datamodule)
+    before = (connector._datahook_selector, trainer.datamodule)
+    structure = [(m, dict(m._modules), dict(m._parameters), dict(m._buffers)) for m in module.modules()]
     trainers = (module._trainer, None if datamodule is None else datamodule.trainer)
     try:
         strategy.connect(module)
@@ -70,16 +88,17 @@ def attached(
         connector._datahook_selector = _DataHookSelector(module, datamodule)
         if datamodule is not None:
             trainer.datamodule, datamodule.trainer = datamodule, trainer
-        state.fn, state.status, state.stage = TrainerFn.PREDICTING, TrainerStatus.RUNNING, RunningStage.PREDICTING
-        with undisturbed(module):
+        with undisturbed(trainer, module):
             strategy.model_to_device()
             yield
     finally:
+        for part, modules, parameters, buffers in structure:  # a module's setup() may have built layers anew
+            part._modules, part._parameters, part._buffers = modules, parameters, buffers
         module.to(device)
         module.trainer = trainers[0]
         if datamodule is not None:
             datamodule.trainer = trainers[1]
-        state.fn, state.status, state.stage, connector._datahook_selector, trainer.datamodule = before
+        connector._datahook_selector, trainer.datamodule = before
         strategy._lightning_module, strategy.model = connected, model
 
 
@@ -158,16 +177,18 @@ class FeaturizationLoop:
             ValueError: if outputs have the wrong shape, do not depend on the parameters, depend on the rest of the
                 batch, or are not finite; or if the loss terms do not belong together.
         """
-        with undisturbed(self._module):
+        with undisturbed(self._trainer, self._module):
             rows = range(min(self._batch_size, self.size))
             batch = self._read_once(rows, seed=0)
-            self._check_repeatable(batch, self._read_once(rows, seed=1))
+            repeatable = self._is_repeatable(batch, self._read_once(rows, seed=1))
             function = self._function(weights)
             outputs, _ = batch_gradient(function, batch)
             self._check_size(outputs, len(rows))
             self._check_finite("model_output", outputs, rows)
-            if self._gradients != "loop":
-                self._check_independent(outputs[:1], function.output(self._read_once(rows[:1], seed=0)))
+            if self._gradients != "loop" and repeatable:
+                for row in rows[:: max(1, len(rows) // 8)]:
+                    alone = function.output(self._read_once([row], seed=0))
+                    self._check_independent(row, outputs[row : row + 1], alone)
             if self._examples == "train":
                 self._loss(function, batch, outputs, rows)
 
@@ -190,7 +211,7 @@ class FeaturizationLoop:
         """
         rows = [int(row) for row in rows]
         done = 0
-        with undisturbed(self._module), progress(self._trainer, description, len(rows)) as advance:
+        with undisturbed(self._trainer, self._module), progress(self._trainer, description, len(rows)) as advance:
             function = self._function(weights)
             while done < len(rows):
                 featurizer = Featurizer(function, self._engine, self._projector, projection_key(self._seed, digest))
@@ -220,8 +241,14 @@ class FeaturizationLoop:
 
     def _function(self, weights: Weights) -> ModelFunction:
         device, plugin = self._trainer.strategy.root_device, self._trainer.precision_plugin
-        missing = {name: value for name, value in self._module.named_buffers() if name not in weights}
-        return ModelFunction(self._module, {**plugin.convert_input(missing), **weights}, self._parameters, device)
+        for name, value in self._module.named_parameters():
+            stored = weights.get(name, value).dtype
+            if stored not in (value.dtype, plugin.convert_input(value.detach()[..., :0]).dtype):
+                raise ValueError(
+                    f"The checkpoint's {name} is {stored}, the model's {value.dtype} under"
+                    f" Trainer(precision={plugin.precision!r}). Use the precision of the training."
+                )
+        return ModelFunction(self._module, weights, self._parameters, device, plugin.convert_input)
 
     def _read(self, rows: Sequence[int], batch_size: int, num_workers: int | None = None) -> Iterator[tuple[Any, Any]]:
         """Yield (rows, batch), each batch passed through precision and batch hooks as in ``predict``."""
@@ -261,17 +288,17 @@ class FeaturizationLoop:
                 " from logsumexp and not from log(softmax)."
             )
 
-    def _check_independent(self, together: Tensor, alone: Tensor) -> None:
+    def _check_independent(self, row: int, together: Tensor, alone: Tensor) -> None:
         tolerance = 1e-3 if together.dtype in (torch.float32, torch.float64) else 0.05
         if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance):
             raise ValueError(
-                f"{type(self._module).__name__}.model_output gives {together.item():.6g} for the first"
-                f" {self._examples} example in its batch, and {alone.item():.6g} for it alone. The output of an example"
+                f"{type(self._module).__name__}.model_output gives {together.item():.6g} for"
+                f" {self._examples} row {row} in a batch, and {alone.item():.6g} for it alone. The output of an example"
                 " must depend neither on the others (padding without a mask, batch statistics, negatives from the"
                 " batch) nor on chance. If the example alone is what you mean, use gradients='loop'."
             )
 
-    def _check_repeatable(self, first: Any, second: Any) -> None:
+    def _is_repeatable(self, first: Any, second: Any) -> bool:
         same = all(
             one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=0, atol=0, equal_nan=True)
             for one, other in zip(tensors_of(first), tensors_of(second), strict=True)
@@ -283,6 +310,19 @@ class FeaturizationLoop:
                 " featurize_dataloader() in the LightningDataModule or LightningModule: train_dataloader without"
                 " augmentation."
             )
+        return same
+
+
+@contextmanager
+def naming(entry: CheckpointEntry) -> Iterator[None]:
+    """Let a ValueError say at which checkpoint it came up, and how to go on without that one."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"At checkpoint {entry.digest} (file '{entry.meta.get('file')}', step {entry.meta.get('global_step')}):"
+            f" {error} To leave this checkpoint out, delete '{entry.path}'."
+        ) from error
 
 
 def featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> None:
@@ -291,7 +331,8 @@ def featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number
     entry.allocate(loop.dimension)
     where = f" (epoch {entry.meta['epoch']}, step {entry.meta['global_step']})" if "epoch" in entry.meta else ""
     description = f"Featurizing checkpoint {number}{where}"
-    loop.run(weights, entry.digest, entry.missing_rows().tolist(), entry.write, description)
+    with naming(entry):
+        loop.run(weights, entry.digest, entry.missing_rows().tolist(), entry.write, description)
     entry.finish()
 
 
@@ -303,5 +344,6 @@ def featurize_targets(loop: FeaturizationLoop, entry: CheckpointEntry, number: s
         features[rows] = block
 
     weights = load_weights(entry.weights_path, entry.digest)
-    loop.run(weights, entry.digest, range(loop.size), receive, f"Featurizing targets at checkpoint {number}")
+    with naming(entry):
+        loop.run(weights, entry.digest, range(loop.size), receive, f"Featurizing targets at checkpoint {number}")
     return torch.from_numpy(features)

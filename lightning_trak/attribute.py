@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_trak._loop import attached, featurize_checkpoint, featurize_targets, progress
+from lightning_trak._loop import attached, featurize_checkpoint, featurize_targets, naming, progress
 from lightning_trak.attribution import Attribution, AttributionInfo
 from lightning_trak.callback import (
     TRAIN_REMEDY,
@@ -77,8 +78,7 @@ def attribute(
     fresh = model._trainer is None
     with attached(trainer, model, datamodule):
         if fresh:
-            model.setup("predict")
-            model.configure_model()
+            _build(model, datamodule, callback.store_path(trainer), ckpt_path)
         data = _Data(trainer, model, datamodule, dataloaders, fitted)
         store, plan = _open_store(trainer, model, callback, data, create=ckpt_path is not None)
         digests = _select(trainer, store, ckpt_path)
@@ -188,6 +188,29 @@ def _model(trainer: pl.Trainer, model: Any) -> pl.LightningModule:
     return model
 
 
+def _build(
+    model: pl.LightningModule, datamodule: pl.LightningDataModule | None, store: Path, ckpt_path: CkptPath
+) -> None:
+    """Make the layers of a model that has never been fitted, if it makes them in its hooks; in Lightning's order."""
+    model.configure_model()
+    names = _names_of_weights(store, ckpt_path)
+    if names is None or names <= set(model.state_dict()):
+        return
+    if datamodule is not None:
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+    model.setup("fit")
+    model.configure_model()
+
+
+def _names_of_weights(store: Path, ckpt_path: CkptPath) -> set[str] | None:
+    """Return the names of some checkpoint's weights, None if there is none yet."""
+    paths = [ckpt_path] if isinstance(ckpt_path, (str, os.PathLike)) else list(ckpt_path or [])
+    given = [path for path in paths if path not in ("best", "last")]
+    path = next(iter([*given, *store.glob("checkpoints/*/weights.pt")]), None)
+    return None if path is None else set(read_checkpoint(path))
+
+
 def _open_store(
     trainer: pl.Trainer, model: pl.LightningModule, callback: TRAKCallback, data: _Data, *, create: bool
 ) -> tuple[FeatureStore, Plan]:
@@ -213,7 +236,10 @@ def _select(trainer: pl.Trainer, store: FeatureStore, ckpt_path: CkptPath) -> li
                 f"The store '{store.dirpath}' has no checkpoints. Train with a TRAKCallback and checkpointing on (not"
                 " with fast_dev_run), or pass checkpoint files with ckpt_path=[...]."
             )
-        return store.digests if ckpt_path is None else store.digests[-1:]
+        if ckpt_path is None:
+            return store.digests
+        last = find_callback(trainer).last_saved
+        return [last] if last is not None and last in store else store.digests[-1:]
     if ckpt_path == "best":
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if not best:
@@ -266,7 +292,8 @@ def _solve(
             loop.preflight(load_weights(entry.weights_path, digest))
         targets = featurize_targets(loop, entry, f"{number}/{len(digests)}")
         train = TrainFeatures(entry.features, entry.loss_grad, entry.curvature)
-        solved.append(precondition(train, targets, damping=callback.damping, curvature=callback.curvature))
+        with naming(entry):
+            solved.append(precondition(train, targets, damping=callback.damping, curvature=callback.curvature))
         trains.append(train)
     return trains, solved
 

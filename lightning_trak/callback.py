@@ -92,6 +92,7 @@ class TRAKCallback(pl.Callback):
         self.seed = seed
         self.batch_size = batch_size
         self.train_loader: DataLoader[Any] | None = None
+        self.last_saved: str | None = None
         self._store: FeatureStore | None = None
         self._loop: FeaturizationLoop | None = None
         self._files: dict[str, str] = {}  # path of a checkpoint file → digest of its weights
@@ -104,7 +105,7 @@ class TRAKCallback(pl.Callback):
         if stage != "fit":
             return
         check_supported(trainer, pl_module)
-        self._store = self._loop = self.train_loader = None
+        self._store = self._loop = self.train_loader = self.last_saved = None
         self._files, self._pending, self._featurized = {}, {}, 0
         watched = trainer.strategy.checkpoint_io
         inner = watched.inner if isinstance(watched, _WatchedCheckpointIO) else watched
@@ -112,7 +113,7 @@ class TRAKCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Try the first batch and open the store, so that what cannot work fails before training."""
-        with undisturbed(pl_module):
+        with undisturbed(trainer, pl_module):
             loader = self._find_train_loader(trainer, pl_module)
             _check_limit(trainer, loader)
             plan = Plan(self, pl_module)
@@ -145,7 +146,7 @@ class TRAKCallback(pl.Callback):
         if self._store is None:
             return
         weights = tensors_in(checkpoint["state_dict"])
-        digest = weights_digest(weights)
+        digest = self.last_saved = weights_digest(weights)
         if self._files.get(path) == digest:
             return
         self.file_removed(path)
@@ -205,6 +206,9 @@ class Plan:
             seed = stored["seed"] if seed == defaults["seed"] else seed
         own = dict(module.named_parameters())
         self.parameters = select_parameters(module, parameters)
+        if manifest is not None:  # a parameter's place in P is its place in the store, wherever the model declares it
+            places = {name: place for place, name in enumerate(manifest["parameters"])}
+            self.parameters.sort(key=lambda name: places.get(name, len(places)))
         self.shapes = {name: list(own[name].shape) for name in self.parameters}
         self.n_params = sum(own[name].numel() for name in self.parameters)
         self.projector = make_projector(projector, proj_dim, self.n_params)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ from torch.utils.data import (
 )
 
 _WHOLE = (SequentialSampler, RandomSampler, DistributedSampler, WeightedRandomSampler)
-_FINGERPRINTED = 32
+_FINGERPRINTED = 1024
+_READ_TWICE = 32
 
 
 class _Numbered(Dataset[Any]):
@@ -62,21 +63,29 @@ def check_loader(loader: Any, what: str, remedy: str) -> DataLoader[Any]:
         loader = loader[0]
     if not isinstance(loader, DataLoader):
         raise TypeError(f"{what} is {type(loader).__name__}; expected one torch.utils.data.DataLoader. {remedy}")
-    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__getitem__"):
+    dataset: Any = loader.dataset
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         raise TypeError(
-            f"{what} reads {type(loader.dataset).__name__}, an iterable dataset, whose examples have no index."
+            f"{what} reads {type(dataset).__name__}, an iterable dataset, whose examples have no index."
             f" Scores need to name examples: use a map-style dataset with __getitem__ and __len__. {remedy}"
+        )
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        raise TypeError(
+            f"{what} is {type(loader).__name__}, which overrides DataLoader.__iter__; what it does there would be"
+            f" left out. Do it in the dataset, the collate function or on_after_batch_transfer. {remedy}"
         )
     if loader.batch_sampler is None:
         raise TypeError(
             f"{what} has batch_size=None: its dataset yields whole batches, whose rows are unknown. {remedy}"
         )
-    n = len(loader.dataset)  # type: ignore[arg-type]
+    if not hasattr(dataset, "__len__"):
+        raise TypeError(f"{what} reads {type(dataset).__name__}, which has no length. Define __len__. {remedy}")
+    n = len(dataset)
     if n == 0:
         raise ValueError(f"{what} reads an empty dataset; there is nothing to attribute. {remedy}")
     sampler = getattr(loader.batch_sampler, "sampler", None)
-    if isinstance(sampler, Sequence | Iterable) and not isinstance(sampler, _WHOLE) and hasattr(sampler, "__len__"):
-        drawn = len(sampler)  # type: ignore[arg-type]
+    if not isinstance(sampler, _WHOLE) and hasattr(sampler, "__len__"):
+        drawn = len(sampler)
         if drawn < n:
             raise ValueError(
                 f"{what} has a {type(sampler).__name__} that reads {drawn} of the dataset's {n} examples, so rows would"
@@ -124,21 +133,25 @@ def loader_batch_size(loader: DataLoader[Any]) -> int:
 
 
 def fingerprint(dataset: Any) -> dict[str, Any]:
-    """Describe a dataset so that another one, or another order, is told apart: its size and a digest of 32 examples.
+    """Describe a dataset so that another one, or another order, is told apart: its size and a digest of its examples.
 
-    Each is read twice under the same random state; parts that differ even so are left out. Nothing is left of the
-    random state: call it where that is restored.
+    Up to 1024 examples are read, evenly spaced. Some are read twice under the same random state; parts in which they
+    differ even so are left out of all. Nothing is left of the random state: call it where that is restored.
 
     >>> fingerprint([1.0, 2.0]) == fingerprint([2.0, 1.0])
     False
     """
     n = len(dataset)
     rows = sorted({round(row) for row in np.linspace(0, n - 1, min(n, _FINGERPRINTED))})
-    first, second = ([_digests(dataset, row) for row in rows] for _ in range(2))
+    first = [_digests(dataset, row) for row in rows]
+    twice = zip(first, (_digests(dataset, row) for row in rows[:_READ_TWICE]), strict=False)
+    random_parts = {
+        place for one, other in twice for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]
+    }
     digest = hashlib.blake2b(digest_size=16)
-    for one, other in zip(first, second, strict=True):
-        for part, again in zip(one, other, strict=False):
-            digest.update(part if part == again else b"random")
+    for parts in first:
+        for place, part in enumerate(parts):
+            digest.update(b"random" if place in random_parts else part)
     return {"n": n, "digest": digest.hexdigest()}
 
 

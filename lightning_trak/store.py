@@ -97,6 +97,12 @@ class FeatureStore:
                         f" {field}, or delete the store to start anew."
                     )
 
+            if list(_flat({name: value})) != list(_flat({name: self.manifest.get(name)})):
+                raise ValueError(
+                    f"The store '{self.dirpath}' was made with the {name} in another order than here:"
+                    f" {_short(list(self.manifest[name]))} against {_short(list(value))}. Use another dirpath."
+                )
+
     @property
     def n_train(self) -> int:
         """The number of training examples."""

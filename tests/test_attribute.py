@@ -347,26 +347,93 @@ def test_loaders_of_the_module_itself(tmp_path):
     torch.testing.assert_close(fresh(tmp_path).attribute(WithData()).scores, expected)
 
 
+class Late(lt.ClassificationMixin, L.LightningModule):
+    """Makes its layers in hooks."""
+
+    def setup(self, stage):
+        if not hasattr(self, "first"):
+            self.first = torch.nn.Linear(4, 4)
+
+    def configure_model(self):
+        if not hasattr(self, "last"):
+            self.last = torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.last(self.first(x).tanh())
+
+    training_step = Classifier.training_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
 def test_layers_made_in_setup_or_configure_model(tmp_path):
-    class Late(lt.ClassificationMixin, L.LightningModule):
-        def setup(self, stage):
-            if not hasattr(self, "first"):
-                self.first = torch.nn.Linear(4, 4)
-
-        def configure_model(self):
-            if not hasattr(self, "last"):
-                self.last = torch.nn.Linear(4, 3)
-
-        def forward(self, x):
-            return self.last(self.first(x).tanh())
-
-        training_step, configure_optimizers = Classifier.training_step, lambda self: torch.optim.SGD(self.parameters())
-
     trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store"), max_epochs=1)
     trainer.fit(Late(), DataLoader(make_data(16), 8))
     targets = DataLoader(make_data(5, 2), 5)
     expected = trainer.attribute(dataloaders=targets).scores
     torch.testing.assert_close(fresh(tmp_path).attribute(Late(), dataloaders=targets).scores, expected)
+
+
+def test_layers_that_need_the_datamodule(tmp_path):
+    class Sized(Late):
+        def setup(self, stage):
+            if not hasattr(self, "first"):
+                self.first = torch.nn.Linear(len(self.trainer.datamodule.train_set[0][0]), 4)
+
+    class Data(Blobs):
+        val_dataloader = L.LightningDataModule.val_dataloader
+
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store"), max_epochs=1)
+    trainer.fit(Sized(), datamodule=Data())
+    torch.testing.assert_close(fresh(tmp_path).attribute(Sized(), datamodule=Data()).scores, trainer.attribute().scores)
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+def test_a_module_that_builds_its_layers_in_every_setup_keeps_its_weights(tmp_path, fitted):
+    class Rebuilds(Late):
+        def setup(self, stage):
+            self.first = torch.nn.Linear(4, 4)
+
+        def train_dataloader(self):
+            return DataLoader(make_data(16), 8)
+
+        def test_dataloader(self):
+            return DataLoader(make_data(5, 2), 5)
+
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store"), max_epochs=1)
+    module = Rebuilds()
+    trainer.fit(module)
+    if not fitted:
+        weights, module = module.state_dict(), Rebuilds()
+        module.first, module.last = torch.nn.Linear(4, 4), torch.nn.Linear(4, 3)
+        module.load_state_dict(weights)
+        trainer = fresh(tmp_path)
+    before = [(name, value, value.clone()) for name, value in module.named_parameters()]
+    trainer.attribute(module)
+    after = dict(module.named_parameters())
+    assert list(after) == [name for name, _, _ in before]
+    assert all(after[name] is value and torch.equal(value, copy) for name, value, copy in before)
+
+
+def test_parameters_declared_in_another_order(run):
+    root, trainer, module, data = run
+
+    class Reordered(Classifier):
+        def __init__(self):
+            super().__init__()
+            last = self.net.pop(4)
+            self._modules = {"extra": torch.nn.Identity(), **self._modules}
+            self.net.append(last)
+            self.net._modules = dict(reversed(self.net._modules.items()))
+
+        def forward(self, x):
+            for name in map(str, range(5)):
+                x = self.net._modules[name](x)
+            return x
+
+    assert [n for n, _ in Reordered().named_parameters()] != [n for n, _ in module.named_parameters()]
+    torch.testing.assert_close(fresh(root).attribute(Reordered(), datamodule=data).scores, trainer.attribute().scores)
 
 
 # -------------------------------------------------------------------------------------- do the scores mean anything?
@@ -735,6 +802,16 @@ def test_targets_with_nan_are_named(run):
     x = x.index_fill(0, torch.tensor([3]), float("nan"))
     with pytest.raises(ValueError, match="NaN or infinite for target rows 3"):
         run[1].attribute(dataloaders=DataLoader(TensorDataset(x, y), 2))
+
+
+def test_another_precision_than_the_trainings(tmp_path):
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store"), precision="bf16-true", max_epochs=1)
+    trainer.fit(Classifier(), datamodule=Blobs())
+    expected = trainer.attribute().scores
+    with pytest.raises(ValueError, match=r"is torch.bfloat16, the model's torch.float32 .*Use the precision"):
+        fresh(tmp_path).attribute(Classifier(), datamodule=Blobs())
+    again = make_trainer(tmp_path, TRAKCallback(tmp_path / "store"), precision="bf16-true")
+    torch.testing.assert_close(again.attribute(Classifier(), datamodule=Blobs()).scores, expected)
 
 
 @pytest.mark.parametrize("top_k", [0, -1, 2.5, True])

@@ -374,6 +374,74 @@ def test_a_module_with_model_output_alone(tmp_path):
 F_softplus = torch.nn.functional.softplus
 
 
+def test_augmentation_of_training_hooks_is_off_in_featurization(tmp_path):
+    class Augments(Blobs):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            x, y = batch
+            return (x + torch.randn_like(x), y) if self.trainer.training else (x, y)
+
+    trainer, _ = fit(tmp_path, TRAKCallback(tmp_path / "store"), data=Augments(), max_epochs=1)  # and no warning
+    files = ModelCheckpoint(tmp_path / "none")
+    again = make_trainer(tmp_path, TRAKCallback(tmp_path / "again"), files)
+    weights = FeatureStore(tmp_path / "store")
+    path = weights[weights.digests[0]].weights_path
+    scores = again.attribute(Classifier(), datamodule=Augments(), ckpt_path=path).scores
+    torch.testing.assert_close(scores, trainer.attribute().scores)
+
+
+def test_a_buffer_that_no_checkpoint_holds(tmp_path):
+    class Positions(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("shift", torch.ones(4), persistent=False)
+
+        def forward(self, x):
+            return super().forward(x + self.shift)
+
+    for precision in ("32-true", "bf16-true"):
+        store = tmp_path / precision
+        trainer, _ = fit(store, TRAKCallback(store / "s"), module=Positions(), max_epochs=1, precision=precision)
+        again = make_trainer(store, TRAKCallback(store / "s"), precision=precision)
+        scores = again.attribute(Positions(), datamodule=Blobs()).scores
+        torch.testing.assert_close(scores, trainer.attribute().scores)
+
+
+def test_an_output_that_depends_on_a_later_row_of_the_batch(tmp_path):
+    class Longest(Classifier):
+        def model_output(self, batch):
+            output = super().model_output(batch)
+            return torch.cat([output[:3], output[3:] + 0.1 * batch[0][:1, 0]])
+
+    with pytest.raises(ValueError, match=r"for train row [3-7] in a batch.*for it alone"):
+        fit(tmp_path, TRAKCallback(tmp_path / "store"), module=Longest())
+
+
+def test_a_checkpoint_that_cannot_be_featurized_is_named(tmp_path):
+    class Diverges(Classifier):
+        def on_train_epoch_end(self):
+            if self.current_epoch == 1:
+                torch.nn.init.constant_(self.net[4].weight, float("nan"))
+
+    with pytest.raises(ValueError, match=r"At checkpoint \w{32} .*step 10\): .*NaN.*leave this checkpoint out, delete"):
+        fit(tmp_path, TRAKCallback(tmp_path / "store"), every_epoch(tmp_path), module=Diverges())
+    store = FeatureStore(tmp_path / "store")
+    store.discard(store.digests[1])
+    assert make_trainer(tmp_path, TRAKCallback(tmp_path / "store")).attribute(Classifier(), datamodule=Blobs())
+
+
+def test_what_model_output_logs_is_not_logged(tmp_path):
+    class Logs(Classifier):
+        def model_output(self, batch):
+            self.log("margin", 1.0)
+            self.log_dict({"other": 2.0})
+            return super().model_output(batch)
+
+    trainer, module = fit(tmp_path, TRAKCallback(tmp_path / "store"), module=Logs())
+    assert trainer.attribute().scores.shape == (40, 7)
+    assert set(trainer.logged_metrics) == {"train_loss", "val_loss"}
+    assert module.log.__func__ is L.LightningModule.log
+
+
 def test_only_selected_parameters(tmp_path):
     trak = TRAKCallback(tmp_path / "store", parameters="net.4.*", projector="identity")
     trainer, _ = fit(tmp_path, trak, max_epochs=1)

@@ -230,6 +230,39 @@ def test_the_module_itself_is_not_touched():
     assert module.net[0].bias.grad is None
 
 
+def test_activation_checkpointing_recomputes_with_the_checkpoints_weights():
+    from torch.utils.checkpoint import checkpoint
+
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    plain, batch = Net(inner), torch.randn(3, 4)
+    weights = {name: torch.randn_like(value) for name, value in plain.state_dict().items()}  # not the live ones
+    names = list(weights)
+    recomputing = Net(inner)
+    recomputing.model_output = lambda b: checkpoint(lambda x: Net.model_output(plain, x), b, use_reentrant=False)
+    _, expected = batch_gradient(ModelFunction(plain, weights, names), batch)
+    _, got = batch_gradient(ModelFunction(recomputing, weights, names), batch)
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(got, expected, strict=True))
+
+
+def test_buffers_changed_in_place_are_copies():
+    class Counts(Net):
+        def __init__(self):
+            super().__init__(nn.Linear(4, 3))
+            self.register_buffer("calls", torch.zeros(1), persistent=False)
+            self.register_buffer("kept", torch.zeros(1))
+
+        def model_output(self, batch):
+            self.calls += 1
+            self.kept += 1
+            return super().model_output(batch)
+
+    module = Counts()
+    weights = module.state_dict()
+    ModelFunction(module, weights, ["net.weight"]).output(torch.randn(2, 4))
+    assert module.calls.item() == module.kept.item() == weights["kept"].item() == 0
+
+
 def test_weights_that_do_not_fit():
     module = Net(nn.Linear(4, 3))
     good = module.state_dict()

@@ -142,6 +142,12 @@ def test_what_does_not_fit_is_refused(tmp_path, field, change, message):
     assert FeatureStore(tmp_path).manifest["n_train"] == 6
 
 
+def test_another_order_of_parameters_is_refused(tmp_path):
+    FeatureStore.create(tmp_path, {**MANIFEST, "parameters": {"a": [1], "b": [1]}})
+    with pytest.raises(ValueError, match="parameters in another order"):
+        FeatureStore.create(tmp_path, {**MANIFEST, "parameters": {"b": [1], "a": [1]}})
+
+
 def test_checkpoints_are_one_each_in_the_order_of_arrival(tmp_path):
     store = FeatureStore.create(tmp_path, MANIFEST)
     for digest in ("zz", "aa", "mm", "aa"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class ModelFunction:
         weights: a state dict for ``module``; names and shapes must fit.
         parameters: names of the attributed parameters, as in ``module.named_parameters()``.
         device: where the weights are put.
+        convert: applied to the buffers that no state dict holds, e.g. to bring them to the weights' precision.
 
     Attributes:
         parameters: the attributed parameters by name, detached, in the order given.
@@ -49,11 +50,13 @@ class ModelFunction:
         weights: Mapping[str, Tensor],
         parameters: Iterable[str],
         device: torch.device | str = "cpu",
+        convert: Callable[[Tensor], Tensor] = lambda buffer: buffer,
     ) -> None:
         check_fit(module, weights)
         self.module = module
-        own = dict(module.named_parameters()) | dict(module.named_buffers())
-        values = {name: weights.get(name, value).detach().to(device) for name, value in own.items()}
+        values = {name: weights.get(name, value).detach().to(device) for name, value in module.named_parameters()}
+        for name, buffer in module.named_buffers():  # cloned, since a forward pass may change them in place
+            values[name] = (weights[name] if name in weights else convert(buffer)).detach().clone().to(device)
         self.parameters = {name: values.pop(name) for name in parameters}
         self._others = values
         self._call = _MethodCall(module)
@@ -76,7 +79,11 @@ class ModelFunction:
 
     def output(self, batch: Any, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return ``model_output(batch)``, shape (b,)."""
-        output = self.call(self.module.model_output, batch, parameters=parameters)
+        return self.call(self.model_output, batch, parameters=parameters)  # type: ignore[no-any-return]
+
+    def model_output(self, batch: Any) -> Tensor:
+        """Return the module's own ``model_output(batch)``, its form checked; to be called through `call`."""
+        output = self.module.model_output(batch)  # type: ignore[operator]
         if not isinstance(output, Tensor) or output.ndim != 1:
             got = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(

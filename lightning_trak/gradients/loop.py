@@ -38,10 +38,16 @@ def batch_gradient(function: ModelFunction, batch: Any) -> tuple[Tensor, list[Te
         ValueError: if the output depends on no attributed parameter.
     """
     parameters = {name: value.clone().requires_grad_() for name, value in function.parameters.items()}
-    output = function.output(batch, parameters)
-    if output.requires_grad:
-        gradients = torch.autograd.grad(output.sum(), list(parameters.values()), allow_unused=True)
-    if not output.requires_grad or all(gradient is None for gradient in gradients):
+
+    def differentiate(batch: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        # within the call, where the checkpoint's weights are in place: activation checkpointing runs forward again
+        output = function.model_output(batch)
+        if not output.requires_grad:
+            return output, ()
+        return output, torch.autograd.grad(output.sum(), list(parameters.values()), allow_unused=True)
+
+    output, gradients = function.call(differentiate, batch, parameters=parameters)
+    if all(gradient is None for gradient in gradients):
         raise ValueError(
             f"{type(function.module).__name__}.model_output does not depend on any of the {len(parameters)} attributed"
             " parameters. Return the output without .detach(), .item(), torch.no_grad() or NumPy on its way, and let"

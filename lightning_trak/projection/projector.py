@@ -21,7 +21,7 @@ class Projector(ABC):
         proj_dim: k, the sketch dimension.
     """
 
-    name: str
+    name: str = "own"
 
     def __init__(self, proj_dim: int = 2048) -> None:
         self.check_proj_dim(proj_dim)
