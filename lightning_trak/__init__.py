@@ -7,7 +7,7 @@ The way of the data, and the module that is each stage::
     module, tasks     what a module tells: model output f, loss L(f), Q = −∂L/∂f, w = ∂²L/∂f²
     callback          from Lightning's checkpoint saving to the stages
     attribute         the stages in order
-    _loop             the featurization loop inside Lightning
+    _loop, _plan      the featurization loop inside Lightning, and what it is to compute
     data, weights     examples by row; checkpoints by digest
     gradients         per-sample gradients of f
     projection        random projections

@@ -158,6 +158,7 @@ class FeaturizationLoop:
         self._batch_size = batch_size or loader_batch_size(loader)
         self._examples = examples
         self._loss_terms = LossTerms(module)
+        self.repeatable = True  # whether two reads of an example are the same; preflight finds out
 
     @property
     def size(self) -> int:
@@ -180,12 +181,12 @@ class FeaturizationLoop:
         with undisturbed(self._trainer, self._module):
             rows = range(min(self._batch_size, self.size))
             batch = self._read_once(rows, seed=0)
-            repeatable = self._is_repeatable(batch, self._read_once(rows, seed=1))
+            self.repeatable = self._is_repeatable(batch, self._read_once(rows, seed=1))
             function = self._function(weights)
             outputs, _ = batch_gradient(function, batch)
             self._check_size(outputs, len(rows))
             self._check_finite("model_output", outputs, rows)
-            if self._gradients != "loop" and repeatable:
+            if self._gradients != "loop" and self.repeatable:
                 for row in rows[:: max(1, len(rows) // 8)]:
                     alone = function.output(self._read_once([row], seed=0))
                     self._check_independent(row, outputs[row : row + 1], alone)
@@ -334,6 +335,28 @@ def featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number
     with naming(entry):
         loop.run(weights, entry.digest, entry.missing_rows().tolist(), entry.write, description)
     entry.finish()
+
+
+def check_features(loop: FeaturizationLoop, entry: CheckpointEntry) -> None:
+    """Recompute a few rows of a complete entry: the store cannot know whether ``model_output`` or the data changed.
+
+    Raises:
+        ValueError: if they are not what is stored.
+    """
+    rows = np.unique(np.linspace(0, loop.size - 1, 8).round().astype(int)).tolist()
+
+    def compare(batch_rows: Sequence[int], *arrays: Array) -> None:
+        for name, new in zip(("features", "loss_grad", "curvature"), arrays, strict=True):
+            stored = getattr(entry, name)[batch_rows]
+            if np.linalg.norm(new - stored) > 0.05 * np.linalg.norm(stored) + 1e-3:
+                raise ValueError(
+                    f"The stored {name} of train rows {batch_rows} are not those that the model and the data give now:"
+                    " model_output, the loss, the collate function or a batch hook has changed since. Restore it, or"
+                    " use another dirpath for TRAKCallback."
+                )
+
+    with naming(entry):
+        loop.run(load_weights(entry.weights_path, entry.digest), entry.digest, rows, compare, "Checking the store")
 
 
 def featurize_targets(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> Tensor:

@@ -13,13 +13,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_trak._loop import attached, featurize_checkpoint, featurize_targets, naming, progress
+from lightning_trak._loop import attached, check_features, featurize_checkpoint, featurize_targets, naming, progress
+from lightning_trak._plan import Plan, add_checkpoint
 from lightning_trak.attribution import Attribution, AttributionInfo
 from lightning_trak.callback import (
     TRAIN_REMEDY,
-    Plan,
     TRAKCallback,
-    add_checkpoint,
     check_limit,
     check_supported,
     find_callback,
@@ -264,11 +263,18 @@ def _select(trainer: pl.Trainer, store: FeatureStore, ckpt_path: CkptPath) -> li
 def _featurize_missing(
     trainer: pl.Trainer, model: pl.LightningModule, store: FeatureStore, plan: Plan, data: _Data, digests: list[str]
 ) -> None:
+    """Featurize the train set where that is still to be done, after a look whether what is done still holds."""
     missing = [digest for digest in digests if not store[digest].complete]
-    if not missing:
+    complete = [digest for digest in digests if digest not in missing]
+    loader = data.train() if missing else data.train_if_defined()
+    if loader is None:
         return
-    loop = plan.loop(trainer, model, data.train(), "train")
-    loop.preflight(load_weights(store[missing[0]].weights_path, missing[0]))
+    loop = plan.loop(trainer, model, loader, "train")
+    loop.preflight(load_weights(store[digests[0]].weights_path, digests[0]))
+    if loop.repeatable:
+        for digest in {*complete[:1], *complete[-1:]}:
+            store[digest].verify()
+            check_features(loop, store[digest])
     for number, digest in enumerate(missing, 1):
         featurize_checkpoint(loop, store[digest], f"{number}/{len(missing)}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lightning_trak._loop import FeaturizationLoop, attached, featurize_checkpoint, undisturbed
-from lightning_trak.data import check_loader, fingerprint
+from lightning_trak._plan import Plan, add_checkpoint
+from lightning_trak.data import check_loader
 from lightning_trak.gradients import ENGINES
-from lightning_trak.projection import Projector, check_projector, make_projector
-from lightning_trak.store import FeatureStore, explained_os_errors
-from lightning_trak.weights import Weights, save_weights, select_parameters, tensors_in, weights_digest
+from lightning_trak.projection import Projector, check_projector
+from lightning_trak.store import FeatureStore
+from lightning_trak.weights import tensors_in, weights_digest
 
 TRAIN_REMEDY = "Or define featurize_dataloader() in the LightningDataModule or LightningModule."
 
@@ -182,71 +182,6 @@ class TRAKCallback(pl.Callback):
         return check_loader(trainer.train_dataloader, "train_dataloader", TRAIN_REMEDY)
 
 
-class Plan:
-    """What is computed: the attributed parameters and their projection, settled for one model.
-
-    Args:
-        callback: says what the user asked for.
-        module: the model.
-        manifest: of an existing store; settings that the user left at their defaults are taken from it.
-    """
-
-    def __init__(
-        self, callback: TRAKCallback, module: pl.LightningModule, manifest: dict[str, Any] | None = None
-    ) -> None:
-        self._callback = callback
-        parameters, projector = callback.parameters, callback.projector
-        proj_dim, seed = callback.proj_dim, callback.seed
-        if manifest is not None:
-            defaults = {name: value.default for name, value in signature(TRAKCallback).parameters.items()}
-            stored = manifest["projection"]
-            parameters = list(manifest["parameters"]) if parameters is None else parameters
-            projector = stored["projector"] if projector == "auto" else projector
-            proj_dim = stored["proj_dim"] if proj_dim == defaults["proj_dim"] else proj_dim
-            seed = stored["seed"] if seed == defaults["seed"] else seed
-        own = dict(module.named_parameters())
-        self.parameters = select_parameters(module, parameters)
-        if manifest is not None:  # a parameter's place in P is its place in the store, wherever the model declares it
-            places = {name: place for place, name in enumerate(manifest["parameters"])}
-            self.parameters.sort(key=lambda name: places.get(name, len(places)))
-        self.shapes = {name: list(own[name].shape) for name in self.parameters}
-        self.n_params = sum(own[name].numel() for name in self.parameters)
-        self.projector = make_projector(projector, proj_dim, self.n_params)
-        self.seed = seed
-
-    @property
-    def proj_dim(self) -> int:
-        """k, as it comes out."""
-        return self.projector.dimension(self.n_params)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The part of the store's manifest that does not depend on the data."""
-        projection = {"projector": self.projector.name, "proj_dim": self.proj_dim, "seed": self.seed}
-        return {"parameters": self.shapes, "projection": projection}
-
-    def manifest(self, loader: DataLoader[Any]) -> dict[str, Any]:
-        """Return the store's manifest for a train set."""
-        data = fingerprint(loader.dataset)
-        return {"n_train": data["n"], **self.settings, "data": data["digest"]}
-
-    def loop(
-        self, trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader[Any], examples: str
-    ) -> FeaturizationLoop:
-        """Return the loop that computes it."""
-        return FeaturizationLoop(
-            trainer,
-            module,
-            loader,
-            parameters=self.parameters,
-            projector=self.projector,
-            seed=self.seed,
-            gradients=self._callback.gradients,
-            batch_size=self._callback.batch_size,
-            examples=examples,
-        )
-
-
 class _WatchedCheckpointIO(CheckpointIO):
     """Tells a `TRAKCallback` of every checkpoint file written or deleted, whoever does it and with whatever options.
 
@@ -271,16 +206,6 @@ class _WatchedCheckpointIO(CheckpointIO):
 
     def teardown(self) -> None:
         self.inner.teardown()
-
-
-def add_checkpoint(store: FeatureStore, digest: str, weights: Weights, meta: dict[str, Any]) -> None:
-    """Put weights into the store, the file first: an entry without its weights is never there."""
-    if digest in store:
-        return
-    folder = store.folder(digest)
-    with explained_os_errors(store.dirpath):
-        save_weights(weights, folder / "weights.pt")
-    store.add(digest, meta)
 
 
 def find_callback(trainer: Any) -> TRAKCallback:

@@ -78,9 +78,9 @@ def check_loader(loader: Any, what: str, remedy: str) -> DataLoader[Any]:
         raise TypeError(
             f"{what} has batch_size=None: its dataset yields whole batches, whose rows are unknown. {remedy}"
         )
-    if not hasattr(dataset, "__len__"):
+    if getattr(dataset, "__len__", None) is None:
         raise TypeError(f"{what} reads {type(dataset).__name__}, which has no length. Define __len__. {remedy}")
-    n = len(dataset)
+    n = len(dataset)  # type: ignore[arg-type]
     if n == 0:
         raise ValueError(f"{what} reads an empty dataset; there is nothing to attribute. {remedy}")
     sampler = getattr(loader.batch_sampler, "sampler", None)

@@ -804,6 +804,26 @@ def test_targets_with_nan_are_named(run):
         run[1].attribute(dataloaders=DataLoader(TensorDataset(x, y), 2))
 
 
+@pytest.mark.parametrize("change", ["temperature", "loss", "output", "inputs"])
+def test_a_model_that_has_changed_since(run, change):
+    class Changed(Classifier):
+        temperature = 2.0 if change == "temperature" else 1.0
+
+        def model_output(self, batch):
+            return super().model_output(batch) * (1.2 if change == "output" else 1)
+
+        def output_to_loss(self, output, batch):
+            return super().output_to_loss(output, batch) * (1.2 if change == "loss" else 1)
+
+    class ChangedData(Blobs):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return (batch[0] * 1.3, batch[1]) if change == "inputs" else batch
+
+    root, _, _, _ = run
+    with pytest.raises(ValueError, match=r"stored \w+ of train rows .* are not those that .*another dirpath"):
+        fresh(root).attribute(Changed(), datamodule=ChangedData())
+
+
 def test_another_precision_than_the_trainings(tmp_path):
     trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store"), precision="bf16-true", max_epochs=1)
     trainer.fit(Classifier(), datamodule=Blobs())

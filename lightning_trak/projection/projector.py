@@ -15,13 +15,18 @@ class Projector(ABC):
     yields them so, and are added into the features: ``features += gradients @ P[start:start + q]``. The result does
     not depend on how the parameters are cut into blocks, so nothing of shape (b, p) need ever exist.
 
-    To write one, define `add_` and, where the dimension is not chosen freely, `dimension`.
+    To write one, define `add_` and, where the dimension is not chosen freely, `dimension`. Its ``name``, by default
+    that of the class, stands in the store for all that P depends on beside dimension and key.
 
     Args:
         proj_dim: k, the sketch dimension.
     """
 
-    name: str = "own"
+    name: str
+
+    def __init_subclass__(cls) -> None:
+        if "name" not in vars(cls):
+            cls.name = cls.__name__
 
     def __init__(self, proj_dim: int = 2048) -> None:
         self.check_proj_dim(proj_dim)

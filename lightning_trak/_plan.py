@@ -1,0 +1,88 @@
+"""What is computed, settled for one model, and how checkpoints enter the store."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DataLoader
+
+from lightning_trak._loop import FeaturizationLoop
+from lightning_trak.data import fingerprint
+from lightning_trak.projection import make_projector
+from lightning_trak.store import FeatureStore, explained_os_errors
+from lightning_trak.weights import Weights, save_weights, select_parameters
+
+if TYPE_CHECKING:
+    from lightning_trak.callback import TRAKCallback
+
+
+class Plan:
+    """What is computed: the attributed parameters and their projection, settled for one model.
+
+    Args:
+        callback: says what the user asked for.
+        module: the model.
+        manifest: of an existing store; settings that the user left at their defaults are taken from it.
+    """
+
+    def __init__(self, callback: TRAKCallback, module: Any, manifest: dict[str, Any] | None = None) -> None:
+        self._callback = callback
+        parameters, projector = callback.parameters, callback.projector
+        proj_dim, seed = callback.proj_dim, callback.seed
+        if manifest is not None:
+            defaults = {name: value.default for name, value in signature(type(self._callback)).parameters.items()}
+            stored = manifest["projection"]
+            parameters = list(manifest["parameters"]) if parameters is None else parameters
+            projector = stored["projector"] if projector == "auto" else projector
+            proj_dim = stored["proj_dim"] if proj_dim == defaults["proj_dim"] else proj_dim
+            seed = stored["seed"] if seed == defaults["seed"] else seed
+        own = dict(module.named_parameters())
+        self.parameters = select_parameters(module, parameters)
+        if manifest is not None:  # a parameter's place in P is its place in the store, wherever the model declares it
+            places = {name: place for place, name in enumerate(manifest["parameters"])}
+            self.parameters.sort(key=lambda name: places.get(name, len(places)))
+        self.shapes = {name: list(own[name].shape) for name in self.parameters}
+        self.n_params = sum(own[name].numel() for name in self.parameters)
+        self.projector = make_projector(projector, proj_dim, self.n_params)
+        self.seed = seed
+
+    @property
+    def proj_dim(self) -> int:
+        """k, as it comes out."""
+        return self.projector.dimension(self.n_params)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The part of the store's manifest that does not depend on the data."""
+        projection = {"projector": self.projector.name, "proj_dim": self.proj_dim, "seed": self.seed}
+        return {"parameters": self.shapes, "projection": projection}
+
+    def manifest(self, loader: DataLoader[Any]) -> dict[str, Any]:
+        """Return the store's manifest for a train set."""
+        data = fingerprint(loader.dataset)
+        return {"n_train": data["n"], **self.settings, "data": data["digest"]}
+
+    def loop(self, trainer: Any, module: Any, loader: DataLoader[Any], examples: str) -> FeaturizationLoop:
+        """Return the loop that computes it."""
+        return FeaturizationLoop(
+            trainer,
+            module,
+            loader,
+            parameters=self.parameters,
+            projector=self.projector,
+            seed=self.seed,
+            gradients=self._callback.gradients,
+            batch_size=self._callback.batch_size,
+            examples=examples,
+        )
+
+
+def add_checkpoint(store: FeatureStore, digest: str, weights: Weights, meta: dict[str, Any]) -> None:
+    """Put weights into the store, the file first: an entry without its weights is never there."""
+    if digest in store:
+        return
+    folder = store.folder(digest)
+    with explained_os_errors(store.dirpath):
+        save_weights(weights, folder / "weights.pt")
+    store.add(digest, meta)
