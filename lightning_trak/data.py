@@ -80,12 +80,12 @@ def check_loader(loader: Any, what: str, remedy: str) -> DataLoader[Any]:
         )
     if getattr(dataset, "__len__", None) is None:
         raise TypeError(f"{what} reads {type(dataset).__name__}, which has no length. Define __len__. {remedy}")
-    n = len(dataset)  # type: ignore[arg-type]
+    n = len(dataset)
     if n == 0:
         raise ValueError(f"{what} reads an empty dataset; there is nothing to attribute. {remedy}")
-    sampler = getattr(loader.batch_sampler, "sampler", None)
+    sampler: Any = getattr(loader.batch_sampler, "sampler", None)
     if not isinstance(sampler, _WHOLE) and hasattr(sampler, "__len__"):
-        drawn = len(sampler)
+        drawn = len(sampler)  # type: ignore[arg-type]
         if drawn < n:
             raise ValueError(
                 f"{what} has a {type(sampler).__name__} that reads {drawn} of the dataset's {n} examples, so rows would"
