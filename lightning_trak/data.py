@@ -85,7 +85,7 @@ def check_loader(loader: Any, what: str, remedy: str) -> DataLoader[Any]:
         raise ValueError(f"{what} reads an empty dataset; there is nothing to attribute. {remedy}")
     sampler: Any = getattr(loader.batch_sampler, "sampler", None)
     if not isinstance(sampler, _WHOLE) and hasattr(sampler, "__len__"):
-        drawn = len(sampler)  # type: ignore[arg-type]
+        drawn = len(sampler)
         if drawn < n:
             raise ValueError(
                 f"{what} has a {type(sampler).__name__} that reads {drawn} of the dataset's {n} examples, so rows would"

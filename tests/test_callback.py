@@ -136,6 +136,16 @@ def test_fit_end_featurizes_what_the_run_kept(tmp_path):
     assert all(entry.complete for entry in store)
 
 
+def test_fit_end_knows_files_that_were_overwritten(tmp_path):
+    class SavesByHand(Classifier):
+        def on_train_epoch_end(self):
+            self.trainer.save_checkpoint(tmp_path / "same.ckpt")
+
+    trak = TRAKCallback(tmp_path / "store", featurize_on="fit_end")
+    fit(tmp_path, trak, module=SavesByHand(), enable_checkpointing=False)
+    assert FeatureStore(tmp_path / "store").digests == digests_of(tmp_path / "same.ckpt")
+
+
 @pytest.mark.parametrize("featurize_on", ["save", "fit_end"])
 def test_save_weights_only_works(tmp_path, featurize_on):
     saving = every_epoch(tmp_path, save_weights_only=True)
