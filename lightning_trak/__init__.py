@@ -8,11 +8,12 @@ The way of the data, and the module that is each stage::
     callback          from Lightning's checkpoint saving to the stages
     attribute         the stages in order
     _loop, _plan      the featurization loop inside Lightning, and what it is to compute
+    _checkpoints      what is done with one checkpoint of the store
     data, weights     examples by row; checkpoints by digest
     gradients         per-sample gradients of f
     projection        random projections
     featurize         gradients, projected as they appear
-    store             FeatureStore, the directory of checkpoints and features
+    store, entry      FeatureStore, the directory of checkpoints, and each checkpoint's features
     gram, scores      kernel and scores
     attribution, plot what the user gets back
 

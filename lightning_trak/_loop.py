@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import numpy.typing as npt
 import torch
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
@@ -28,8 +27,7 @@ from lightning_trak.gradients import ENGINES, Engine, EngineUnsuitable, ModelFun
 from lightning_trak.gradients.batch import tensors_of
 from lightning_trak.module import LossTerms
 from lightning_trak.projection import Projector, projection_key
-from lightning_trak.store import CheckpointEntry
-from lightning_trak.weights import Weights, load_weights
+from lightning_trak.weights import Weights
 
 Array = npt.NDArray[Any]
 
@@ -312,61 +310,3 @@ class FeaturizationLoop:
                 " augmentation."
             )
         return same
-
-
-@contextmanager
-def naming(entry: CheckpointEntry) -> Iterator[None]:
-    """Let a ValueError say at which checkpoint it came up, and how to go on without that one."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(
-            f"At checkpoint {entry.digest} (file '{entry.meta.get('file')}', step {entry.meta.get('global_step')}):"
-            f" {error} To leave this checkpoint out, delete '{entry.path}'."
-        ) from error
-
-
-def featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> None:
-    """Compute what is missing of a checkpoint's train features, and seal them."""
-    weights = load_weights(entry.weights_path, entry.digest)
-    entry.allocate(loop.dimension)
-    where = f" (epoch {entry.meta['epoch']}, step {entry.meta['global_step']})" if "epoch" in entry.meta else ""
-    description = f"Featurizing checkpoint {number}{where}"
-    with naming(entry):
-        loop.run(weights, entry.digest, entry.missing_rows().tolist(), entry.write, description)
-    entry.finish()
-
-
-def check_features(loop: FeaturizationLoop, entry: CheckpointEntry) -> None:
-    """Recompute a few rows of a complete entry: the store cannot know whether ``model_output`` or the data changed.
-
-    Raises:
-        ValueError: if they are not what is stored.
-    """
-    rows = np.unique(np.linspace(0, loop.size - 1, 8).round().astype(int)).tolist()
-
-    def compare(batch_rows: Sequence[int], *arrays: Array) -> None:
-        for name, new in zip(("features", "loss_grad", "curvature"), arrays, strict=True):
-            stored = getattr(entry, name)[batch_rows]
-            if np.linalg.norm(new - stored) > 0.05 * np.linalg.norm(stored) + 1e-3:
-                raise ValueError(
-                    f"The stored {name} of train rows {batch_rows} are not those that the model and the data give now:"
-                    " model_output, the loss, the collate function or a batch hook has changed since. Restore it, or"
-                    " use another dirpath for TRAKCallback."
-                )
-
-    with naming(entry):
-        loop.run(load_weights(entry.weights_path, entry.digest), entry.digest, rows, compare, "Checking the store")
-
-
-def featurize_targets(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> Tensor:
-    """Return the targets' features at a checkpoint, (m, k)."""
-    features = np.zeros((loop.size, loop.dimension), dtype=np.float32)
-
-    def receive(rows: Sequence[int], block: Array, *_: Array) -> None:
-        features[rows] = block
-
-    weights = load_weights(entry.weights_path, entry.digest)
-    with naming(entry):
-        loop.run(weights, entry.digest, range(loop.size), receive, f"Featurizing targets at checkpoint {number}")
-    return torch.from_numpy(features)

@@ -1,4 +1,4 @@
-"""What is computed, settled for one model, and how checkpoints enter the store."""
+"""What is computed, settled for one model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from torch.utils.data import DataLoader
 from lightning_trak._loop import FeaturizationLoop
 from lightning_trak.data import fingerprint
 from lightning_trak.projection import make_projector
-from lightning_trak.store import FeatureStore, explained_os_errors
-from lightning_trak.weights import Weights, save_weights, select_parameters
+from lightning_trak.weights import select_parameters
 
 if TYPE_CHECKING:
     from lightning_trak.callback import TRAKCallback
@@ -76,13 +75,3 @@ class Plan:
             batch_size=self._callback.batch_size,
             examples=examples,
         )
-
-
-def add_checkpoint(store: FeatureStore, digest: str, weights: Weights, meta: dict[str, Any]) -> None:
-    """Put weights into the store, the file first: an entry without its weights is never there."""
-    if digest in store:
-        return
-    folder = store.folder(digest)
-    with explained_os_errors(store.dirpath):
-        save_weights(weights, folder / "weights.pt")
-    store.add(digest, meta)

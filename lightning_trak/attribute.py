@@ -13,8 +13,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_trak._loop import attached, check_features, featurize_checkpoint, featurize_targets, naming, progress
-from lightning_trak._plan import Plan, add_checkpoint
+from lightning_trak._checkpoints import (
+    add_checkpoint,
+    check_features,
+    featurize_checkpoint,
+    featurize_targets,
+    naming,
+)
+from lightning_trak._loop import attached, progress
+from lightning_trak._plan import Plan
 from lightning_trak.attribution import Attribution, AttributionInfo
 from lightning_trak.callback import (
     TRAIN_REMEDY,

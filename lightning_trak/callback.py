@@ -14,8 +14,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
-from lightning_trak._loop import FeaturizationLoop, attached, featurize_checkpoint, undisturbed
-from lightning_trak._plan import Plan, add_checkpoint
+from lightning_trak._checkpoints import add_checkpoint, featurize_checkpoint
+from lightning_trak._loop import FeaturizationLoop, attached, undisturbed
+from lightning_trak._plan import Plan
 from lightning_trak.data import check_loader
 from lightning_trak.gradients import ENGINES
 from lightning_trak.projection import Projector, check_projector

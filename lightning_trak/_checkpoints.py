@@ -1,0 +1,87 @@
+"""What is done with one checkpoint of the store: add it, featurize train set and targets, check what is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lightning_trak._loop import FeaturizationLoop
+from lightning_trak.entry import CheckpointEntry, explained_os_errors
+from lightning_trak.store import FeatureStore
+from lightning_trak.weights import Weights, load_weights, save_weights
+
+Array = npt.NDArray[Any]
+
+
+def add_checkpoint(store: FeatureStore, digest: str, weights: Weights, meta: dict[str, Any]) -> None:
+    """Put weights into the store, the file first: an entry without its weights is never there."""
+    if digest in store:
+        return
+    folder = store.folder(digest)
+    with explained_os_errors(store.dirpath):
+        save_weights(weights, folder / "weights.pt")
+    store.add(digest, meta)
+
+
+@contextmanager
+def naming(entry: CheckpointEntry) -> Iterator[None]:
+    """Let a ValueError say at which checkpoint it came up, and how to go on without that one."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"At checkpoint {entry.digest} (file '{entry.meta.get('file')}', step {entry.meta.get('global_step')}):"
+            f" {error} To leave this checkpoint out, delete '{entry.path}'."
+        ) from error
+
+
+def featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> None:
+    """Compute what is missing of a checkpoint's train features, and seal them."""
+    weights = load_weights(entry.weights_path, entry.digest)
+    entry.allocate(loop.dimension)
+    where = f" (epoch {entry.meta['epoch']}, step {entry.meta['global_step']})" if "epoch" in entry.meta else ""
+    description = f"Featurizing checkpoint {number}{where}"
+    with naming(entry):
+        loop.run(weights, entry.digest, entry.missing_rows().tolist(), entry.write, description)
+    entry.finish()
+
+
+def check_features(loop: FeaturizationLoop, entry: CheckpointEntry) -> None:
+    """Recompute a few rows of a complete entry: the store cannot know whether ``model_output`` or the data changed.
+
+    Raises:
+        ValueError: if they are not what is stored.
+    """
+    rows = np.unique(np.linspace(0, loop.size - 1, 8).round().astype(int)).tolist()
+
+    def compare(batch_rows: Sequence[int], *arrays: Array) -> None:
+        for name, new in zip(("features", "loss_grad", "curvature"), arrays, strict=True):
+            stored = getattr(entry, name)[batch_rows]
+            if np.linalg.norm(new - stored) > 0.05 * np.linalg.norm(stored) + 1e-3:
+                raise ValueError(
+                    f"The stored {name} of train rows {batch_rows} are not those that the model and the data give now:"
+                    " model_output, the loss, the collate function or a batch hook has changed since. Restore it, or"
+                    " use another dirpath for TRAKCallback."
+                )
+
+    with naming(entry):
+        loop.run(load_weights(entry.weights_path, entry.digest), entry.digest, rows, compare, "Checking the store")
+
+
+def featurize_targets(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> Tensor:
+    """Return the targets' features at a checkpoint, (m, k)."""
+    features = np.zeros((loop.size, loop.dimension), dtype=np.float32)
+
+    def receive(rows: Sequence[int], block: Array, *_: Array) -> None:
+        features[rows] = block
+
+    weights = load_weights(entry.weights_path, entry.digest)
+    with naming(entry):
+        loop.run(weights, entry.digest, range(loop.size), receive, f"Featurizing targets at checkpoint {number}")
+    return torch.from_numpy(features)

@@ -1,0 +1,203 @@
+"""CheckpointEntry: one checkpoint of the feature store, written row by row. NumPy only."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_CRC_BLOCK = 2**24
+
+Array = npt.NDArray[Any]
+
+
+class CheckpointEntry:
+    """One checkpoint of a `FeatureStore`: its weights file, and features that are written row by row.
+
+    Every row is written once; ``written.npy`` says which are, so that a crash loses at most the batch in flight. Only
+    a complete entry gives its features away.
+    """
+
+    def __init__(self, path: Path, n_train: int) -> None:
+        self.path = path
+        self.digest = path.name
+        self.n_train = n_train
+        self.meta = read_json(path / "meta.json")
+        self._open: dict[str, Array] = {}
+
+    @property
+    def weights_path(self) -> Path:
+        """Where the weights are."""
+        return self.path / "weights.pt"
+
+    @property
+    def complete(self) -> bool:
+        """Whether the features of all training examples are there."""
+        return "checksums" in self.meta
+
+    def allocate(self, k: int) -> None:
+        """Make room on the disk for all features at once, so that a disk too small is known before the work is done."""
+        if (self.path / "written.npy").exists():
+            return
+        shapes: dict[str, tuple[tuple[int, ...], type]] = {
+            "features": ((self.n_train, k), np.float32),
+            "loss_grad": ((self.n_train,), np.float32),
+            "curvature": ((self.n_train,), np.float32),
+            "written": ((self.n_train,), np.bool_),  # last: it is the sign that the others are there
+        }
+        with explained_os_errors(self.path):
+            for name, (shape, dtype) in shapes.items():
+                _allocate(self.path / f"{name}.npy", shape, dtype)
+
+    def missing_rows(self) -> npt.NDArray[np.int64]:
+        """Return the training examples whose features are still to be written, in order."""
+        if not (self.path / "written.npy").exists():
+            return np.arange(self.n_train)
+        return np.flatnonzero(~self._array("written"))
+
+    def write(self, rows: Sequence[int], features: Array, loss_grad: Array, curvature: Array) -> None:
+        """Write the features (r, k), Q (r,) and w (r,) of the training examples ``rows``."""
+        written = self._array("written")
+        twice = [row for row in rows if written[row]]
+        if twice:
+            raise ValueError(f"Rows {twice[:10]} of checkpoint {self.digest} are written already.")
+        for name, values in (("features", features), ("loss_grad", loss_grad), ("curvature", curvature)):
+            self._array(name)[rows] = values
+        written[rows] = True
+
+    def finish(self) -> None:
+        """Seal the entry once every row is there: bring it to the disk, with checksums that tell later damage."""
+        missing = self.missing_rows()
+        if len(missing):
+            raise ValueError(f"{len(missing)} rows of checkpoint {self.digest} are not written yet.")
+        with explained_os_errors(self.path):
+            for array in self._open.values():
+                array.flush()  # type: ignore[attr-defined]
+            self._open.clear()
+            checksums = {name: self._checksum(name) for name in ("features", "loss_grad", "curvature")}
+            self.meta = {**self.meta, "checksums": checksums}
+            write_json(self.path / "meta.json", self.meta)
+
+    def verify(self) -> None:
+        """Raise a ValueError if a file of a complete entry is not what was written."""
+        for name, expected in self.meta.get("checksums", {}).items():
+            try:
+                found = self._checksum(name)
+            except OSError as error:
+                raise self._damaged(name, str(error)) from error
+            if found != expected:
+                raise self._damaged(name, "its checksum has changed")
+
+    @property
+    def features(self) -> Array:
+        """Φ, (n, k), memory-mapped and read-only."""
+        return self._complete("features")
+
+    @property
+    def loss_grad(self) -> Array:
+        """Q, (n,)."""
+        return self._complete("loss_grad")
+
+    @property
+    def curvature(self) -> Array:
+        """w, (n,)."""
+        return self._complete("curvature")
+
+    def _complete(self, name: str) -> Array:
+        if not self.complete:
+            raise ValueError(
+                f"Checkpoint {self.digest} has features of {self.n_train - len(self.missing_rows())} of {self.n_train}"
+                " training examples. trainer.attribute(...) with a train set computes the rest."
+            )
+        return self._array(name, mode="r")
+
+    def _array(self, name: str, mode: str = "r+") -> Array:
+        if name not in self._open or mode == "r":
+            path = self.path / f"{name}.npy"
+            try:
+                array: Array = np.load(path, mmap_mode=mode, allow_pickle=False)  # type: ignore[arg-type]
+            except (OSError, ValueError, EOFError) as error:
+                raise self._damaged(name, str(error)) from error
+            if len(array) != self.n_train:
+                raise self._damaged(name, f"it has {len(array)} rows, expected {self.n_train}")
+            if mode == "r":
+                return array
+            self._open[name] = array
+        return self._open[name]
+
+    def _checksum(self, name: str) -> int:
+        crc = 0
+        with open(self.path / f"{name}.npy", "rb") as file:
+            while block := file.read(_CRC_BLOCK):
+                crc = zlib.crc32(block, crc)
+        return crc
+
+    def _damaged(self, name: str, why: str) -> ValueError:
+        return ValueError(
+            f"'{self.path / name}.npy' is damaged: {why}. Delete {name}.npy, written.npy and the 'checksums' of"
+            f" meta.json there, or simply the folder '{self.path}', and featurize the checkpoint again."
+        )
+
+
+@contextmanager
+def explained_os_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into one that says what could not be written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(
+            error.errno,
+            f"The feature store cannot be written in '{path}': {error.strerror or error}. Free space there, or give"
+            " TRAKCallback another dirpath. Everything written so far is kept, and a rerun goes on from it",
+        ) from error
+
+
+def _allocate(path: Path, shape: tuple[int, ...], dtype: type) -> None:
+    """Create an array file of zeros whose blocks are really on the disk: a sparse one would end in SIGBUS when full."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            np.lib.format.write_array_header_1_0(
+                file,
+                {
+                    "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+                    "fortran_order": False,
+                    "shape": shape,
+                },
+            )
+            start, size = file.tell(), int(np.prod(shape)) * np.dtype(dtype).itemsize
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, start + size)
+            else:
+                for first in range(0, size, _CRC_BLOCK):
+                    file.write(bytes(min(_CRC_BLOCK, size - first)))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read an object; a ValueError says what to do if the file is damaged."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"'{path}' is damaged: {error}. Delete the folder '{path.parent}' and featurize again."
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(f"'{path}' is damaged: it holds no object. Delete the folder '{path.parent}'.")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace a file at once, so that it is never half-written."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1))
+    os.replace(partial, path)
