@@ -23,13 +23,17 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.data import loader_batch_size, numbered_loader, seed_all
 from lightning_trak.featurize import Featurizer
-from lightning_trak.gradients import ENGINES, Engine, EngineUnsuitable, ModelFunction, batch_gradient
+from lightning_trak.gradients import Engine, EngineChoice, EngineUnsuitable, ModelFunction, batch_gradient
 from lightning_trak.gradients.batch import tensors_of
+from lightning_trak.memory import fitting_batch_size
 from lightning_trak.module import LossTerms
 from lightning_trak.projection import Projector, projection_key
 from lightning_trak.weights import Weights
 
 Array = npt.NDArray[Any]
+
+_TRIED = 8  # examples of the first batch that are tried before training
+_PREPARED = 4  # examples on which an engine is prepared
 
 
 @contextmanager
@@ -128,7 +132,7 @@ class FeaturizationLoop:
         projector: the family of projections.
         seed: with the checkpoint's digest it determines the projection.
         gradients: ``"auto"`` or the name of an engine.
-        batch_size: None for the loader's own.
+        batch_size: None for that of the loader, or fewer if the memory is short.
         examples: what the rows are, for messages: ``"train"`` or ``"target"``.
     """
 
@@ -152,8 +156,10 @@ class FeaturizationLoop:
         self._projector = projector
         self._seed = seed
         self._gradients = gradients
-        self._engine: Engine = ENGINES["vmap" if gradients == "auto" else gradients]()
+        self._choice = EngineChoice(gradients)
+        self._engine: Engine | None = None
         self._batch_size = batch_size or loader_batch_size(loader)
+        self._measure = batch_size is None
         self._examples = examples
         self._loss_terms = LossTerms(module)
         self.repeatable = True  # whether two reads of an example are the same; preflight finds out
@@ -177,19 +183,21 @@ class FeaturizationLoop:
                 batch, or are not finite; or if the loss terms do not belong together.
         """
         with undisturbed(self._trainer, self._module):
-            rows = range(min(self._batch_size, self.size))
+            rows = range(min(self._batch_size, self.size, _TRIED))
             batch = self._read_once(rows, seed=0)
             self.repeatable = self._is_repeatable(batch, self._read_once(rows, seed=1))
             function = self._function(weights)
-            outputs, _ = batch_gradient(function, batch)
+            outputs, gradients = batch_gradient(function, batch)
             self._check_size(outputs, len(rows))
+            self._check_dependent(gradients)
             self._check_finite("model_output", outputs, rows)
             if self._gradients != "loop" and self.repeatable:
-                for row in rows[:: max(1, len(rows) // 8)]:
+                for row in rows:
                     alone = function.output(self._read_once([row], seed=0))
                     self._check_independent(row, outputs[row : row + 1], alone)
             if self._examples == "train":
                 self._loss(function, batch, outputs, rows)
+            self._choose(function)
 
     def run(
         self,
@@ -213,17 +221,25 @@ class FeaturizationLoop:
         with undisturbed(self._trainer, self._module), progress(self._trainer, description, len(rows)) as advance:
             function = self._function(weights)
             while done < len(rows):
-                featurizer = Featurizer(function, self._engine, self._projector, projection_key(self._seed, digest))
+                engine = self._engine or self._choose(function)
+                featurizer = Featurizer(function, engine, self._projector, projection_key(self._seed, digest))
                 try:
-                    for batch_rows, batch in self._read(rows[done:], self._engine.batch_size or self._batch_size):
-                        receive(batch_rows, *self._featurize(featurizer, batch_rows, batch))
+                    for batch_rows, batch in self._read(rows[done:], engine.batch_size or self._batch_size):
+                        receive(batch_rows, *self._featurize(featurizer, batch_rows, batch, check=done == 0))
                         done += len(batch_rows)
                         advance(len(batch_rows))
                 except EngineUnsuitable as error:
-                    self._fall_back(error)
+                    self._choice.reject(error)
+                    self._engine = None
+                except torch.OutOfMemoryError:
+                    if self._batch_size == 1 or engine.batch_size == 1:
+                        raise
+                    self._halve()
 
-    def _featurize(self, featurizer: Featurizer, rows: Sequence[int], batch: Any) -> tuple[Array, Array, Array]:
-        result = featurizer(batch, len(rows))
+    def _featurize(
+        self, featurizer: Featurizer, rows: Sequence[int], batch: Any, *, check: bool
+    ) -> tuple[Array, Array, Array]:
+        result = (featurizer.checked if check else featurizer)(batch, len(rows))
         self._check_size(result.outputs, len(rows))
         self._check_finite("model_output", result.outputs, rows)
         self._check_finite("the gradient of model_output", result.features.sum(1), rows)
@@ -260,15 +276,38 @@ class FeaturizationLoop:
         seed_all(seed)
         return next(self._read(rows, len(rows), num_workers=0))[1]
 
-    def _fall_back(self, error: EngineUnsuitable) -> None:
-        """Go on with the loop, which differentiates what vmap cannot, if the choice is ours."""
-        if self._gradients != "auto" or self._engine.name == "loop":
+    def _choose(self, function: ModelFunction) -> Engine:
+        """Choose the engine, and the batch size that the memory allows; say so once."""
+        rows = range(min(_PREPARED, self.size))
+        engine = self._choice.choose(function, self._read_once(rows, seed=0), len(rows))
+        rank_zero_info(f"TRAKCallback: {self._choice.report(engine)} ({self._examples} examples).")
+        if self._measure and engine.batch_size is None:
+            featurizer = Featurizer(function, engine, self._projector, key=0)
+            fitting = fitting_batch_size(
+                lambda size: featurizer(self._read_once(range(size), seed=0), size),
+                min(self._batch_size, self.size),
+                self._trainer.strategy.root_device,
+            )
+            if fitting < min(self._batch_size, self.size):
+                rank_zero_info(f"TRAKCallback: batches of {fitting} examples, as many as the free memory allows.")
+                self._batch_size = fitting
+        self._measure = False
+        self._engine = engine
+        return engine
+
+    def _halve(self) -> None:
+        """Go on with half the batch size after the device ran out of memory; what is done is kept."""
+        self._batch_size //= 2
+        torch.cuda.empty_cache()
+        rank_zero_info(f"TRAKCallback: out of memory; going on with batches of {self._batch_size} examples.")
+
+    def _check_dependent(self, gradients: list[Tensor | None]) -> None:
+        if all(gradient is None for gradient in gradients):
             raise ValueError(
-                f"gradients={self._engine.name!r} cannot differentiate this model: {error}. Use gradients='auto' or"
-                " 'loop'."
-            ) from error
-        self._engine = ENGINES["loop"]()
-        rank_zero_info(f"TRAKCallback: gradients='loop', one example at a time and slower, because {error}")
+                f"{type(self._module).__name__}.model_output does not depend on any of the {len(gradients)} attributed"
+                " parameters. Return the output without .detach(), .item(), torch.no_grad() or NumPy on its way, and"
+                " let parameters=... select some that it uses."
+            )
 
     def _check_size(self, outputs: Tensor, size: int) -> None:
         if outputs.shape != (size,):

@@ -38,16 +38,18 @@ class TRAKCallback(pl.Callback):
         dirpath: the feature store; default ``<trainer.default_root_dir>/trak``. Several runs may share it: that is how
             ensembles are made.
         proj_dim: k, the number of features.
-        projector: ``"rademacher"`` (dense), ``"sparse"``, ``"identity"`` (k = p) or a `Projector`; ``"auto"`` is
-            ``"identity"`` for models of at most ``proj_dim`` parameters, else ``"sparse"``.
-        gradients: ``"vmap"``, ``"loop"``, or ``"auto"``: vmap where the model allows it, else the loop.
+        projector: ``"factored"`` (of layers' inputs and output gradients), ``"sparse"``, ``"rademacher"`` (dense),
+            ``"fast_jl"`` (dense, by the library of that name), ``"identity"`` (k = p) or a `Projector`; ``"auto"`` is
+            ``"identity"`` for models of at most ``proj_dim`` parameters, else ``"factored"``.
+        gradients: ``"hooks"`` (one backward pass for the whole batch), ``"vmap"``, ``"loop"``, or ``"auto"``: the first
+            of them that suits the model; which, and why, is reported.
         featurize_on: ``"save"``: every distinct set of weights as it is saved, also those that are deleted later;
             ``"fit_end"``: once per run, the checkpoints that the run kept.
         parameters: the attributed parameters: None for all trainable ones, else names or glob patterns.
         damping: λ, added to H relative to its mean diagonal.
         curvature: True: H = Φᵀ diag(w) Φ, a Newton step. False: H = Φᵀ Φ, as in the TRAK paper.
         seed: chooses the projections.
-        batch_size: for featurization; None for that of the loader.
+        batch_size: for featurization; None for that of the loader, or fewer where the memory would not be enough.
 
     Raises:
         ValueError, TypeError: for arguments out of range.

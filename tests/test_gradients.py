@@ -16,7 +16,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_trak.featurize import Featurizer
-from lightning_trak.gradients import EngineUnsuitable, LoopEngine, ModelFunction, VmapEngine, batch_gradient
+from lightning_trak.gradients import (
+    ENGINES,
+    EngineUnsuitable,
+    HooksEngine,
+    LoopEngine,
+    ModelFunction,
+    VmapEngine,
+    batch_gradient,
+)
 from lightning_trak.gradients.batch import describe, map_tensors, tensors_of, with_tensors
 from lightning_trak.projection import make_projector
 
@@ -106,7 +114,9 @@ def reference(module, batch, size, names):
     for row in range(size):
         one = map_tensors(example(batch, row), lambda t: t.double() if t.is_floating_point() else t)
         output = module.model_output(one)
-        gradients = torch.autograd.grad(output.sum(), [parameters[name] for name in names], allow_unused=True)
+        module.zero_grad()
+        output.sum().backward()
+        gradients = [parameters[name].grad for name in names]
         flat = [torch.zeros_like(parameters[n]) if g is None else g for n, g in zip(names, gradients, strict=True)]
         rows.append(torch.cat([gradient.flatten() for gradient in flat]))
         outputs.append(output.detach())
@@ -114,14 +124,15 @@ def reference(module, batch, size, names):
 
 
 def collect(engine, function, batch, size):
-    """Run an engine, and lay out what it sends; every entry must come exactly once."""
+    """Run an engine, and add up what it sends."""
     shapes = {name: value.shape for name, value in function.parameters.items()}
-    found = {name: torch.full((size, *shape), float("nan")) for name, shape in shapes.items()}
+    found = {name: torch.zeros(size, *shape) for name, shape in shapes.items()}
 
-    def sink(rows, name, gradients):
-        assert torch.isnan(found[name][rows]).all()
-        assert not gradients.requires_grad
-        found[name][rows] = gradients
+    def sink(rows, name, gradient):
+        dense = gradient.dense()
+        assert not dense.requires_grad
+        assert dense.shape == (gradient.size, *gradient.shape) == found[name][rows].shape
+        found[name][rows] += dense
 
     outputs = engine(function, batch, size, sink)
     assert not outputs.requires_grad
@@ -130,13 +141,15 @@ def collect(engine, function, batch, size):
 
 def run(module, batch, size, names, engine):
     function = ModelFunction(module, module.state_dict(), names)
-    if engine == "vmap":
-        return collect(VmapEngine(), function, batch, size)
+    if engine != "loop":
+        chosen = ENGINES[engine]()
+        chosen.prepare(function, map_tensors(batch, lambda tensor: tensor[:4]), min(size, 4))
+        return collect(chosen, function, batch, size)
     parts = [collect(LoopEngine(), function, example(batch, row), 1) for row in range(size)]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
-@pytest.mark.parametrize("engine", ["vmap", "loop"])
+@pytest.mark.parametrize("engine", ["hooks", "vmap", "loop"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("selected", ["all", "first"])
 def test_engines_against_the_reference(case, engine, selected):
@@ -168,23 +181,28 @@ def test_shapes_and_chunks(size, width, depth, chunked):
 
 
 @pytest.mark.parametrize("projector", ["identity", "sparse", "rademacher"])
-@pytest.mark.parametrize("engine", [VmapEngine, LoopEngine])
+@pytest.mark.parametrize("engine", [HooksEngine, VmapEngine, LoopEngine])
 def test_features_are_gradients_times_the_projection(projector, engine):
     torch.manual_seed(0)
     module, batch = Net(nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3))).eval(), torch.randn(6, 4)
     names = [name for name, _ in module.named_parameters()]
     function = ModelFunction(module, module.state_dict(), names)
     projector = make_projector(projector, 12, function.n_params)
-    featurize = Featurizer(function, engine(), projector, key=5)
+    engine = engine()
+    engine.prepare(function, batch[:4], 4)
+    featurize = Featurizer(function, engine, projector, key=5)
     matrix = torch.zeros(function.n_params, projector.dimension(function.n_params))
     projector.add_(matrix, torch.eye(function.n_params), 0, 5)
     outputs, gradients = reference(module, batch, 6, names)
     expected = gradients @ matrix.double().numpy()
-    sizes = [6] if engine is VmapEngine else [1] * 6
+    sizes = [1] * 6 if engine.batch_size == 1 else [6]
     parts = [featurize(part, len(part)) for part in batch.split(sizes)]
     np.testing.assert_allclose(torch.cat([part.features for part in parts]).numpy(), expected, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(torch.cat([part.outputs for part in parts]).numpy(), outputs, rtol=1e-4, atol=1e-5)
-    if engine is VmapEngine:  # any split and any order
+    for row in range(6):  # the check of the first batch changes nothing
+        checked = featurize.checked(batch[row : row + 1], 1)
+        np.testing.assert_allclose(checked.features.numpy(), expected[row : row + 1], rtol=1e-3, atol=1e-5)
+    if engine.batch_size is None:  # any split and any order
         order = torch.randperm(6)
         again = torch.cat([featurize(part, len(part)).features for part in batch[order].split(4)])
         np.testing.assert_allclose(again.numpy(), expected[order], rtol=1e-3, atol=1e-5)
@@ -286,15 +304,21 @@ def test_outputs_of_a_wrong_form():
         module.model_output = wrong
         with pytest.raises(ValueError, match=rf"returned .*{message}.*shape \(b,\)"):
             ModelFunction(module, module.state_dict(), ["net.weight"]).output(torch.randn(6, 4))
-    module.model_output = lambda b: b.sum(1)
-    with pytest.raises(ValueError, match="does not depend on any of the 1 attributed"):
-        batch_gradient(ModelFunction(module, module.state_dict(), ["net.weight"]), torch.randn(6, 4))
 
 
-def test_loop_takes_one_example():
-    module = Net(nn.Linear(4, 3))
-    with pytest.raises(ValueError, match="batches of one example, got 2"):
-        LoopEngine()(ModelFunction(module, module.state_dict(), ["net.bias"]), torch.zeros(2, 4), 2, lambda *_: None)
+def test_the_loop_cuts_batches_into_rows_where_it_can():
+    torch.manual_seed(0)
+    module, batch = Net(nn.Linear(4, 3)).eval(), torch.randn(3, 4)
+    names = ["net.weight", "net.bias"]
+    function = ModelFunction(module, module.state_dict(), names)
+    _, gradients = collect(LoopEngine(), function, batch, 3)
+    np.testing.assert_allclose(gradients.numpy(), reference(module, batch, 3, names)[1], rtol=1e-3, atol=1e-5)
+    module.inputs = lambda b: b["x"]
+    with pytest.raises(EngineUnsuitable, match="not every tensor of the batch has 3 rows"):
+        LoopEngine()(function, {"x": batch, "shared": torch.zeros(2)}, 3, lambda *_: None)
+    module.inputs = lambda b: b - b.mean(0)
+    with pytest.raises(EngineUnsuitable, match="alone differs"):
+        LoopEngine()(function, batch, 3, lambda *_: None)
 
 
 def test_batch_structures():

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_trak.projection import (
+    FactoredProjector,
     IdentityProjector,
     Projector,
     RademacherProjector,
@@ -177,11 +178,11 @@ def test_projection_key():
 
 def test_make_projector():
     assert isinstance(make_projector("auto", 10, 10), IdentityProjector)
-    assert isinstance(make_projector("auto", 10, 11), SparseProjector)
+    assert isinstance(make_projector("auto", 10, 11), FactoredProjector)
     assert make_projector("rademacher", 10, 11).proj_dim == 10
     own = SparseProjector(5)
     assert make_projector(own, 10, 11) is own
-    with pytest.raises(ValueError, match="'auto', 'identity', 'rademacher', 'sparse' or a Projector, got 'gauss'"):
+    with pytest.raises(ValueError, match="'auto', 'factored', 'fast_jl', 'identity', 'rademacher', 'sparse' or a Projector, got 'gauss'"):
         check_projector("gauss")
     with pytest.raises(TypeError, match="got 3"):
         check_projector(3)

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from lightning_trak.gradients.choice import ENGINES, EngineChoice
 from lightning_trak.gradients.engine import Engine, EngineUnsuitable, Sink
 from lightning_trak.gradients.function import ModelFunction
+from lightning_trak.gradients.gradient import ConvGradient, DenseGradient, Gradient, OuterGradient, RowsGradient
+from lightning_trak.gradients.hooks import HooksEngine
 from lightning_trak.gradients.loop import LoopEngine, batch_gradient
+from lightning_trak.gradients.rules import LayerCall, layer_rule
 from lightning_trak.gradients.vmap import VmapEngine
 
-__all__ = ["Engine", "EngineUnsuitable", "LoopEngine", "ModelFunction", "Sink", "VmapEngine", "batch_gradient"]
-
-ENGINES: dict[str, Callable[[], Engine]] = {"vmap": VmapEngine, "loop": LoopEngine}
-"""By name, best first: ``gradients="auto"`` tries them in this order."""
+__all__ = [
+    "ENGINES",
+    "ConvGradient",
+    "DenseGradient",
+    "Engine",
+    "EngineChoice",
+    "EngineUnsuitable",
+    "Gradient",
+    "HooksEngine",
+    "LayerCall",
+    "LoopEngine",
+    "ModelFunction",
+    "OuterGradient",
+    "RowsGradient",
+    "Sink",
+    "VmapEngine",
+    "batch_gradient",
+    "layer_rule",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -47,9 +47,18 @@ def tensors_of(batch: Any) -> list[Tensor]:
     >>> [tuple(tensor.shape) for tensor in tensors_of((torch.ones(4, 2), {"y": torch.ones(4)}))]
     [(4, 2), (4,)]
     """
-    found: list[Tensor] = []
-    map_tensors(batch, found.append)
-    return found
+    return list(_tensors_of(batch))
+
+
+def _tensors_of(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        yield from (tensor for value in batch.values() for tensor in _tensors_of(value))
+    elif isinstance(batch, (list, tuple)):
+        yield from (tensor for value in batch for tensor in _tensors_of(value))
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        yield from (t for field in dataclasses.fields(batch) for t in _tensors_of(getattr(batch, field.name)))
 
 
 def with_tensors(batch: Any, tensors: list[Tensor]) -> Any:
@@ -74,3 +83,16 @@ def describe(batch: Any) -> str:
         shown = ", ".join(describe(value) for value in batch[:4])
         return f"{name}({shown}{', ...' if len(batch) > 4 else ''})"
     return name
+
+
+def check_rows(batch: Any, size: int) -> str | None:
+    """Say what is wrong if some tensor of ``batch`` does not have one row for each of ``size`` examples.
+
+    >>> import torch
+    >>> check_rows((torch.ones(4, 2), torch.ones(3)), size=4)
+    'not every tensor of the batch has 4 rows: tuple(Tensor(4, 2), Tensor(3,))'
+    """
+    tensors = tensors_of(batch)
+    if tensors and all(tensor.ndim and len(tensor) == size for tensor in tensors):
+        return None
+    return f"not every tensor of the batch has {size} rows: {describe(batch)}"

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from lightning_trak.gradients.function import ModelFunction
+from lightning_trak.gradients.gradient import Gradient
 
-Sink = Callable[[slice, str, Tensor], None]
-"""Takes (rows of the batch, name of a parameter, per-sample gradients of shape (rows, *parameter.shape))."""
+Sink = Callable[[slice, str, Gradient], None]
+"""Takes (rows of the batch, name of a parameter, the gradients of these rows).
+
+A parameter's gradients may come in parts, one for each use of it: what counts is their sum.
+"""
 
 
 class Engine(Protocol):
@@ -30,8 +35,12 @@ class Engine(Protocol):
         """The batch size that it requires; None if any will do."""
         ...
 
+    def prepare(self, function: ModelFunction, batch: Any, size: int) -> None:
+        """Find out on a few examples whether, and how, this engine differentiates this model; see `__call__`."""
+        ...
+
     def __call__(self, function: ModelFunction, batch: Any, size: int, sink: Sink) -> Tensor:
-        """Send every parameter's gradients for every example of ``batch`` to ``sink`` exactly once.
+        """Send every parameter's gradients for every example of ``batch`` to ``sink``.
 
         Args:
             function: the model at the weights of a checkpoint.
@@ -50,3 +59,10 @@ class Engine(Protocol):
 
 class EngineUnsuitable(RuntimeError):
     """An engine met a model or a batch that it cannot differentiate example by example."""
+
+
+def check_same(alone: Tensor, together: Tensor) -> None:
+    """Refuse a batch whose examples come out otherwise when alone, e.g. for a tensor shared by all."""
+    tolerance = 1e-3 if together.dtype in (torch.float32, torch.float64) else 0.05
+    if alone.shape != together.shape or not torch.allclose(alone, together, tolerance, tolerance, equal_nan=True):
+        raise EngineUnsuitable("model_output of an example alone differs from its output within the batch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -65,6 +66,13 @@ class ModelFunction:
     def n_params(self) -> int:
         """p, the number of attributed parameters."""
         return sum(value.numel() for value in self.parameters.values())
+
+    def restrict(self, names: Iterable[str]) -> ModelFunction:
+        """Return the same function with fewer attributed parameters."""
+        restricted = copy(self)
+        restricted.parameters = {name: self.parameters[name] for name in names}
+        restricted._others = {**self._others, **self.parameters}
+        return restricted
 
     def call(self, method: Any, *args: Any, parameters: Mapping[str, Tensor] | None = None) -> Any:
         """Call ``method(*args)``, a bound method of the module, at the checkpoint's weights.

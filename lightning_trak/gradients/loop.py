@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_trak.gradients.engine import Sink
+from lightning_trak.gradients.batch import check_rows, map_tensors
+from lightning_trak.gradients.engine import EngineUnsuitable, Sink, check_same
 from lightning_trak.gradients.function import ModelFunction
+from lightning_trak.gradients.gradient import DenseGradient
 
 
 class LoopEngine:
@@ -17,40 +19,57 @@ class LoopEngine:
     name = "loop"
     batch_size: int | None = 1
 
+    def prepare(self, function: ModelFunction, batch: Any, size: int) -> None:
+        """Do nothing: it suits every model."""
+
     def __call__(self, function: ModelFunction, batch: Any, size: int, sink: Sink) -> Tensor:
-        """Send the gradients of the one example; see `Engine`."""
-        if size != 1:
-            raise ValueError(f"gradients='loop' takes batches of one example, got {size}.")
-        output, gradients = batch_gradient(function, batch)
-        for name, gradient in zip(function.parameters, gradients, strict=True):
-            value = torch.zeros_like(function.parameters[name]) if gradient is None else gradient
-            sink(slice(0, 1), name, value.unsqueeze(0))
-        return output
+        """Send the gradients example by example; a larger batch is cut into its rows. See `Engine`."""
+        outputs = []
+        for row in range(size):
+            output, gradients = batch_gradient(function, batch if size == 1 else _row(batch, row, size))
+            outputs.append(output)
+            for name, gradient in zip(function.parameters, gradients, strict=True):
+                value = torch.zeros_like(function.parameters[name]) if gradient is None else gradient
+                sink(slice(row, row + 1), name, DenseGradient(value.unsqueeze(0)))
+        if size == 1:
+            return outputs[0]
+        together = function.output(batch).detach()
+        check_same(torch.cat(outputs) if outputs else together, together)
+        return together
+
+    def __str__(self) -> str:
+        return self.name
 
 
-def batch_gradient(function: ModelFunction, batch: Any) -> tuple[Tensor, list[Tensor | None]]:
-    """Differentiate the sum of a batch's outputs once.
+def _row(batch: Any, row: int, size: int) -> Any:
+    problem = check_rows(batch, size)
+    if problem:
+        raise EngineUnsuitable(problem)
+    return map_tensors(batch, lambda tensor: tensor[row : row + 1])
+
+
+def batch_gradient(
+    function: ModelFunction, batch: Any, weights: Tensor | None = None
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Differentiate the weighted sum of a batch's outputs once.
+
+    Args:
+        function: the model at some weights.
+        batch: what ``model_output`` takes.
+        weights: v, (b,); None for ones.
 
     Returns:
-        The outputs (b,), detached, and for each parameter Σᵢ ∇θ f(zᵢ), None where f does not depend on it.
-
-    Raises:
-        ValueError: if the output depends on no attributed parameter.
+        The outputs (b,), detached, and for each parameter Σᵢ vᵢ ∇θ f(zᵢ), None where f does not depend on it.
     """
-    parameters = {name: value.clone().requires_grad_() for name, value in function.parameters.items()}
+    parameters = {name: value.detach().requires_grad_() for name, value in function.parameters.items()}
 
-    def differentiate(batch: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        # within the call, where the checkpoint's weights are in place: activation checkpointing runs forward again
+    def differentiate(batch: Any) -> Tensor:
+        # within the call, where the checkpoint's weights are in place: activation checkpointing runs forward again,
+        # and for it ``backward`` is right where ``autograd.grad`` is not. The leaves are ours, not the module's.
         output = function.model_output(batch)
-        if not output.requires_grad:
-            return output, ()
-        return output, torch.autograd.grad(output.sum(), list(parameters.values()), allow_unused=True)
+        if output.requires_grad:
+            (output if weights is None else output * weights.to(output)).sum().backward()
+        return output.detach()
 
-    output, gradients = function.call(differentiate, batch, parameters=parameters)
-    if all(gradient is None for gradient in gradients):
-        raise ValueError(
-            f"{type(function.module).__name__}.model_output does not depend on any of the {len(parameters)} attributed"
-            " parameters. Return the output without .detach(), .item(), torch.no_grad() or NumPy on its way, and let"
-            " parameters=... select some that it uses."
-        )
-    return output.detach(), list(gradients)
+    outputs = function.call(differentiate, batch, parameters=parameters)
+    return outputs, [value.grad for value in parameters.values()]

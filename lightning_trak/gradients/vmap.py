@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from lightning_trak.gradients.batch import describe, tensors_of, with_tensors
-from lightning_trak.gradients.engine import EngineUnsuitable, Sink
+from lightning_trak.gradients.batch import check_rows, tensors_of, with_tensors
+from lightning_trak.gradients.engine import EngineUnsuitable, Sink, check_same
 from lightning_trak.gradients.function import ModelFunction
+from lightning_trak.gradients.gradient import DenseGradient
 
 _CHUNK_BYTES = 2**28  # per-sample gradients that exist at once
+
+
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """Keep back vmap's remark that an operation is run example by example: that is not the user's to mend."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+        yield
 
 
 class VmapEngine:
@@ -24,19 +36,24 @@ class VmapEngine:
     name = "vmap"
     batch_size: int | None = None
 
+    def prepare(self, function: ModelFunction, batch: Any, size: int) -> None:
+        """Try it; see `Engine.prepare`."""
+        self(function, batch, size, lambda *_: None)
+
     def __call__(self, function: ModelFunction, batch: Any, size: int, sink: Sink) -> Tensor:
         """Send the gradients chunk by chunk; see `Engine`."""
         tensors = tensors_of(batch)
-        if not tensors or any(tensor.ndim == 0 or len(tensor) != size for tensor in tensors):
-            raise EngineUnsuitable(f"not every tensor of the batch has {size} rows: {describe(batch)}")
+        problem = check_rows(batch, size)
+        if problem:
+            raise EngineUnsuitable(problem)
         outputs = function.output(batch).detach()
         chunk = max(1, _CHUNK_BYTES // (4 * max(1, function.n_params)))
         for start in range(0, size, chunk):
             rows = slice(start, min(start + chunk, size))
             gradients, alone = self._gradients(function, batch, [tensor[rows] for tensor in tensors])
-            _check_same(alone, outputs[rows])
+            check_same(alone, outputs[rows])
             for name, gradient in gradients.items():
-                sink(rows, name, gradient.detach())
+                sink(rows, name, DenseGradient(gradient.detach()))
         return outputs
 
     @staticmethod
@@ -47,17 +64,14 @@ class VmapEngine:
 
         try:
             # Randomness is let through here, to be told apart from what vmap cannot do: it shows as a changed output.
-            return vmap(grad_and_value(output_of_one), in_dims=(None, 0), randomness="different")(
-                function.parameters, tensors
-            )
+            with without_advice():
+                return vmap(grad_and_value(output_of_one), in_dims=(None, 0), randomness="different")(
+                    function.parameters, tensors
+                )
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise EngineUnsuitable(f"vmap failed with {type(error).__name__}: {error}") from error
 
-
-def _check_same(alone: Tensor, together: Tensor) -> None:
-    """Refuse a batch whose examples vmap did not see as the model sees them, e.g. for a tensor shared by all."""
-    tolerance = 1e-3 if together.dtype in (torch.float32, torch.float64) else 0.05
-    if alone.shape != together.shape or not torch.allclose(alone, together, tolerance, tolerance, equal_nan=True):
-        raise EngineUnsuitable("model_output of an example alone differs from its output within the batch")
+    def __str__(self) -> str:
+        return self.name

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from lightning_trak.projection.factored import FactoredProjector
 from lightning_trak.projection.identity import IdentityProjector
 from lightning_trak.projection.projector import Projector, projection_key
 from lightning_trak.projection.rademacher import RademacherProjector
 from lightning_trak.projection.sparse import SparseProjector
 
-__all__ = ["IdentityProjector", "Projector", "RademacherProjector", "SparseProjector", "make_projector"]
-__all__ += ["projection_key"]
+__all__ = ["FactoredProjector", "IdentityProjector", "Projector", "RademacherProjector", "SparseProjector"]
+__all__ += ["make_projector", "projection_key"]
 
 _BY_NAME: dict[str, type[Projector]] = {
-    projector.name: projector for projector in (IdentityProjector, RademacherProjector, SparseProjector)
+    projector.name: projector for projector in (FactoredProjector, IdentityProjector, RademacherProjector, SparseProjector)
 }
 
 
@@ -27,14 +28,14 @@ def check_projector(projector: str | Projector) -> None:
 def make_projector(projector: str | Projector, proj_dim: int, n_params: int) -> Projector:
     """Build the projector that a name stands for; a `Projector` is returned as it is.
 
-    ``"auto"`` is ``"identity"`` where the gradients have no more than ``proj_dim`` entries, else ``"sparse"``.
+    ``"auto"`` is ``"identity"`` where the gradients have no more than ``proj_dim`` entries, else ``"factored"``.
 
     >>> make_projector("auto", proj_dim=2048, n_params=10**6)
-    SparseProjector(proj_dim=2048)
+    FactoredProjector(proj_dim=2048)
     """
     check_projector(projector)
     if isinstance(projector, Projector):
         return projector
     if projector == "auto":
-        projector = "identity" if n_params <= proj_dim else "sparse"
+        projector = "identity" if n_params <= proj_dim else "factored"
     return _BY_NAME[projector](proj_dim)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_BITS = 128  # drawn by one counter
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -48,3 +50,27 @@ def counters(start: int, stop: int, device: torch.device) -> tuple[Tensor, Tenso
     """Return the low and high 32-bit words of the integers from ``start`` to ``stop``, each (stop − start,)."""
     index = torch.arange(start, stop, device=device)
     return index & _MASK, index >> 32
+
+
+def random_signs(start: int, stop: int, columns: int, key: int, stream: int, device: torch.device) -> Tensor:
+    """Draw the rows ``start`` to ``stop`` of a matrix of independent signs ±1, (stop − start, columns), float32.
+
+    Column j of row i is bit j mod 128 of Philox's four words at counter (i mod 2³², i div 2³², j div 128, stream).
+
+    >>> random_signs(0, 2, columns=3, key=0, stream=0, device=torch.device("cpu")).abs()
+    tensor([[1., 1., 1.],
+            [1., 1., 1.]])
+    """
+    low, high = counters(start, stop, device)
+    block = torch.arange(-(-columns // _BITS), device=device)
+    words = philox4x32((low[:, None], high[:, None], block, torch.full_like(block, stream)), key)
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    places = torch.stack(halves, dim=2)  # (rows, blocks, 8): 16 bits each, lowest first
+    return embedding(places, _sign_table(device)).flatten(1)[:, :columns]
+
+
+def _sign_table(device: torch.device | str) -> Tensor:
+    """Return row w: the 16 bits of w, lowest first, as ±1; a look-up is the fastest way from bits to floats."""
+    words = torch.arange(2**16, device=device, dtype=torch.int32)[:, None]
+    bits = (words >> torch.arange(16, device=device, dtype=torch.int32)) & 1
+    return (2 * bits - 1).float()

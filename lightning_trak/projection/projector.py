@@ -7,6 +7,10 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
+from lightning_trak.gradients.gradient import Gradient
+
+_DENSE_BYTES = 2**30  # of one parameter's gradients, where they are needed themselves
+
 
 class Projector(ABC):
     """A family of random matrices P of shape (p, k) with E[P Pᵀ] = I, one for every key.
@@ -52,6 +56,18 @@ class Projector(ABC):
             start: index of the block's first parameter among all p.
             key: chooses P; below 2⁶⁴.
         """
+
+    def add_gradient_(self, features: Tensor, gradient: Gradient, start: int, key: int) -> None:
+        """Add the projection of one parameter's gradients, in whatever form they are, to ``features``, in place.
+
+        Args:
+            features: (b, k), float32.
+            gradient: of b examples.
+            start: index of the parameter's first entry among all p.
+            key: chooses P; below 2⁶⁴.
+        """
+        for rows, part in gradient.split(_DENSE_BYTES):
+            self.add_(features[rows], part.dense().flatten(1).float(), start, key)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(proj_dim={self.proj_dim})"

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
-from lightning_trak.projection.philox import counters, philox4x32
+from lightning_trak.projection.philox import random_signs
 from lightning_trak.projection.projector import Projector
 
-_BITS = 128  # columns drawn by one Philox counter
 _BLOCK_ENTRIES = 2**22  # entries of P that exist at once: 16 MiB of float32
 
 
@@ -38,16 +36,4 @@ class RademacherProjector(Projector):
 
     def signs(self, start: int, stop: int, key: int, device: torch.device | str = "cpu") -> Tensor:
         """Draw √k·P[start:stop], of shape (stop − start, k): entries ±1, float32."""
-        low, high = counters(start, stop, torch.device(device))
-        block = torch.arange(-(-self.proj_dim // _BITS), device=device)
-        words = philox4x32((low[:, None], high[:, None], block, torch.zeros_like(block)), key)
-        halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-        columns = torch.stack(halves, dim=2)  # (rows, blocks, 8): 16 bits each, lowest first
-        return embedding(columns, _sign_table(device)).flatten(1)[:, : self.proj_dim]
-
-
-def _sign_table(device: torch.device | str) -> Tensor:
-    """Return row w: the 16 bits of w, lowest first, as ±1; a look-up is the fastest way from bits to floats."""
-    words = torch.arange(2**16, device=device, dtype=torch.int32)[:, None]
-    bits = (words >> torch.arange(16, device=device, dtype=torch.int32)) & 1
-    return (2 * bits - 1).float()
+        return random_signs(start, stop, self.proj_dim, key, 0, torch.device(device))

@@ -1,0 +1,271 @@
+"""Per-sample gradients of one parameter, in the form in which a layer yields them: often as factors, not multiplied."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from math import prod
+
+import torch
+from torch import Tensor
+
+Matrix = Tensor | None
+"""A matrix to multiply with; None for the identity."""
+
+
+class Gradient(ABC):
+    """The gradients of one parameter for b examples: what it is, not yet computed.
+
+    A parameter of shape (O, ...) is also read as a matrix of O rows and I columns, I the product of the other axes.
+
+    Attributes:
+        size: b, the number of examples.
+        shape: the parameter's shape.
+    """
+
+    size: int
+    shape: torch.Size
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """Return the gradients themselves, (b, *shape)."""
+
+    @abstractmethod
+    def sketch(self, left: Matrix, right: Matrix) -> Tensor:
+        """Return LᵀGᵢR for every example's gradient Gᵢ read as (O, I): (O, r), (I, s) → (b, r, s)."""
+
+    @abstractmethod
+    def __getitem__(self, rows: slice) -> Gradient:
+        """Return the gradients of some of the examples."""
+
+    @abstractmethod
+    def fold(self, size: int) -> Gradient:
+        """Sum the gradients of consecutive rows that belong to one example: b rows → ``size`` examples."""
+
+    def split(self, max_bytes: int) -> Iterator[tuple[slice, Gradient]]:
+        """Yield (rows, their gradients) in parts of at most ``max_bytes`` when dense, one example at least."""
+        rows = max(1, max_bytes // (4 * max(1, prod(self.shape))))
+        if rows >= self.size:
+            yield slice(0, self.size), self
+            return
+        for start in range(0, self.size, rows):
+            part = slice(start, min(start + rows, self.size))
+            yield part, self[part]
+
+
+class DenseGradient(Gradient):
+    """Gradients that are there, (b, *shape).
+
+    >>> DenseGradient(torch.ones(2, 3, 4)).sketch(None, torch.ones(4, 1)).shape
+    torch.Size([2, 3, 1])
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.size, self.shape = len(values), values.shape[1:]
+
+    def dense(self) -> Tensor:
+        """Return the gradients."""
+        return self.values
+
+    def sketch(self, left: Matrix, right: Matrix) -> Tensor:
+        """See `Gradient.sketch`."""
+        return _sketch(self.values, left, right)
+
+    def __getitem__(self, rows: slice) -> DenseGradient:
+        return DenseGradient(self.values[rows])
+
+    def fold(self, size: int) -> DenseGradient:
+        """See `Gradient.fold`."""
+        return DenseGradient(self.values.unflatten(0, (size, -1)).sum(1))
+
+
+class OuterGradient(Gradient):
+    """Gᵢ = Σₜ lᵢₜ rᵢₜᵀ: what a linear layer yields from its output's gradient l and its input r at every position t.
+
+    Args:
+        left: (b, ..., O); positions may take any axes.
+        right: (b, ..., I), of the same positions.
+
+    >>> gradient = OuterGradient(torch.ones(2, 5, 3), torch.ones(2, 5, 4))
+    >>> gradient.dense()[0, 0]
+    tensor([5., 5., 5., 5.])
+    """
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self.left = left.reshape(len(left), prod(left.shape[1:-1]), left.shape[-1])
+        self.right = right.reshape(self.left.shape[:2] + right.shape[-1:])
+        self.size, self.shape = len(left), torch.Size((left.shape[-1], right.shape[-1]))
+
+    def dense(self) -> Tensor:
+        """Multiply, sum over positions."""
+        return self.left.mT @ self.right
+
+    def sketch(self, left: Matrix, right: Matrix) -> Tensor:
+        """Project the factors before they are multiplied; see `Gradient.sketch`."""
+        return _times(self.left, left).mT @ _times(self.right, right)
+
+    def __getitem__(self, rows: slice) -> OuterGradient:
+        return OuterGradient(self.left[rows], self.right[rows])
+
+    def fold(self, size: int) -> OuterGradient:
+        """Count the rows of an example as positions."""
+        return OuterGradient(*(factor.reshape(size, -1, factor.shape[-1]) for factor in (self.left, self.right)))
+
+
+class RowsGradient(Gradient):
+    """Gradients that touch a few rows of a table: Gᵢ = Σₜ e(indexᵢₜ) valueᵢₜᵀ, what an embedding yields.
+
+    Args:
+        indices: (b, ...), rows of the table.
+        values: (b, ..., I), what is added to them.
+        rows: O, the number of rows of the table.
+
+    >>> RowsGradient(torch.tensor([[2, 2]]), torch.ones(1, 2, 1), rows=3).dense()
+    tensor([[[0.],
+             [0.],
+             [2.]]])
+    """
+
+    def __init__(self, indices: Tensor, values: Tensor, rows: int) -> None:
+        self.indices = indices.reshape(len(values), prod(indices.shape[1:]))
+        self.values = values.reshape(*self.indices.shape, values.shape[-1])
+        self.size, self.shape = len(values), torch.Size((rows, values.shape[-1]))
+
+    def dense(self) -> Tensor:
+        """Add the values into tables of zeros."""
+        tables = self.values.new_zeros(self.size, *self.shape)
+        return tables.scatter_add_(1, self.indices[:, :, None].expand_as(self.values), self.values)
+
+    def sketch(self, left: Matrix, right: Matrix) -> Tensor:
+        """Look the rows of ``left`` up in place of a multiplication; see `Gradient.sketch`."""
+        if left is None:
+            return _times(self.dense(), right)
+        return left.to(self.values.dtype)[self.indices].mT @ _times(self.values, right)
+
+    def __getitem__(self, rows: slice) -> RowsGradient:
+        return RowsGradient(self.indices[rows], self.values[rows], self.shape[0])
+
+    def fold(self, size: int) -> RowsGradient:
+        """Count the rows of an example as positions."""
+        indices, values = self.indices.reshape(size, -1), self.values.reshape(size, -1, self.shape[1])
+        return RowsGradient(indices, values, self.shape[0])
+
+
+class ConvGradient(Gradient):
+    """Gᵢ[o, c, κ] = Σₛ gᵢ[o, s] aᵢ[c, stride·s + dilation·κ − padding]: the gradients of a convolution's weight.
+
+    ``sketch`` convolves the input with R in place of unfolding it, so that neither the unfolded input, larger than the
+    input by the size of the kernel, nor a per-sample gradient comes into being.
+
+    Args:
+        inputs: a, (b, C, *spatial), padded already if not with zeros on both sides alike.
+        grads: g, (b, O, *positions).
+        shape: of the weight, (O, C / groups, *kernel).
+        stride: one number an axis, as are the following two.
+        padding: zeros on both sides.
+        dilation: distance of the kernel's taps.
+        groups: into how many independent groups the channels fall.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        grads: Tensor,
+        shape: torch.Size,
+        *,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int = 1,
+    ) -> None:
+        self.inputs, self.grads, self.shape, self.groups = inputs, grads, shape, groups
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.size = len(inputs)
+
+    def dense(self) -> Tensor:
+        """Unfold the input, and multiply."""
+        columns = self._columns()
+        grads = self.grads.reshape(self.size, self.groups, self.shape[0] // self.groups, columns.shape[-1])
+        return (grads @ columns.mT).reshape(self.size, *self.shape)
+
+    def sketch(self, left: Matrix, right: Matrix) -> Tensor:
+        """Convolve the input with ``right``; see `Gradient.sketch`."""
+        if self.groups > 1:
+            return _sketch(self.dense(), left, right)
+        grads = self.grads.flatten(2)
+        projected = grads if left is None else left.to(grads.dtype).T @ grads
+        return projected @ self._inputs_times(right).mT
+
+    def _inputs_times(self, right: Matrix) -> Tensor:
+        """Return the unfolded inputs times ``right``, (b, s, positions)."""
+        if right is None or prod(self.shape[2:]) == 1 == max(self.stride):
+            columns = self._columns()[:, 0]
+            return columns if right is None else right.to(columns.dtype).T @ columns
+        convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[len(self.stride) - 1]
+        kernel = right.to(self.inputs.dtype).T.reshape(-1, *self.shape[1:])
+        projected = convolve(self.inputs, kernel, None, self.stride, self.padding, self.dilation)
+        return _leading(projected, self.grads.shape[2:]).flatten(2)
+
+    def _columns(self) -> Tensor:
+        """Return the unfolded inputs, (b, groups, C / groups · kernel, positions)."""
+        zeros = [n for padding in reversed(self.padding) for n in (padding, padding)]
+        columns = torch.nn.functional.pad(self.inputs, zeros) if any(zeros) else self.inputs
+        axes = len(self.stride)
+        for axis in range(axes):
+            taps = self.dilation[axis] * (self.shape[2 + axis] - 1) + 1
+            windows = columns.unfold(2 + axis, taps, self.stride[axis])[..., :: self.dilation[axis]]
+            columns = windows.narrow(2 + axis, 0, self.grads.shape[2 + axis])
+        order = [0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes)]
+        per_group = self.inputs.shape[1] // self.groups * prod(self.shape[2:])
+        return columns.permute(order).reshape(self.size, self.groups, per_group, prod(self.grads.shape[2:]))
+
+    def __getitem__(self, rows: slice) -> ConvGradient:
+        return self._of(self.inputs[rows], self.grads[rows])
+
+    def _of(self, inputs: Tensor, grads: Tensor) -> ConvGradient:
+        options = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        return ConvGradient(inputs, grads, self.shape, groups=self.groups, **options)
+
+    def fold(self, size: int) -> Gradient:
+        """See `Gradient.fold`."""
+        return _Folded(self, size)
+
+
+class _Folded(Gradient):
+    """Sums over consecutive rows of gradients whose rows cannot be joined before they are computed."""
+
+    def __init__(self, rows: Gradient, size: int) -> None:
+        self._rows, self.size, self.shape = rows, size, rows.shape
+
+    def dense(self) -> Tensor:
+        return self._rows.dense().unflatten(0, (self.size, -1)).sum(1)
+
+    def sketch(self, left: Matrix, right: Matrix) -> Tensor:
+        return self._rows.sketch(left, right).unflatten(0, (self.size, -1)).sum(1)
+
+    def __getitem__(self, rows: slice) -> Gradient:
+        count = self._rows.size // self.size
+        part = range(self.size)[rows]
+        return _Folded(self._rows[part.start * count : part.stop * count], len(part))
+
+    def fold(self, size: int) -> Gradient:
+        return _Folded(self._rows, size)
+
+
+def _times(factor: Tensor, matrix: Matrix) -> Tensor:
+    return factor if matrix is None else factor @ matrix.to(factor.dtype)
+
+
+def _sketch(values: Tensor, left: Matrix, right: Matrix) -> Tensor:
+    """Multiply dense gradients, (b, O, ...), from both sides."""
+    rows = values.flatten(2)
+    sketched = rows if left is None else left.to(rows.dtype).T @ rows
+    return _times(sketched, right)
+
+
+def _leading(values: Tensor, spatial: torch.Size) -> Tensor:
+    """Keep the leading positions of every spatial axis."""
+    for axis, length in enumerate(spatial, 2):
+        values = values.narrow(axis, 0, length)
+    return values

@@ -1,0 +1,84 @@
+"""The rule for modules without a rule: differentiate the module's own forward by its parameters, example by example."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+
+from lightning_trak.gradients.batch import tensors_of, with_tensors
+from lightning_trak.gradients.engine import EngineUnsuitable
+from lightning_trak.gradients.vmap import without_advice
+
+
+def module_gradients(
+    module: nn.Module,
+    parameters: Sequence[str],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    grads: Sequence[Tensor | None],
+    size: int,
+) -> dict[str, Tensor]:
+    """Run a module again on each example of the batch that it was called with, by `vmap`, else one after the other.
+
+    Args:
+        module: any module whose tensors have the batch first; others are taken to be the same for all examples.
+        parameters: names of the parameters to differentiate by.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        grads: ∂f/∂output, each (b, ...), of all its outputs that are floating-point tensors; None where not used.
+        size: b.
+
+    Returns:
+        The gradients, (b, *shape) for each parameter.
+
+    Raises:
+        EngineUnsuitable: if an output does not have the batch first, or the module cannot be run again.
+
+    >>> layer = nn.Linear(3, 2)
+    >>> module_gradients(layer, ["bias"], (torch.ones(4, 3),), {}, [torch.ones(4, 2)], size=4)["bias"].shape
+    torch.Size([4, 2])
+    """
+    used = [grad for grad in grads if grad is not None]
+    if any(grad.ndim == 0 or len(grad) != size for grad in used):
+        raise EngineUnsuitable(f"an output of {type(module).__name__} has no batch axis in front")
+    tensors = tensors_of((args, kwargs))
+    batched = [tensor.ndim > 0 and len(tensor) == size for tensor in tensors]
+    values = dict(module.named_parameters())
+    chosen = {name: values[name].detach() for name in parameters}
+
+    def outputs(chosen: dict[str, Tensor], *examples: Tensor) -> list[Tensor]:
+        rows = iter(examples)
+        mine = [next(rows).unsqueeze(0) if own else whole for own, whole in zip(batched, tensors, strict=True)]
+        own_args, own_kwargs = with_tensors((args, kwargs), mine)
+        found = tensors_of(functional_call(module, chosen, own_args, own_kwargs))
+        found = [tensor for tensor in found if tensor.is_floating_point()]
+        return [out for out, grad in zip(found, grads, strict=True) if grad is not None]
+
+    def gradients(examples: list[Tensor], sent_back: list[Tensor]) -> dict[str, Tensor]:
+        _, pull_back = vjp(lambda chosen: outputs(chosen, *examples), chosen)
+        return pull_back([grad.unsqueeze(0) for grad in sent_back])[0]  # type: ignore[no-any-return]
+
+    examples = [tensor for tensor, own in zip(tensors, batched, strict=True) if own]
+    with torch.enable_grad():
+        try:
+            with without_advice():
+                return vmap(gradients)(examples, used) if size else {}
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return _one_by_one(gradients, examples, used, size)
+
+
+def _one_by_one(gradients: Any, examples: list[Tensor], used: list[Tensor], size: int) -> dict[str, Tensor]:
+    """Do what vmap cannot: a custom autograd function, control flow that depends on values."""
+    try:
+        rows = [gradients([tensor[row] for tensor in examples], [grad[row] for grad in used]) for row in range(size)]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise EngineUnsuitable(f"a module could not be run again: {type(error).__name__}: {error}") from error
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

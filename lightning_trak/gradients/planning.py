@@ -1,0 +1,180 @@
+"""Which layers can be left to hooks, and where their examples are: found out on a few examples, by experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_trak.gradients.calls import layer_gradients, move_batch_first
+from lightning_trak.gradients.engine import EngineUnsuitable
+from lightning_trak.gradients.function import ModelFunction
+from lightning_trak.gradients.loop import batch_gradient
+from lightning_trak.gradients.rules import find_rule
+from lightning_trak.gradients.tracing import Call, Layer, Tracer
+
+_AXES = ("first", "second", "minor")
+
+
+def plan_layers(function: ModelFunction, batch: Any, size: int) -> tuple[list[Layer], dict[str, str]]:
+    """Find the layers whose parameters' gradients follow from hooks.
+
+    Every example is given a weight of its own, and the weighted sum of outputs differentiated. Where a gradient has
+    grown by the weight of example i, there example i is: that tells the batch axis of every layer's output whatever
+    its shape, and a layer whose output is shared by all examples.
+
+    Args:
+        function: the model at some weights.
+        batch: a few examples, two at least if there are so many.
+        size: their number.
+
+    Returns:
+        The layers, and for each parameter that is not left to them the reason.
+    """
+    weights = torch.arange(1, size + 1)
+    outputs, gradients = batch_gradient(function, batch, weights)
+    reference = {
+        name: gradient for name, gradient in zip(function.parameters, gradients, strict=True) if gradient is not None
+    }
+    reasons: dict[str, str] = {}
+    layers = []
+    trial = _Trial(function, batch, size, weights.to(outputs), outputs)
+    for layer in trial.with_axes(find_layers(function)):
+        if isinstance(layer, Layer):
+            layers.append(layer)
+        else:
+            reasons.update(layer)
+    sums, seen, outside = trial.weighted_sums(layers)
+    for name, gradient in reference.items():
+        if name in reasons:
+            continue
+        if name in outside:
+            reasons[name] = "used outside its module"
+        elif name not in seen:
+            reasons[name] = "its module is not called in the backward pass"
+        elif name in sums and not _close(sums[name], gradient):
+            reasons[name] = "its module's output is no function of one example"
+    for layer in layers:
+        layer.parameters = {local: name for local, name in layer.parameters.items() if name not in reasons}
+    return [layer for layer in layers if layer.parameters], reasons
+
+
+def find_layers(function: ModelFunction) -> list[Layer]:
+    """List the modules that own attributed parameters, each with its rule, in the model's order."""
+    canonical = {id(value): name for name, value in function.module.named_parameters()}
+    layers: list[Layer] = []
+    covered: set[nn.Module] = set()
+    for path, module in function.module.named_modules():
+        if module in covered or isinstance(module, torch.jit.ScriptModule):
+            continue
+        found = find_rule(module)
+        whole = found is not None and found.whole
+        if whole:
+            covered.update(module.modules())
+        own = module.named_parameters(recurse=whole, remove_duplicate=False)
+        names = {local: canonical[id(value)] for local, value in own}
+        names = {local: name for local, name in names.items() if name in function.parameters}
+        if names:
+            rule = None if found is None else found.rule
+            layers.append(Layer(module, path or type(module).__name__, names, rule, whole))
+    return layers
+
+
+class _Trial:
+    """Runs the model on a few examples to see what its layers do."""
+
+    def __init__(self, function: ModelFunction, batch: Any, size: int, weights: Tensor, outputs: Tensor) -> None:
+        self._function, self._batch, self._size = function, batch, size
+        self._weights, self._outputs = weights, outputs
+
+    def with_axes(self, layers: list[Layer]) -> list[Layer | dict[str, str]]:
+        """Set every layer's batch axis; in the place of those that have none, give their parameters a reason."""
+        plain, weighted = self._gradients(layers, None), self._gradients(layers, self._weights)
+        found: list[Layer | dict[str, str]] = []
+        for layer in layers:
+            pairs = list(zip(plain[id(layer)], weighted[id(layer)], strict=True))
+            axis = next((axis for axis in _AXES if all(self._scales(*pair, axis) for pair in pairs)), None)
+            if layer.rule is None or layer.whole or axis is not None:
+                layer.batch_axis = axis or "first"
+                found.append(layer)
+            elif self._can_be_repeated(layer, plain[id(layer)]):
+                found.append(layer)
+            else:
+                found.append(dict.fromkeys(layer.parameters.values(), "no axis of its layer's output is the batch"))
+        return found
+
+    def _can_be_repeated(self, layer: Layer, gradients: Sequence[Tensor]) -> bool:
+        """Try to repeat a layer's output for every example, as for position embeddings; keeps it so if that works."""
+        layer.shared = "leading" if all(len(gradient) == 1 for gradient in gradients) else "missing"
+        try:
+            plain, weighted = (self._gradients([layer], weights) for weights in (None, self._weights))
+        except Exception:  # a model may do with the axis that was added whatever it likes
+            plain = weighted = {}
+        if id(layer) in plain and all(
+            self._scales(*pair, "first") for pair in zip(plain[id(layer)], weighted[id(layer)], strict=True)
+        ):
+            return True
+        layer.shared = None
+        return False
+
+    def _gradients(self, layers: list[Layer], weights: Tensor | None) -> dict[int, list[Tensor]]:
+        """Return the gradients of the first output of every call of every layer."""
+        found: dict[int, list[Tensor]] = {id(layer): [] for layer in layers}
+
+        def note(call: Call, grads: tuple[Tensor | None, ...]) -> None:
+            found[id(call.layer)] += [grad for grad in grads if grad is not None][:1]
+
+        outputs, _ = Tracer(layers, note).run(self._function, self._batch, self._size, weights)
+        if not _close(outputs, self._outputs):
+            raise EngineUnsuitable("the model's output changes when its layers are watched")
+        return found
+
+    def _scales(self, plain: Tensor, weighted: Tensor, axis: str) -> bool:
+        """Tell whether a gradient grows by the examples' weights along an axis."""
+        if plain.ndim == 0 or (axis == "second" and (plain.ndim < 2 or plain.shape[1] != self._size)):
+            return False
+        if axis != "second" and len(plain) % self._size:
+            return False
+        first, second = (
+            move_batch_first(grad, axis, self._size).reshape(self._size, -1) for grad in (plain, weighted)
+        )
+        return _close(first * self._weights[:, None], second)
+
+    def weighted_sums(self, layers: list[Layer]) -> tuple[dict[str, Tensor], set[str], set[str]]:
+        """Return Σᵢ vᵢ gᵢ of the parameters whose way is to be doubted, those seen at all, and those used elsewhere.
+
+        A layer whose rule refuses it is dealt with as one without a rule from here on.
+        """
+        sums: dict[str, Tensor] = {}
+        seen: set[str] = set()
+        refused: list[Layer] = []
+
+        def receive(call: Call, grads: tuple[Tensor | None, ...]) -> None:
+            try:
+                gradients = layer_gradients(call, grads, self._size)
+            except EngineUnsuitable:
+                refused.append(call.layer)
+                return
+            seen.update(gradients)
+            if call.layer.rule is None or call.layer.whole:
+                for name, gradient in gradients.items():
+                    total = torch.einsum("b,b...->...", self._weights, gradient.dense())
+                    sums[name] = sums[name] + total if name in sums else total
+
+        names = [name for layer in layers for name in layer.parameters.values()]
+        tracer = Tracer(layers, receive)
+        _, outside = tracer.run(self._function, self._batch, self._size, names=list(dict.fromkeys(names)))
+        with_rule = [layer for layer in refused if layer.rule is not None]
+        for layer in with_rule:
+            layer.rule = None
+        if with_rule:
+            return self.weighted_sums(layers)
+        return sums, seen, set(outside)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    tolerance = 1e-3 if one.dtype in (torch.float32, torch.float64) else 0.05
+    scale = other.abs().max().item() if other.numel() else 0.0
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=tolerance * scale + 1e-12)

@@ -1,0 +1,90 @@
+"""The registry of rules: how the per-sample gradients of a layer's parameters follow from one call of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_trak.gradients.gradient import Gradient
+
+
+@dataclass
+class LayerCall:
+    """One call of a layer, seen after the backward pass; everything detached, the batch axis first.
+
+    Attributes:
+        input: the first argument, (b, ...).
+        grad: ∂(Σf)/∂output, (b, ...), of the first output.
+        args: all positional arguments, as the layer got them.
+        kwargs: all keyword arguments, as the layer got them.
+        grads: the gradients of all outputs that are tensors, in the order of a flattened structure, as the layer
+            returned them; None where an output was not used.
+    """
+
+    input: Tensor
+    grad: Tensor
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] | None = None
+    grads: tuple[Tensor | None, ...] = ()
+
+
+Rule = Callable[[Any, LayerCall], Mapping[str, Gradient | Tensor]]
+"""Takes (layer, call); returns the gradients of its parameters by their names in the layer: a `Gradient`, or a tensor
+of shape (b, *parameter.shape). Names that nobody asked for may be among them."""
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A rule and what it applies to."""
+
+    rule: Rule
+    whole: bool
+
+
+_RULES: dict[type[nn.Module] | str, Registered] = {}
+
+
+def layer_rule(*layers: type[nn.Module] | str, whole: bool = False) -> Callable[[Rule], Rule]:
+    """Register, as a decorator, the rule for one or several types of layers; a later one takes the place of a former.
+
+    It holds for layers whose ``forward`` is the type's own: a subclass with another ``forward`` needs another rule.
+
+    Args:
+        layers: the types, or their qualified names where the library that defines them need not be installed.
+        whole: the rule takes ``args``, ``kwargs`` and ``grads`` as they are, wherever the batch is in them; and it
+            yields the parameters of submodules too, which the layer uses without calling these.
+
+    >>> class Scale(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.factor = nn.Parameter(torch.ones(()))
+    ...     def forward(self, x):
+    ...         return self.factor * x
+    >>> import torch
+    >>> @layer_rule(Scale)
+    ... def scale(layer, call):
+    ...     return {"factor": (call.grad * call.input).flatten(1).sum(1)}
+    >>> find_rule(Scale()).rule is scale
+    True
+    """
+
+    def register(rule: Rule) -> Rule:
+        for layer in layers:
+            _RULES[layer] = Registered(rule, whole)
+        return rule
+
+    return register
+
+
+def find_rule(layer: nn.Module) -> Registered | None:
+    """Return the rule for a layer; None if there is none, or if the layer has a ``forward`` of its own."""
+    if "forward" in vars(layer):
+        return None
+    for kind in type(layer).__mro__:
+        found = _RULES.get(kind) or _RULES.get(f"{kind.__module__}.{kind.__qualname__}")
+        if found is not None:
+            return found if type(layer).forward is kind.forward else None  # type: ignore[attr-defined]
+    return None

@@ -1,0 +1,72 @@
+"""The factored projection: layers' inputs and output gradients are projected, and no per-sample gradient is formed."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from lightning_trak.gradients.gradient import Gradient
+from lightning_trak.projection.philox import random_signs
+from lightning_trak.projection.projector import Projector
+from lightning_trak.projection.sparse import SparseProjector
+
+_LEFT, _RIGHT = 2, 3  # fourth word of the Philox counter; the sparse projection has 1, the dense one 0
+
+
+class FactoredProjector(Projector):
+    """P = (L ⊗ R) S: every layer's gradient G becomes LᵀGR, and these go sparsely into one feature vector.
+
+    L, (O, r), and R, (I, r), have entries ±1/√r, independent and equally likely; an axis no longer than r is left as it
+    is. S is the `SparseProjector`'s matrix. As E[L Lᵀ] = I, E[R Rᵀ] = I and E[S Sᵀ] = I, and the three are independent,
+    E[P Pᵀ] = I. Where G = Σₜ gₜ aₜᵀ, LᵀGR = Σₜ (Lᵀgₜ)(Rᵀaₜ)ᵀ: the cost is that of two thin layers. Parameters of one
+    axis, and those no larger than r², go into S as they are.
+
+    Row i of L is drawn from Philox at counter (start + i, j div 128, 2), start the parameter's place among all p, and
+    that of R at (start + i, j div 128, 3). The idea of projecting the factors is that of Choe et al., "What is your
+    data worth to GPT?", arXiv 2405.13954, Section 3.
+
+    Args:
+        proj_dim: k.
+        rank: r.
+
+    >>> from lightning_trak.gradients import OuterGradient
+    >>> projector, features = FactoredProjector(proj_dim=16, rank=4), torch.zeros(2, 16)
+    >>> gradient = OuterGradient(torch.ones(2, 7, 10), torch.ones(2, 7, 20))
+    >>> projector.add_gradient_(features, gradient, start=0, key=0)
+    """
+
+    name = "factored"
+
+    def __init__(self, proj_dim: int = 2048, rank: int = 64) -> None:
+        super().__init__(proj_dim)
+        self.rank = rank
+        self._sparse = SparseProjector(proj_dim)
+        self._drawn: dict[tuple[int, int, int, int, torch.device], Tensor] = {}
+
+    def add_(self, features: Tensor, gradients: Tensor, start: int, key: int) -> None:
+        """Add entries as they are, by the sparse projection alone; see `Projector.add_`."""
+        self._sparse.add_(features, gradients, start, key)
+
+    def add_gradient_(self, features: Tensor, gradient: Gradient, start: int, key: int) -> None:
+        """Add LᵀGR; see `Projector.add_gradient_`."""
+        shape = gradient.shape
+        if len(shape) < 2 or prod(shape) <= self.rank**2:
+            super().add_gradient_(features, gradient, start, key)
+            return
+        left = self._matrix(start, shape[0], _LEFT, key, features.device)
+        right = self._matrix(start, prod(shape[1:]), _RIGHT, key, features.device)
+        self._sparse.add_(features, gradient.sketch(left, right).flatten(1).float(), start, key)
+
+    def _matrix(self, start: int, rows: int, side: int, key: int, device: torch.device) -> Tensor | None:
+        """Return L or R; those of one key are kept, since batch after batch needs them."""
+        if rows <= self.rank:
+            return None
+        if any(key != drawn for drawn, *_ in self._drawn):
+            self._drawn.clear()
+        where = (key, start, rows, side, device)
+        if where not in self._drawn:
+            signs = random_signs(start, start + rows, self.rank, key, side, device)
+            self._drawn[where] = signs * self.rank**-0.5
+        return self._drawn[where]

@@ -1,0 +1,250 @@
+"""The hook engine where layers are used in unusual ways: right, or handed over, and never quietly wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lightning_trak.featurize import Featurizer
+from lightning_trak.gradients import EngineChoice, EngineUnsuitable, HooksEngine, ModelFunction, VmapEngine, layer_rule
+from lightning_trak.gradients.batch import map_tensors
+from lightning_trak.gradients.rules.registry import _RULES
+from lightning_trak.projection import SparseProjector
+from tests.test_gradients import collect, reference
+
+
+class Model(nn.Module):
+    """A model whose forward is a function of itself and its input."""
+
+    def __init__(self, forward, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self._forward = forward
+
+    def model_output(self, batch):
+        out = self._forward(self, batch)
+        return (out * torch.arange(1, out.shape[-1] + 1, dtype=out.dtype)).tanh().flatten(1).sum(1)
+
+
+def linear(*sizes):
+    return nn.Linear(*sizes)
+
+
+def flat_major(model, x):
+    return model.two(model.one(x.flatten(0, 1)).relu()).unflatten(0, (len(x), -1))
+
+
+def flat_minor(model, x):
+    hidden = model.two(model.one(x.transpose(0, 1).flatten(0, 1)).relu())
+    return hidden.unflatten(0, (-1, len(x))).transpose(0, 1)
+
+
+def frames(model, x):
+    """Frames of a clip as one long batch of images."""
+    return model.conv(x.flatten(0, 1)).flatten(1).unflatten(0, (len(x), -1))
+
+
+def frames_minor(model, x):
+    hidden = model.conv(x.transpose(0, 1).flatten(0, 1)).flatten(1)
+    return hidden.unflatten(0, (-1, len(x))).transpose(0, 1)
+
+
+def in_place(model, x):
+    hidden = F.relu(model.one(x), inplace=True)
+    out = model.two(hidden)
+    out += hidden
+    return out.mul_(2)
+
+
+def checkpointed(reentrant):
+    def forward(model, x):
+        hidden = model.zero(x)
+        run = lambda h: model.two(model.one(h).tanh())  # noqa: E731
+        return checkpoint(run, hidden, use_reentrant=reentrant)
+
+    return forward
+
+
+CASES = {
+    "time first": (lambda m, x: m.two(m.one(x.transpose(0, 1)).relu()).transpose(0, 1), {}, (5, 3)),
+    "as many steps as examples": (lambda m, x: m.two(m.one(x.transpose(0, 1)).relu()).transpose(0, 1), {}, (4, 3)),
+    "as many steps as examples, batch first": (lambda m, x: m.two(m.one(x).relu()), {}, (4, 3)),
+    "flattened, examples major": (flat_major, {}, (5, 3)),
+    "flattened, positions major": (flat_minor, {}, (5, 3)),
+    "frames, examples major": (frames, {"conv": nn.Conv2d(2, 3, 2)}, (4, 2, 3, 3)),
+    "frames, frames major": (frames_minor, {"conv": nn.Conv2d(2, 3, 2)}, (4, 2, 3, 3)),
+    "in-place activations": (in_place, {}, (5, 3)),
+    "called three times": (lambda m, x: m.two(m.one(m.one(m.one(x).tanh()).tanh())), {}, (3,)),
+    "not called at all": (lambda m, x: m.two(x), {}, (3,)),
+    "position embedding": (
+        lambda m, x: m.two(m.one(x) + m.position(torch.arange(5)[None])),
+        {"position": nn.Embedding(5, 3)},
+        (5, 3),
+    ),
+    "position embedding without a batch axis": (
+        lambda m, x: m.two(m.one(x) + m.position(torch.arange(4))),
+        {"position": nn.Embedding(4, 3)},
+        (4, 3),
+    ),
+    "activation checkpointing": (checkpointed(False), {"zero": nn.Linear(3, 3)}, (5, 3)),
+    "reentrant activation checkpointing": (checkpointed(True), {"zero": nn.Linear(3, 3)}, (5, 3)),
+}
+
+
+def build(case):
+    torch.manual_seed(0)
+    forward, parts, shape = CASES[case]
+    model = Model(forward, **parts, one=linear(3, 3), two=linear(3, 3)).eval()
+    with torch.no_grad():
+        for value in model.parameters():
+            value.copy_(torch.randn_like(value))
+    return model, shape
+
+
+def run(model, batch, tried=None):
+    names = [name for name, _ in model.named_parameters()]
+    function = ModelFunction(model, model.state_dict(), names)
+    engine = HooksEngine()
+    tried = map_tensors(batch, lambda tensor: tensor[:4]) if tried is None else tried
+    engine.prepare(function, tried, 4)
+    outputs, gradients = collect(engine, function, batch, len(batch))
+    expected_outputs, expected = reference(model, batch, len(batch), names)
+    torch.testing.assert_close(outputs.double(), torch.from_numpy(expected_outputs), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients.double(), torch.from_numpy(expected), rtol=1e-3, atol=1e-5)
+    return engine
+
+
+@pytest.mark.parametrize("size", [1, 4, 7])
+@pytest.mark.parametrize("case", CASES)
+def test_right_by_hooks_alone(case, size):
+    model, shape = build(case)
+    engine = run(model, torch.randn(size, *shape), tried=torch.randn(4, *shape))
+    if "reentrant" not in case:
+        assert str(engine) == "hooks"
+
+
+HANDED_OVER = {
+    "a parameter of the model itself": (
+        lambda m, x: m.two(m.one(x)) + m.shift,
+        {"shift": nn.Parameter(torch.ones(3))},
+        "vmap for 1 of 5 parameters (shift: used outside its module)",
+    ),
+    "a layer's weight used without it": (
+        lambda m, x: m.two(m.one(x)) @ m.one.weight.T,
+        {},
+        "vmap for 1 of 4 parameters (one.weight: used outside its module)",
+    ),
+    "weight normalisation": (
+        lambda m, x: m.two(m.one(x)) + m.third(x),
+        {"third": nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))},
+        "vmap for 2 of 7 parameters",
+    ),
+    "what vmap cannot do either": (
+        lambda m, x: m.two(m.one(x)) + (m.shift if x.sum().item() > -1e9 else 0),
+        {"shift": nn.Parameter(torch.ones(3))},
+        "loop for 1 of 5 parameters",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HANDED_OVER)
+def test_some_parameters_are_handed_over(case):
+    torch.manual_seed(0)
+    forward, parts, message = HANDED_OVER[case]
+    model = Model(forward, **parts, one=linear(3, 3), two=linear(3, 3)).eval()
+    engine = run(model, torch.randn(6, 3))
+    assert message in str(engine)
+
+
+def test_an_input_overwritten_later_is_noticed():
+    def forward(model, x):
+        hidden = model.zero(x)
+        kept = hidden.detach().clone()
+        out = model.one(kept)
+        if len(x) > 4:
+            kept.mul_(2)
+        return out + model.two(hidden)
+
+    model = Model(forward, zero=linear(3, 3), one=linear(3, 3), two=linear(3, 3)).eval()
+    with pytest.raises(EngineUnsuitable, match="an input of one is modified in place"):
+        run(model, torch.randn(6, 3))
+
+
+def test_another_use_of_a_parameter_that_shows_later_is_noticed():
+    model = Model(lambda m, x: m.one(x) + (m.one.weight[0] if len(x) > 4 else 0), one=linear(3, 3)).eval()
+    with pytest.raises(EngineUnsuitable, match=r"one\.weight is used outside its layers, but not on the first"):
+        run(model, torch.randn(6, 3))
+
+
+def test_the_modules_are_as_before():
+    model, shape = build("in-place activations")
+    before = {name: dict(vars(part)) for name, part in model.named_modules()}
+    parameters = dict(model.named_parameters())
+    run(model, torch.randn(4, *shape))
+    assert all(vars(part).keys() == before[name].keys() for name, part in model.named_modules())
+    assert all(value is parameters[name] and value.grad is None for name, value in model.named_parameters())
+
+
+def test_modules_are_as_before_after_an_error():
+    model = Model(lambda m, x: m.one(x), one=linear(3, 3))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run(model, torch.randn(4, 5))
+    assert "forward" not in vars(model.one)
+    assert isinstance(model.one.weight, nn.Parameter)
+
+
+@pytest.fixture
+def _restored_rules():
+    before = dict(_RULES)
+    yield
+    _RULES.clear()
+    _RULES.update(before)
+
+
+@pytest.mark.usefixtures("_restored_rules")
+def test_the_first_batch_tells_a_wrong_rule():
+    model, shape = build("called three times")
+    batch = torch.randn(6, *shape)
+    function = ModelFunction(model, model.state_dict(), [name for name, _ in model.named_parameters()])
+    engine = HooksEngine()
+
+    def featurizer():
+        engine.prepare(function, batch[:4], 4)
+        return Featurizer(function, engine, SparseProjector(64), key=3)
+
+    right = featurizer().checked(batch, 6).features
+
+    @layer_rule(nn.Linear)
+    def forgets_the_bias(layer, call):
+        return {"weight": torch.einsum("bo,bi->boi", call.grad, call.input), "bias": 0 * call.grad}
+
+    with pytest.raises(ValueError, match=r"gradients of one\.bias do not add up to its gradient over the batch"):
+        featurizer().checked(batch, 6)
+
+    @layer_rule(nn.Linear)
+    def mixes_examples(layer, call):  # their plain sum is right
+        return {"weight": torch.einsum("bo,bi->boi", call.grad, call.input).flip(0), "bias": call.grad}
+
+    with pytest.raises(ValueError, match=r"gradients of one\.weight do not add up"):
+        featurizer().checked(batch, 6)
+    assert torch.isfinite(right).all()
+
+
+def test_engines_are_tried_in_order():
+    torch.manual_seed(0)
+    bare = Model(lambda m, x: x * m.shift, shift=nn.Parameter(torch.ones(3)))
+    function = ModelFunction(bare, bare.state_dict(), ["shift"])
+    choice = EngineChoice("auto")
+    engine = choice.choose(function, torch.randn(4, 3), 4)
+    assert isinstance(engine, VmapEngine)
+    assert choice.report(engine).startswith("gradients by vmap; not hooks, as no parameter is left to hooks; e.g. shift")
+    choice.reject(EngineUnsuitable("reasons"))
+    assert str(choice.choose(function, torch.randn(4, 3), 4)) == "loop"
+    with pytest.raises(ValueError, match="gradients='auto' cannot differentiate this model: more"):
+        choice.reject(EngineUnsuitable("more"))
+    with pytest.raises(ValueError, match="gradients='hooks' cannot differentiate this model: no parameter is left"):
+        EngineChoice("hooks").choose(function, torch.randn(4, 3), 4)
