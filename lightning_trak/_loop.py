@@ -198,6 +198,9 @@ class FeaturizationLoop:
             if self._examples == "train":
                 self._loss(function, batch, outputs, rows)
             self._choose(function)
+            rows = range(min(self._batch_size, self.size))
+            with torch.no_grad():
+                self._check_finite("model_output", function.output(self._read_once(rows, seed=0)), rows)
 
     def run(
         self,

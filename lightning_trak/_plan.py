@@ -33,7 +33,7 @@ class Plan:
             defaults = {name: value.default for name, value in signature(type(self._callback)).parameters.items()}
             stored = manifest["projection"]
             parameters = list(manifest["parameters"]) if parameters is None else parameters
-            projector = stored["projector"] if projector == "auto" else projector
+            projector = stored["projector"].split(" (")[0] if projector == "auto" else projector
             proj_dim = stored["proj_dim"] if proj_dim == defaults["proj_dim"] else proj_dim
             seed = stored["seed"] if seed == defaults["seed"] else seed
         own = dict(module.named_parameters())

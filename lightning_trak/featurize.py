@@ -82,8 +82,10 @@ class Featurizer:
 
     def _compare(self, batch: Any, weights: Tensor, sums: dict[str, Tensor], squares: dict[str, float]) -> None:
         outputs, gradients = batch_gradient(self.function, batch, weights)
-        tolerance = 1e-3 if outputs.dtype in (torch.float32, torch.float64) else 0.05
-        rounding = 1e-2 * tolerance * sum(squares.values()) ** 0.5  # of gradients that cancel, as of a bias before a norm
+        tolerance = self._projector.rounding + (1e-3 if outputs.dtype in (torch.float32, torch.float64) else 0.05)
+        rounding = (
+            1e-2 * tolerance * sum(squares.values()) ** 0.5
+        )  # of gradients that cancel, as of a bias before a norm
         for name, gradient in zip(self.function.parameters, gradients, strict=True):
             expected = self._zeros(1)
             if gradient is not None:

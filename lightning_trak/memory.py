@@ -80,7 +80,7 @@ class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that operations make, until they are freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._known: set[int] = set()
 

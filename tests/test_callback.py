@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     OnExceptionCheckpoint,
     ProgressBar,
+    TQDMProgressBar,
     WeightAveraging,
 )
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
@@ -314,7 +315,8 @@ def test_random_augmentation_is_warned_of_and_still_reproducible_as_data(tmp_pat
 
 
 def test_progress_says_what_and_how_far(tmp_path, capfd):
-    fit(tmp_path, TRAKCallback(tmp_path / "store"), max_epochs=1, enable_progress_bar=True)
+    trak = TRAKCallback(tmp_path / "store")
+    fit(tmp_path, trak, TQDMProgressBar(), max_epochs=1, enable_progress_bar=True)
     assert "Featurizing checkpoint 1 (epoch 0, step 5)" in "".join(capfd.readouterr())
     fit(tmp_path, TRAKCallback(tmp_path / "store2"), max_epochs=1, enable_progress_bar=False)
     assert "Featurizing" not in "".join(capfd.readouterr())

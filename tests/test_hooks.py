@@ -241,7 +241,9 @@ def test_engines_are_tried_in_order():
     choice = EngineChoice("auto")
     engine = choice.choose(function, torch.randn(4, 3), 4)
     assert isinstance(engine, VmapEngine)
-    assert choice.report(engine).startswith("gradients by vmap; not hooks, as no parameter is left to hooks; e.g. shift")
+    assert choice.report(engine).startswith(
+        "gradients by vmap; not hooks, as no parameter is left to hooks; e.g. shift"
+    )
     choice.reject(EngineUnsuitable("reasons"))
     assert str(choice.choose(function, torch.randn(4, 3), 4)) == "loop"
     with pytest.raises(ValueError, match="gradients='auto' cannot differentiate this model: more"):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_trak.gradients import ConvGradient, DenseGradient, OuterGradient
 from lightning_trak.projection import (
     FactoredProjector,
     IdentityProjector,
@@ -63,12 +64,12 @@ def test_philox_against_python_integers(counter, key):
     assert [word.item() for word in got] == philox_reference(counter, key)
 
 
-def rademacher_reference(start, rows, k, key):
+def rademacher_reference(start, rows, k, key, stream=0):
     matrix = np.zeros((rows, k))
     for i in range(rows):
         for j in range(k):
             row = start + i
-            words = philox_reference((row & 0xFFFFFFFF, row >> 32, j // 128, 0), key)
+            words = philox_reference((row & 0xFFFFFFFF, row >> 32, j // 128, stream), key)
             bit = words[j % 128 // 32] >> (j % 32) & 1
             matrix[i, j] = (2 * bit - 1) / np.sqrt(k)
     return matrix
@@ -164,6 +165,85 @@ def test_key_and_position_choose_the_matrix(projector):
     assert torch.equal(project(kept, eye, key=1), one)
 
 
+def test_bfloat16_keeps_within_the_documented_rounding(monkeypatch):
+    """As on a CPU that multiplies it; torch emulates it elsewhere, with the same numbers."""
+    gradients = torch.randn(4, 5000, generator=torch.Generator().manual_seed(0))
+    exact = project(RademacherProjector(256), gradients)
+    monkeypatch.setattr("lightning_trak.projection.rademacher._cpu_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("lightning_trak.projection.rademacher._BLOCK_ENTRIES", 256 * 700)
+    rounded = project(RademacherProjector(256), gradients)
+    error = ((rounded - exact).norm(dim=1) / exact.norm(dim=1)).max().item()
+    assert 0.001 < error < RademacherProjector.rounding
+
+
+def outer(b, positions, rows, columns, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return OuterGradient(
+        torch.randn(b, positions, rows, generator=generator), torch.randn(b, positions, columns, generator=generator)
+    )
+
+
+def add(projector, gradient, start=0, key=3):
+    features = torch.zeros(gradient.size, projector.proj_dim)
+    projector.add_gradient_(features, gradient, start, key)
+    return features
+
+
+@pytest.mark.parametrize("start", [0, 2**32 - 3])
+@pytest.mark.parametrize(("rows", "columns"), [(9, 11), (3, 40), (40, 3)])
+def test_factored_is_the_documented_matrix(rows, columns, start):
+    key, rank, k = 0x123456789ABCDEF0, 4, 16
+    gradient = outer(2, 5, rows, columns)
+    matrices = [
+        np.eye(size) if size <= rank else rademacher_reference(start, size, rank, key, stream)
+        for size, stream in ((rows, 2), (columns, 3))
+    ]
+    small = np.einsum("bij,il,jr->blr", gradient.dense().double().numpy(), *matrices).reshape(2, -1)
+    expected = small @ sparse_reference(start, small.shape[1], k, key)
+    for form in (gradient, DenseGradient(gradient.dense())):
+        got = add(FactoredProjector(k, rank=rank), form, start, key)
+        np.testing.assert_allclose(got.numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_factored_leaves_small_and_flat_parameters_to_the_sparse_projection():
+    for gradient in (outer(3, 2, 4, 4), DenseGradient(torch.randn(3, 100)), outer(3, 2, 4, 1)):
+        dense = DenseGradient(gradient.dense())
+        got = add(FactoredProjector(8, rank=4), gradient, start=5)
+        torch.testing.assert_close(got, add(SparseProjector(8), dense, start=5))
+
+
+def test_factored_keeps_inner_products_on_average():
+    """Of whole gradients: two layers, one of them a convolution with groups, and a bias."""
+    generator = torch.Generator().manual_seed(0)
+    convolution = ConvGradient(
+        torch.randn(2, 4, 5, 5, generator=generator),
+        torch.randn(2, 6, 5, 5, generator=generator),
+        torch.Size((6, 2, 3, 3)),
+        **{"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 2},
+    )
+    gradients = [outer(2, 3, 7, 12), convolution, DenseGradient(torch.randn(2, 9, generator=generator))]
+    starts = np.cumsum([0, *(gradient.dense()[0].numel() for gradient in gradients)])
+    flat = torch.cat([gradient.dense().flatten(1) for gradient in gradients], 1).double()
+    products = []
+    for key in range(2000):
+        projector, features = FactoredProjector(24, rank=4), torch.zeros(2, 24)
+        for start, gradient in zip(starts, gradients, strict=False):
+            projector.add_gradient_(features, gradient, int(start), key * 7919)
+        products.append((features @ features.T)[[0, 0, 1], [0, 1, 1]])
+    products = torch.stack(products).double()
+    error = products.std(0) / len(products) ** 0.5
+    assert ((products.mean(0) - (flat @ flat.T)[[0, 0, 1], [0, 1, 1]]).abs() < 5 * error).all()
+
+
+def test_factored_key_and_batch():
+    projector, gradient = FactoredProjector(16, rank=4), outer(5, 3, 9, 9)
+    whole = add(projector, gradient, key=1)
+    assert not torch.equal(whole, add(projector, gradient, key=2))
+    torch.testing.assert_close(add(projector, gradient, key=1), whole)
+    torch.testing.assert_close(add(projector, gradient[1:3], key=1), whole[1:3])
+    assert add(projector, gradient[:0]).shape == (0, 16)
+
+
 def test_identity_is_exact():
     gradients = torch.randn(3, 10)
     assert torch.equal(project(IdentityProjector(), gradients, cuts=[4]), gradients)
@@ -182,7 +262,10 @@ def test_make_projector():
     assert make_projector("rademacher", 10, 11).proj_dim == 10
     own = SparseProjector(5)
     assert make_projector(own, 10, 11) is own
-    with pytest.raises(ValueError, match="'auto', 'factored', 'fast_jl', 'identity', 'rademacher', 'sparse' or a Projector, got 'gauss'"):
+    with pytest.raises(
+        ValueError,
+        match="'auto', 'factored', 'fast_jl', 'identity', 'rademacher', 'sparse' or a Projector, got 'gauss'",
+    ):
         check_projector("gauss")
     with pytest.raises(TypeError, match="got 3"):
         check_projector(3)

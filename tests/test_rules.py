@@ -133,6 +133,7 @@ def convolutions(draw, transposed=False):
     return randomised(kind(*channels, kernel, **options)), (channels[0], *length)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # torch's own, of its copy of the input
 @settings(max_examples=80, deadline=None)
 @given(SIZES, convolutions())
 def test_convolution(size, case):
@@ -199,7 +200,9 @@ ATTENTIONS = {
     "padding mask": ({}, lambda layer, x: layer(x, x, x, key_padding_mask=x[..., 0] > 1)[0]),
     "causal": (
         {},
-        lambda layer, x: layer(x, x, x, attn_mask=torch.ones(3, 3).triu(1).bool(), is_causal=True, need_weights=False)[0],
+        lambda layer, x: layer(x, x, x, attn_mask=torch.ones(3, 3).triu(1).bool(), is_causal=True, need_weights=False)[
+            0
+        ],
     ),
     "batch second": (
         {"batch_first": False},
@@ -297,7 +300,9 @@ def test_a_rule_of_ones_own():
     def wrong(layer, call):
         return {"shift": DenseGradient(call.grad[:, :2])}
 
-    with pytest.raises(ValueError, match=r"rule for Shift returned gradients of shift of shape \(3, 2\); expected \(3, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"rule for Shift returned gradients of shift of shape \(3, 2\); expected \(3, 3\)"
+    ):
         check(Net(randomised(Shift())), torch.randn(3, 3).double())
 
 

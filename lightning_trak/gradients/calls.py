@@ -39,8 +39,7 @@ def layer_gradients(call: Call, grads: tuple[Tensor | None, ...], size: int) -> 
 
 
 def _input(args: Sequence[Any], kwargs: Any) -> Tensor:
-    value = args[0] if args else next(iter(kwargs.values()))
-    return value  # type: ignore[no-any-return]
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _some(grads: tuple[Tensor | None, ...]) -> Tensor:
@@ -60,8 +59,6 @@ def _checked(gradient: Gradient | Tensor, layer: Layer, local: str, size: int) -
             f" {(gradient.size, *gradient.shape)}; expected {(size, *expected)}, the batch first."
         )
     return gradient
-
-
 
 
 def move_batch_first(tensor: Tensor, axis: str, size: int) -> Tensor:

@@ -47,7 +47,8 @@ class EngineChoice:
         self._reasons.append(f"not {name}, as {error}")
         if not self._left:
             raise ValueError(
-                f"gradients={self._gradients!r} cannot differentiate this model: {error}. Use gradients='auto' or 'loop'."
+                f"gradients={self._gradients!r} cannot differentiate this model: {error}. Use gradients='auto' or"
+                " 'loop'."
             ) from error
 
     def report(self, engine: Engine) -> str:

@@ -59,7 +59,7 @@ def module_gradients(
         return [out for out, grad in zip(found, grads, strict=True) if grad is not None]
 
     def gradients(examples: list[Tensor], sent_back: list[Tensor]) -> dict[str, Tensor]:
-        _, pull_back = vjp(lambda chosen: outputs(chosen, *examples), chosen)
+        pull_back = vjp(lambda chosen: outputs(chosen, *examples), chosen)[1]
         return pull_back([grad.unsqueeze(0) for grad in sent_back])[0]  # type: ignore[no-any-return]
 
     examples = [tensor for tensor, own in zip(tensors, batched, strict=True) if own]

@@ -1,4 +1,4 @@
-"""One forward and one backward pass, in which every call of a layer is seen with its input and its output's gradient."""
+"""One forward and one backward pass, in which every call of a layer is seen with input and output gradient."""
 
 from __future__ import annotations
 
@@ -221,7 +221,9 @@ def _replaced_forward(module: nn.Module, replacement: Callable[..., Any]) -> Ite
 @contextmanager
 def _detached(layer: Layer) -> Iterator[None]:
     """Detach, for a while, the attributed parameters that a layer uses."""
-    found = [(layer.module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in layer.parameters]
+    found = [
+        (layer.module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in layer.parameters
+    ]
     before = [owner._parameters[name] for owner, name in found]
     _put(layer.module, found, [None if value is None else value.detach() for value in before])
     try:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lightning_trak.projection.factored import FactoredProjector
+from lightning_trak.projection.fast_jl import FastJLProjector, fast_jl_or_rademacher
 from lightning_trak.projection.identity import IdentityProjector
 from lightning_trak.projection.projector import Projector, projection_key
 from lightning_trak.projection.rademacher import RademacherProjector
 from lightning_trak.projection.sparse import SparseProjector
 
-__all__ = ["FactoredProjector", "IdentityProjector", "Projector", "RademacherProjector", "SparseProjector"]
+__all__ = [
+    "FactoredProjector",
+    "FastJLProjector",
+    "IdentityProjector",
+    "Projector",
+    "RademacherProjector",
+    "SparseProjector",
+]
 __all__ += ["make_projector", "projection_key"]
 
-_BY_NAME: dict[str, type[Projector]] = {
-    projector.name: projector for projector in (FactoredProjector, IdentityProjector, RademacherProjector, SparseProjector)
+_BY_NAME: dict[str, Callable[[int], Projector]] = {
+    "factored": FactoredProjector,
+    "fast_jl": fast_jl_or_rademacher,
+    "identity": IdentityProjector,
+    "rademacher": RademacherProjector,
+    "sparse": SparseProjector,
 }
 
 
@@ -20,7 +34,7 @@ def check_projector(projector: str | Projector) -> None:
     """Raise a ValueError or TypeError if ``projector`` is neither a known name nor a `Projector`."""
     if isinstance(projector, Projector) or projector == "auto" or projector in _BY_NAME:
         return
-    expected = f"'auto', {', '.join(map(repr, sorted(_BY_NAME)))} or a Projector"
+    expected = f"'auto', {', '.join(map(repr, _BY_NAME))} or a Projector"
     error = ValueError if isinstance(projector, str) else TypeError
     raise error(f"projector must be {expected}, got {projector!r}.")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
@@ -52,8 +54,16 @@ def counters(start: int, stop: int, device: torch.device) -> tuple[Tensor, Tenso
     return index & _MASK, index >> 32
 
 
-def random_signs(start: int, stop: int, columns: int, key: int, stream: int, device: torch.device) -> Tensor:
-    """Draw the rows ``start`` to ``stop`` of a matrix of independent signs ±1, (stop − start, columns), float32.
+def random_signs(
+    start: int,
+    stop: int,
+    columns: int,
+    key: int,
+    stream: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draw the rows ``start`` to ``stop`` of a matrix of independent signs ±1, (stop − start, columns).
 
     Column j of row i is bit j mod 128 of Philox's four words at counter (i mod 2³², i div 2³², j div 128, stream).
 
@@ -66,11 +76,12 @@ def random_signs(start: int, stop: int, columns: int, key: int, stream: int, dev
     words = philox4x32((low[:, None], high[:, None], block, torch.full_like(block, stream)), key)
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     places = torch.stack(halves, dim=2)  # (rows, blocks, 8): 16 bits each, lowest first
-    return embedding(places, _sign_table(device)).flatten(1)[:, :columns]
+    return embedding(places, _sign_table(device, dtype)).flatten(1)[:, :columns]
 
 
-def _sign_table(device: torch.device | str) -> Tensor:
+@functools.cache
+def _sign_table(device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return row w: the 16 bits of w, lowest first, as ±1; a look-up is the fastest way from bits to floats."""
     words = torch.arange(2**16, device=device, dtype=torch.int32)[:, None]
     bits = (words >> torch.arange(16, device=device, dtype=torch.int32)) & 1
-    return (2 * bits - 1).float()
+    return (2 * bits - 1).to(dtype)

@@ -24,9 +24,13 @@ class Projector(ABC):
 
     Args:
         proj_dim: k, the sketch dimension.
+
+    Attributes:
+        rounding: how far a row of features may be from the exact one, relative to its norm, beyond float32's own error.
     """
 
     name: str
+    rounding = 0.0
 
     def __init_subclass__(cls) -> None:
         if "name" not in vars(cls):

@@ -23,7 +23,10 @@ def multihead_attention(layer: nn.MultiheadAttention, call: LayerCall) -> dict[s
     given = {**_DEFAULTS, **dict(zip(_NAMES, call.args, strict=False)), **(call.kwargs or {})}
     if layer.bias_k is not None or call.grads[0] is None or any(grad is not None for grad in call.grads[1:]):
         raise EngineUnsuitable("nn.MultiheadAttention with add_bias_kv, or whose attention weights enter the output")
-    first = (lambda tensor: tensor) if layer.batch_first else (lambda tensor: tensor.transpose(0, 1))
+
+    def first(tensor: Tensor) -> Tensor:
+        return tensor if layer.batch_first else tensor.transpose(0, 1)
+
     inputs = [first(given[name]) for name in ("query", "key", "value")]
     if inputs[0].ndim != 3:
         raise EngineUnsuitable("nn.MultiheadAttention of one sequence without a batch axis")
@@ -64,9 +67,11 @@ def _attend(
     size = layer.embed_dim
     eye = torch.eye(size, dtype=grad.dtype, device=grad.device)
     with torch.enable_grad():
-        leaves = [value.detach().transpose(0, 1).requires_grad_() for value in projected]
+        query, key, value = leaves = [part.detach().transpose(0, 1).requires_grad_() for part in projected]
         heads, _ = multi_head_attention_forward(
-            *leaves,
+            query,
+            key,
+            value,
             size,
             layer.num_heads,
             torch.cat([eye] * 3),

@@ -1,0 +1,225 @@
+"""fast_jl behind the common interface, with a stand-in for the extension that keeps its contract on the CPU."""
+
+from __future__ import annotations
+
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+
+from lightning_trak.projection import RademacherProjector, fast_jl
+from lightning_trak.projection.fast_jl import FastJLProjector, check_fast_jl, fast_jl_or_rademacher
+
+CPU = torch.device("cpu")
+
+
+class FakeFastJL(types.ModuleType):
+    """What is known of fast_jl: unscaled signs drawn from seed, columns and parts; gradients cut to float16."""
+
+    def __init__(self):
+        super().__init__("fast_jl")
+        self.calls = []
+        for rows in (8, 16, 32):
+            setattr(self, f"project_rademacher_{rows}", lambda *args, rows=rows: self.project(rows, *args))
+
+    def project(self, rows, gradients, proj_dim, seed, parts):
+        assert gradients.is_contiguous()
+        assert gradients.dtype in (torch.float32, torch.float16)
+        assert gradients.shape[0] == rows
+        assert gradients.shape[1] % 512 == 0
+        assert proj_dim % 512 == 0
+        assert 0 <= seed < 2**32
+        self.calls.append((tuple(gradients.shape), proj_dim, seed, parts))
+        return self.multiply(gradients.half().float(), self.signs(gradients.shape[1], proj_dim, seed, parts))
+
+    def signs(self, q, proj_dim, seed, parts):
+        generator = torch.Generator().manual_seed(seed * 1009 + parts)
+        return torch.randint(0, 2, (q, proj_dim), generator=generator).float() * 2 - 1
+
+    def multiply(self, gradients, signs):
+        return gradients @ signs
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Installs the stand-in, and a GPU of four multiprocessors that is really the CPU."""
+    module = FakeFastJL()
+    monkeypatch.setitem(sys.modules, "fast_jl", module)
+    monkeypatch.setattr(fast_jl, "_require_cuda", lambda device: None)
+    monkeypatch.setattr(fast_jl, "_count_multiprocessors", lambda device=None: 4)
+    monkeypatch.setattr(fast_jl, "_current_device", lambda: CPU)
+    monkeypatch.setattr(fast_jl, "_TRIAL", 2048)
+    return module
+
+
+def project(projector, gradients, start=0, key=3):
+    features = torch.zeros(len(gradients), projector.proj_dim)
+    projector.add_(features, gradients, start, key)
+    return features
+
+
+@pytest.mark.parametrize(("b", "rows"), [(1, [8]), (8, [8]), (9, [16]), (17, [32]), (33, [32, 8]), (70, [32, 32, 8])])
+def test_calls_are_padded_as_fast_jl_wants(fake, b, rows):
+    gradients = torch.randn(b, 700)
+    features = project(FastJLProjector(512), gradients)
+    assert [call[0] for call in fake.calls] == [(size, 1024) for size in rows]
+    assert len({call[1:] for call in fake.calls}) == 1
+    expected = gradients @ fake.signs(1024, *fake.calls[0][1:])[:700] / 512**0.5
+    assert (features - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_features_are_added_to(fake):
+    gradients, features = torch.randn(3, 20), torch.ones(3, 512)
+    projector = FastJLProjector(512)
+    projector.add_(features, gradients, 0, 3)
+    torch.testing.assert_close(features, 1 + project(projector, gradients))
+
+
+def test_empty(fake):
+    assert project(FastJLProjector(512), torch.zeros(0, 10)).shape == (0, 512)
+    assert not project(FastJLProjector(512), torch.zeros(2, 0)).any()
+    assert not fake.calls
+
+
+def test_long_blocks_are_cut_alike_for_every_batch(fake, monkeypatch):
+    assert fast_jl._MAX_COLUMNS * 32 < 2**31
+    assert fast_jl._MAX_COLUMNS % 512 == 0
+    monkeypatch.setattr(fast_jl, "_MAX_COLUMNS", 512)
+    gradients = torch.randn(40, 1100)
+    whole = project(FastJLProjector(512), gradients, start=7)
+    assert [call[0] for call in fake.calls] == [(32, 512), (8, 512)] * 3
+    assert len({call[2] for call in fake.calls}) == 3
+    torch.testing.assert_close(project(FastJLProjector(512), gradients[:5], start=7), whole[:5])
+
+
+def test_key_block_and_processors_choose_the_matrix(fake):
+    eye = torch.eye(5)
+    one = project(FastJLProjector(512), eye, start=1, key=2)
+    assert torch.equal(one, project(FastJLProjector(512), eye, start=1, key=2))
+    assert not torch.equal(one, project(FastJLProjector(512), eye, start=2, key=2))
+    assert not torch.equal(one, project(FastJLProjector(512), eye, start=1, key=3))
+    other = FastJLProjector(512, multiprocessors=5)
+    assert not torch.equal(one, project(other, eye, start=1, key=2))
+    assert (FastJLProjector(512).name, other.name) == ("fast_jl (4 multiprocessors)", "fast_jl (5 multiprocessors)")
+    assert FastJLProjector.name == "fast_jl"
+
+
+def test_seeds_fit_and_do_not_change():
+    seeds = {fast_jl._seed(key, start) for key in (0, 1, 2**64 - 1) for start in (0, 1, 2**40)}
+    assert len(seeds) == 9
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert fast_jl._seed(0, 0) == 803885222  # wherever and whenever it is drawn
+
+
+def test_float16_neither_overflows_nor_underflows(fake):
+    gradients = torch.randn(3, 512)
+    scales = torch.tensor([[1e-20], [1.0], [1e20]])
+    features = project(FastJLProjector(512), gradients * scales)
+    torch.testing.assert_close(features / scales, project(FastJLProjector(512), gradients), rtol=1e-2, atol=1e-2)
+    assert not project(FastJLProjector(512), torch.zeros(2, 512)).any()
+    assert project(FastJLProjector(512), torch.full((1, 512), torch.nan)).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_gradients(fake, dtype):
+    gradients = torch.randn(2, 512).to(dtype)
+    got, expected = (project(FastJLProjector(512), g) for g in (gradients, gradients.float()))
+    torch.testing.assert_close(got, expected)
+
+
+def test_inner_products_are_kept_on_average(fake):
+    x, y = torch.randn(2, 40, generator=torch.Generator().manual_seed(0))
+    both, products = torch.stack([x, y]), []
+    for key in range(300):
+        features = project(FastJLProjector(512), both, key=key)
+        products.append((features @ features.T)[[0, 0, 1], [0, 1, 1]])
+    products = torch.stack(products)
+    error = products.std(0) / len(products) ** 0.5
+    assert ((products.mean(0) - torch.stack([x @ x, x @ y, y @ y])).abs() < 5 * error).all()
+
+
+@pytest.mark.parametrize(("proj_dim", "message"), [(1000, "multiple of 512.*got 1000"), (0, "positive integer, got 0")])
+def test_proj_dim(fake, proj_dim, message):
+    for make in (FastJLProjector, fast_jl_or_rademacher):
+        with pytest.raises(ValueError, match=message):
+            make(proj_dim)
+
+
+def test_cuda_only():
+    with pytest.raises(RuntimeError, match=r"CUDA devices alone, got device 'cpu'"):
+        FastJLProjector(512, multiprocessors=4).add_(torch.zeros(1, 512), torch.zeros(1, 3), 0, 0)
+
+
+def test_no_cuda_to_count_processors_of(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="needs a CUDA device and torch finds none"):
+        FastJLProjector(512)
+
+
+def test_a_good_one_is_used(fake):
+    check_fast_jl(CPU)
+    with warnings.catch_warnings(record=True) as caught:
+        projector = fast_jl_or_rademacher(1024)
+    assert isinstance(projector, FastJLProjector)
+    assert projector.proj_dim == 1024
+    assert not caught
+
+
+def zeros(gradients, signs):
+    return torch.zeros(len(gradients), signs.shape[1])
+
+
+def too_long(gradients, signs):
+    return gradients @ signs * 1.5
+
+
+def not_a_number(gradients, signs):
+    return gradients @ signs * torch.nan
+
+
+def noisy(gradients, signs):
+    return gradients @ signs[torch.randperm(len(signs))]
+
+
+def by_batch(gradients, signs):
+    return gradients @ (signs * (-1 if len(gradients) == 8 else 1))
+
+
+def failing(gradients, signs):
+    raise RuntimeError("no kernel image is available")
+
+
+@pytest.mark.parametrize(
+    ("multiply", "message"),
+    [
+        (zeros, "fast_jl returns zeros"),
+        (too_long, r"does not keep norms: .* 1\.[45]\d* to 1\.[56]\d* times"),
+        (not_a_number, "does not keep norms: .* nan to nan"),
+        (noisy, "not deterministic"),
+        (by_batch, "depends on the batch"),
+        (failing, "fast_jl fails: no kernel image is available"),
+    ],
+)
+def test_a_bad_one_is_found_out(fake, monkeypatch, multiply, message):
+    monkeypatch.setattr(fake, "multiply", multiply)
+    with pytest.raises(RuntimeError, match=message):
+        check_fast_jl(CPU)
+    with pytest.warns(UserWarning, match=f"'fast_jl' cannot be used: .*{message}.*'rademacher', of the same"):
+        projector = fast_jl_or_rademacher(1024)
+    assert isinstance(projector, RademacherProjector)
+    assert projector.proj_dim == 1024
+
+
+def test_a_missing_one_is_replaced(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fast_jl", None)
+    with pytest.warns(UserWarning, match=r"fast_jl cannot be imported .*pip install 'lightning-trak\[fast_jl\]'"):
+        assert isinstance(fast_jl_or_rademacher(512), RademacherProjector)
+
+
+def test_a_missing_gpu_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fast_jl", FakeFastJL())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.warns(UserWarning, match="torch finds no CUDA device"):
+        assert isinstance(fast_jl_or_rademacher(512), RademacherProjector)
