@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -297,13 +298,15 @@ def _solve(
 ) -> tuple[list[TrainFeatures], list[Tensor]]:
     """Featurize the targets at every checkpoint and solve with its kernel."""
     loop = plan.loop(trainer, model, data.targets(), "target")
+    device = trainer.strategy.root_device
+    device = device if device.type == "cuda" else torch.device("cpu")  # others lack float64
     trains, solved = [], []
     for number, digest in enumerate(digests, 1):
         entry = store[digest]
         entry.verify()
         if number == 1:
             loop.preflight(load_weights(entry.weights_path, digest))
-        targets = featurize_targets(loop, entry, f"{number}/{len(digests)}")
+        targets = featurize_targets(loop, entry, f"{number}/{len(digests)}").to(device)
         train = TrainFeatures(entry.features, entry.loss_grad, entry.curvature)
         with naming(entry):
             solved.append(precondition(train, targets, damping=callback.damping, curvature=callback.curvature))
@@ -315,7 +318,7 @@ def _score(
     trainer: pl.Trainer, trains: list[TrainFeatures], solved: list[Tensor], top_k: int | None
 ) -> Tensor | Extremes:
     n_train = len(trains[0].features)
-    with progress(trainer, "Scoring", n_blocks(n_train)) as advance:
+    with progress(trainer, "Scoring", n_blocks(n_train, len(solved[0]))) as advance:
         if top_k is None:
             return scores(trains, solved, lambda: advance(1))
         return extreme_scores(trains, solved, min(top_k, n_train), lambda: advance(1))

@@ -97,7 +97,7 @@ class CheckpointEntry:
 
     @property
     def features(self) -> Array:
-        """Φ, (n, k), memory-mapped and read-only."""
+        """Φ, (n, k), memory-mapped; what is written to it does not reach the file."""
         return self._complete("features")
 
     @property
@@ -116,10 +116,10 @@ class CheckpointEntry:
                 f"Checkpoint {self.digest} has features of {self.n_train - len(self.missing_rows())} of {self.n_train}"
                 " training examples. trainer.attribute(...) with a train set computes the rest."
             )
-        return self._array(name, mode="r")
+        return self._array(name, mode="c")
 
     def _array(self, name: str, mode: str = "r+") -> Array:
-        if name not in self._open or mode == "r":
+        if name not in self._open or mode == "c":
             path = self.path / f"{name}.npy"
             try:
                 array: Array = np.load(path, mmap_mode=mode, allow_pickle=False)  # type: ignore[arg-type]
@@ -127,7 +127,7 @@ class CheckpointEntry:
                 raise self._damaged(name, str(error)) from error
             if len(array) != self.n_train:
                 raise self._damaged(name, f"it has {len(array)} rows, expected {self.n_train}")
-            if mode == "r":
+            if mode == "c":
                 return array
             self._open[name] = array
         return self._open[name]

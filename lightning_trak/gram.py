@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_PANEL = 512  # columns of H that are multiplied at once
+
 
 def gram(blocks: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
     """Accumulate H = Φᵀ diag(w) Φ over blocks of rows.
 
-    Products are taken in the blocks' precision, and summed over blocks in float64.
+    Products are taken in the blocks' precision, and summed over blocks in float64. As H is symmetric, only panels on
+    and above its diagonal are multiplied.
 
     Args:
         blocks: pairs of features (r, k) and weights w (r,), at least one; None for w = 1.
@@ -37,11 +40,15 @@ def gram(blocks: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
                 " TRAKCallback(curvature=False), or override out_to_loss_curvature."
             )
         weighted = features if weights is None else features * weights[:, None]
-        product = (weighted.T @ features).double()
-        total = product if total is None else total.add_(product)
+        k = features.shape[1]
+        if total is None:
+            total = torch.zeros(k, k, dtype=torch.float64, device=features.device)
+        for first in range(0, k, _PANEL):
+            last = first + _PANEL
+            total[first:last, first:] += weighted[:, first:last].T @ features[:, first:]
     if total is None:
         raise ValueError("gram needs at least one block of features.")
-    return total
+    return total.triu() + total.triu(1).T
 
 
 @dataclass(frozen=True)

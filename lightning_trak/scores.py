@@ -14,6 +14,8 @@ from torch import Tensor
 from lightning_trak.gram import factor, gram, solve
 
 _BLOCK_ROWS = 4096
+_BLOCK_SCORES = 2**26  # at most so many at once: 256 MiB
+_CPU = torch.device("cpu")
 
 Array = npt.NDArray[Any]
 
@@ -26,19 +28,19 @@ class TrainFeatures:
         features: Φ, (n, k).
         loss_grad: Q, (n,).
         curvature: w, (n,).
+
+    All three must be writable, or mapped copy-on-write (``mmap_mode="c"``), for torch to read them in place.
     """
 
     features: Array
     loss_grad: Array
     curvature: Array
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Yield (rows, Φ, Q, w) for consecutive blocks of rows."""
-        for start in range(0, len(self.features), _BLOCK_ROWS):
-            rows = slice(start, min(start + _BLOCK_ROWS, len(self.features)))
-            arrays = (self.features[rows], self.loss_grad[rows], self.curvature[rows])
-            features, loss_grad, curvature = (torch.from_numpy(np.array(array)) for array in arrays)
-            yield rows, features, loss_grad, curvature
+    def block(self, rows: slice, device: torch.device = _CPU) -> tuple[Tensor, Tensor, Tensor]:
+        """Return Φ, Q and w of some rows; on the CPU they are views."""
+        arrays = (self.features[rows], self.loss_grad[rows], self.curvature[rows])
+        features, loss_grad, curvature = (torch.from_numpy(np.asarray(array)).to(device) for array in arrays)
+        return features, loss_grad, curvature
 
 
 class Ranked(NamedTuple):
@@ -83,7 +85,8 @@ def precondition(train: TrainFeatures, targets: Tensor, *, damping: float, curva
             f"With damping=0 the kernel H, ({k}, {k}), of n={n} training examples is singular, and scores would be"
             " meaningless. Set TRAKCallback(damping=0.3), or a proj_dim well below n."
         )
-    kernel = gram((features, w if curvature else None) for _, features, _, w in train.blocks())
+    blocks = (train.block(rows, targets.device) for rows in _blocks(n))
+    kernel = gram((features, w if curvature else None) for features, _, w in blocks)
     return solve(factor(kernel, damping), targets)
 
 
@@ -94,15 +97,15 @@ def scores(
 
     Args:
         trains: the train set's features at each checkpoint.
-        solved: H⁻¹ φ(z) at each checkpoint, (m, k), from `precondition`.
+        solved: H⁻¹ φ(z) at each checkpoint, (m, k), from `precondition`; blocks are multiplied on their device.
         advance: called after every block of rows, for progress.
 
     Returns:
-        τ, (n, m), float32.
+        τ, (n, m), float32, on the CPU.
     """
     total = torch.zeros(len(trains[0].features), len(solved[0]))
-    for rows, block in _score_blocks(trains, solved):
-        total[rows] = block
+    for rows in _blocks(*total.shape):
+        total[rows] = _score_block(trains, solved, rows)
         advance()
     return total
 
@@ -114,25 +117,35 @@ def extreme_scores(
 
     See `scores` for the arguments.
     """
-    top = bottom = Ranked(torch.zeros(len(solved[0]), 0, dtype=torch.int64), torch.zeros(len(solved[0]), 0))
-    for rows, block in _score_blocks(trains, solved):
-        indices = torch.arange(rows.start, rows.stop).expand(block.shape[1], -1)
-        top, bottom = (_keep(kept, indices, block.T, k, largest) for kept, largest in ((top, True), (bottom, False)))
+    n, m, device = len(trains[0].features), len(solved[0]), solved[0].device
+    top = bottom = Ranked(torch.zeros(m, 0, dtype=torch.int64, device=device), torch.zeros(m, 0, device=device))
+    for rows in _blocks(n, m):
+        values = _score_block(trains, solved, rows).T
+        indices = torch.arange(rows.start, rows.stop, device=device).expand(values.shape)
+        top, bottom = (_keep(kept, indices, values, k, largest) for kept, largest in ((top, True), (bottom, False)))
         advance()
-    return Extremes(top, bottom)
+    return Extremes(*(Ranked(kept.indices.cpu(), kept.values.cpu()) for kept in (top, bottom)))
 
 
-def n_blocks(n_train: int) -> int:
+def n_blocks(n_train: int, n_targets: int) -> int:
     """Return how many blocks of rows the scores come in."""
-    return -(-n_train // _BLOCK_ROWS)
+    return len(list(_blocks(n_train, n_targets)))
 
 
-def _score_blocks(trains: Sequence[TrainFeatures], solved: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (rows, (r, m) scores averaged over checkpoints)."""
-    for blocks in zip(*(train.blocks() for train in trains), strict=True):
-        total = sum((features @ x.T) * q[:, None] for (_, features, q, _), x in zip(blocks, solved, strict=True))
-        assert isinstance(total, Tensor)
-        yield blocks[0][0], total / len(trains)
+def _blocks(n_train: int, n_targets: int = 1) -> Iterator[slice]:
+    """Cut the rows of the train set so that neither the features nor the scores of a block are large."""
+    size = min(_BLOCK_ROWS, max(1, _BLOCK_SCORES // n_targets))
+    for start in range(0, n_train, size):
+        yield slice(start, min(start + size, n_train))
+
+
+def _score_block(trains: Sequence[TrainFeatures], solved: Sequence[Tensor], rows: slice) -> Tensor:
+    """Return scores averaged over checkpoints, (r, m)."""
+    total = torch.zeros(rows.stop - rows.start, len(solved[0]), device=solved[0].device)
+    for train, x in zip(trains, solved, strict=True):
+        features, loss_grad, _ = train.block(rows, x.device)
+        total.addmm_(features * loss_grad[:, None], x.T, alpha=1 / len(trains))
+    return total
 
 
 def _keep(kept: Ranked, indices: Tensor, values: Tensor, k: int, largest: bool) -> Ranked:

@@ -219,7 +219,10 @@ def test_factored_keeps_inner_products_on_average():
         torch.randn(2, 4, 5, 5, generator=generator),
         torch.randn(2, 6, 5, 5, generator=generator),
         torch.Size((6, 2, 3, 3)),
-        **{"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 2},
+        stride=(1, 1),
+        padding=(1, 1),
+        dilation=(1, 1),
+        groups=2,
     )
     gradients = [outer(2, 3, 7, 12), convolution, DenseGradient(torch.randn(2, 9, generator=generator))]
     starts = np.cumsum([0, *(gradient.dense()[0].numel() for gradient in gradients)])

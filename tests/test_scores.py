@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from lightning_trak.gram import factor, gram, solve
 from lightning_trak.module import LossTerms
 from lightning_trak.projection import IdentityProjector
 from lightning_trak.scores import TrainFeatures, extreme_scores, n_blocks, precondition, scores
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def random_train(n, k, seed=0):
@@ -47,13 +50,14 @@ def scores_reference(trains, targets, damping, curvature):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 6), st.booleans(), st.data())
-def test_gram_against_numpy_for_any_cut(n, k, weighted, data):
+@given(st.integers(1, 40), st.integers(1, 6), st.sampled_from([1, 2, 4, 512]), st.booleans(), st.data())
+def test_gram_against_numpy_for_any_cut(n, k, panel, weighted, data):
     train = random_train(n, k)
     cuts = sorted(data.draw(st.lists(st.integers(0, n), max_size=3)))
     features, weights = torch.tensor(train.features), torch.tensor(train.curvature)
     edges = [0, *cuts, n]
-    got = gram((features[a:b], weights[a:b] if weighted else None) for a, b in itertools.pairwise(edges) if b > a)
+    with mock.patch("lightning_trak.gram._PANEL", panel):
+        got = gram((features[a:b], weights[a:b] if weighted else None) for a, b in itertools.pairwise(edges) if b > a)
     phi = np.float64(train.features)
     expected = phi.T @ ((np.float64(train.curvature)[:, None] if weighted else 1) * phi)
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-5)
@@ -92,24 +96,35 @@ def test_kernels_that_cannot_be_solved():
 @pytest.mark.parametrize("curvature", [True, False])
 @pytest.mark.parametrize("block", [4, 4096])
 @pytest.mark.parametrize("checkpoints", [1, 3])
-def test_scores_against_numpy_loops(monkeypatch, curvature, block, checkpoints):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_scores_against_numpy_loops(monkeypatch, curvature, block, checkpoints, device):
     monkeypatch.setattr("lightning_trak.scores._BLOCK_ROWS", block)
     trains = [random_train(23, 5, seed) for seed in range(checkpoints)]
     targets = [np.random.default_rng(9 + seed).normal(size=(6, 5)) for seed in range(checkpoints)]
     solved = [
-        precondition(train, torch.tensor(phi, dtype=torch.float32), damping=0.2, curvature=curvature)
+        precondition(train, torch.tensor(phi, dtype=torch.float32, device=device), damping=0.2, curvature=curvature)
         for train, phi in zip(trains, targets, strict=True)
     ]
     calls = []
     got = scores(trains, solved, lambda: calls.append(1))
     expected = scores_reference(trains, targets, 0.2, curvature)
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-4, atol=1e-6)
-    assert len(calls) == n_blocks(23) == -(-23 // block)
+    assert len(calls) == n_blocks(23, 6) == -(-23 // block)
     extremes = extreme_scores(trains, solved, 7)
     for ranked, largest in ((extremes.top, True), (extremes.bottom, False)):
         values, indices = torch.tensor(expected).topk(7, dim=0, largest=largest)
         assert torch.equal(ranked.indices, indices.T)
         np.testing.assert_allclose(ranked.values.numpy(), values.T.numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_many_targets_make_small_blocks(monkeypatch):
+    train, solved = random_train(23, 5), torch.randn(6, 5)
+    whole = scores([train], [solved])
+    monkeypatch.setattr("lightning_trak.scores._BLOCK_SCORES", 20)
+    assert n_blocks(23, 6) == 8
+    torch.testing.assert_close(scores([train], [solved]), whole)
+    assert torch.equal(extreme_scores([train], [solved], 4).top.indices, whole.topk(4, dim=0).indices.T)
+    assert n_blocks(23, 10**6) == 23
 
 
 class Small(ClassificationMixin, nn.Module):
