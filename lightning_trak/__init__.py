@@ -10,9 +10,10 @@ The way of the data, and the module that is each stage::
     _loop, _plan      the featurization loop inside Lightning, and what it is to compute
     _checkpoints      what is done with one checkpoint of the store
     data, weights     examples by row; checkpoints by digest
-    gradients         per-sample gradients of f
+    gradients         per-sample gradients of f: engines, and a rule for each type of layer (gradients/rules)
     projection        random projections
     featurize         gradients, projected as they appear
+    memory            how many examples at a time
     store, entry      FeatureStore, the directory of checkpoints, and each checkpoint's features
     gram, scores      kernel and scores
     attribution, plot what the user gets back
@@ -29,6 +30,7 @@ import lightning.pytorch as _pl
 from lightning_trak.attribute import attribute
 from lightning_trak.attribution import Attribution
 from lightning_trak.callback import TRAKCallback
+from lightning_trak.gradients import LayerCall, layer_rule
 from lightning_trak.module import TRAKMixin
 from lightning_trak.projection import Projector
 from lightning_trak.store import FeatureStore
@@ -40,11 +42,13 @@ __all__ = [
     "Attribution",
     "ClassificationMixin",
     "FeatureStore",
+    "LayerCall",
     "Projector",
     "RegressionMixin",
     "TRAKCallback",
     "TRAKMixin",
     "attribute",
+    "layer_rule",
 ]
 
 _pl.Trainer.attribute = attribute

@@ -1,0 +1,38 @@
+"""``python -m tests.benchmarks [name ...]``: prints the tables of all benchmarks, or of those named."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+
+import torch
+
+from tests.benchmarks import features, fit, gpu, memory, scoring, zoo
+from tests.benchmarks.measuring import silence
+
+BENCHMARKS = {
+    "features": features.run,
+    "memory": memory.run,
+    "scoring": scoring.run,
+    "fit": fit.run,
+    "zoo": zoo.run,
+    "gpu": gpu.run,
+}
+
+
+def main() -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="Print the benchmarks' tables.")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}; all by default")
+    names = parser.parse_args().names or list(BENCHMARKS)
+    for name in names:
+        if name not in BENCHMARKS:
+            parser.error(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads")
+    with silence():
+        for name in names:
+            BENCHMARKS[name]()
+
+
+if __name__ == "__main__":
+    main()

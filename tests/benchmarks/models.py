@@ -1,0 +1,176 @@
+"""The models that are measured, each with a batch size and inputs of its shape; weights and inputs are random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_trak import ClassificationMixin, TRAKMixin
+from tests.zoo_small import ResNet9
+
+SEQUENCE = 128
+
+
+class Classifier(ClassificationMixin, L.LightningModule):
+    """Any network that gives logits, or, from Hugging Face, returns them; trained by SGD."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.network(*args, **kwargs)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.get_logits(batch), self.get_labels(batch))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+class LanguageModel(TRAKMixin, L.LightningModule):
+    """A causal language model: f is the log-odds of a token, averaged over the text."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def log_likelihood(self, batch: Any) -> Tensor:
+        tokens = batch["input_ids"]
+        logits = self.network(tokens).logits[:, :-1]
+        return -F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").unflatten(
+            0, (len(tokens), -1)
+        )
+
+    def model_output(self, batch: Any) -> Tensor:
+        likelihood = self.log_likelihood(batch)
+        return (likelihood - torch.log(-torch.expm1(likelihood))).mean(1)
+
+    def output_to_loss(self, model_output: Tensor) -> Tensor:
+        return F.softplus(-model_output)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return -self.log_likelihood(batch).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+class Examples(Dataset[Any]):
+    """``n`` examples, the first of them as far as attribution can see those that any larger ``n`` would have."""
+
+    def __init__(self, make: Callable[[torch.Generator], Any], n: int) -> None:
+        self._make, self._n = make, n
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < self._n:
+            raise IndexError(index)
+        return self._make(torch.Generator().manual_seed(index))
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is measured.
+
+    Attributes:
+        name: in the tables.
+        make: builds the module, in eval mode.
+        example: draws an example.
+        batch_size: of featurization, of the plain pass, and of the training step.
+    """
+
+    name: str
+    make: Callable[[], L.LightningModule]
+    example: Callable[[torch.Generator], Any]
+    batch_size: int
+
+    def build(self) -> L.LightningModule:
+        """Return the module, the same every time."""
+        torch.manual_seed(0)
+        return self.make().eval()
+
+    def loader(self, n: int) -> DataLoader[Any]:
+        """Return a loader of ``n`` examples."""
+        return DataLoader(Examples(self.example, n), self.batch_size)
+
+
+def digits_cnn() -> L.LightningModule:
+    """The network of ``examples/digits.py``."""
+    return Classifier(
+        nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10),
+        )
+    )  # fmt: skip
+
+
+def resnet9() -> L.LightningModule:
+    """The ResNet-9 of the TRAK quickstart, for pictures of 32×32: 2.3 million parameters."""
+    return Classifier(ResNet9(64))
+
+
+def vit() -> L.LightningModule:
+    """ViT-S/16 for pictures of 224×224."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536)
+    return Classifier(ViTForImageClassification(config))
+
+
+def bert() -> L.LightningModule:
+    """BERT-base."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return Classifier(BertForSequenceClassification(BertConfig()))
+
+
+def gpt2() -> L.LightningModule:
+    """GPT-2 small."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return LanguageModel(GPT2LMHeadModel(GPT2Config()))
+
+
+def _picture(channels: int, size: int, classes: int) -> Callable[[torch.Generator], Any]:
+    def draw(generator: torch.Generator) -> Any:
+        image = torch.randn(channels, size, size, generator=generator)
+        return image, torch.randint(0, classes, (), generator=generator)
+
+    return draw
+
+
+def _named_picture(generator: torch.Generator) -> Any:
+    image, label = _picture(3, 224, 2)(generator)
+    return {"pixel_values": image, "labels": label}
+
+
+def _sentence(generator: torch.Generator) -> Any:
+    tokens = torch.randint(1000, 30000, (SEQUENCE,), generator=generator)
+    return {
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),
+        "labels": torch.randint(0, 2, (), generator=generator),
+    }
+
+
+def _text(generator: torch.Generator) -> Any:
+    return {"input_ids": torch.randint(0, 50257, (SEQUENCE,), generator=generator)}
+
+
+MODELS = {
+    "digits": Model("digits CNN", digits_cnn, _picture(1, 8, 10), 64),
+    "resnet9": Model("ResNet-9, 32×32", resnet9, _picture(3, 32, 2), 32),
+    "vit": Model("ViT-S/16, 224×224", vit, _named_picture, 16),
+    "bert": Model(f"BERT-base, {SEQUENCE} tokens", bert, _sentence, 16),
+    "gpt2": Model(f"GPT-2 small, {SEQUENCE} tokens", gpt2, _text, 16),
+}
