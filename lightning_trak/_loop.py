@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_trak.checks import check_dependent, check_finite, check_independent, check_size
 from lightning_trak.data import loader_batch_size, numbered_loader, seed_all
 from lightning_trak.featurize import Featurizer
 from lightning_trak.gradients import Engine, EngineChoice, EngineUnsuitable, ModelFunction, batch_gradient
@@ -188,19 +189,19 @@ class FeaturizationLoop:
             self.repeatable = self._is_repeatable(batch, self._read_once(rows, seed=1))
             function = self._function(weights)
             outputs, gradients = batch_gradient(function, batch)
-            self._check_size(outputs, len(rows))
-            self._check_dependent(gradients)
-            self._check_finite("model_output", outputs, rows)
+            check_size(self._module, outputs, len(rows))
+            check_dependent(self._module, gradients)
+            check_finite("model_output", outputs, self._examples, rows)
             if self._gradients != "loop" and self.repeatable:
                 for row in rows:
                     alone = function.output(self._read_once([row], seed=0))
-                    self._check_independent(row, outputs[row : row + 1], alone)
+                    check_independent(self._module, outputs[row : row + 1], alone, self._examples, row)
             if self._examples == "train":
                 self._loss(function, batch, outputs, rows)
             self._choose(function)
             rows = range(min(self._batch_size, self.size))
             with torch.no_grad():
-                self._check_finite("model_output", function.output(self._read_once(rows, seed=0)), rows)
+                check_finite("model_output", function.output(self._read_once(rows, seed=0)), self._examples, rows)
 
     def run(
         self,
@@ -243,9 +244,9 @@ class FeaturizationLoop:
         self, featurizer: Featurizer, rows: Sequence[int], batch: Any, *, check: bool
     ) -> tuple[Array, Array, Array]:
         result = (featurizer.checked if check else featurizer)(batch, len(rows))
-        self._check_size(result.outputs, len(rows))
-        self._check_finite("model_output", result.outputs, rows)
-        self._check_finite("the gradient of model_output", result.features.sum(1), rows)
+        check_size(self._module, result.outputs, len(rows))
+        check_finite("model_output", result.outputs, self._examples, rows)
+        check_finite("the gradient of model_output", result.features.sum(1), self._examples, rows)
         loss_grad, curvature = torch.zeros(2, len(rows))
         if self._examples == "train":
             loss_grad, curvature = self._loss(featurizer.function, batch, result.outputs, rows)
@@ -253,8 +254,8 @@ class FeaturizationLoop:
 
     def _loss(self, function: ModelFunction, batch: Any, outputs: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         loss_grad, curvature = self._loss_terms(function.call, batch, outputs)
-        self._check_finite("out_to_loss_grad", loss_grad, rows)
-        self._check_finite("out_to_loss_curvature", curvature, rows)
+        check_finite("out_to_loss_grad", loss_grad, self._examples, rows)
+        check_finite("out_to_loss_curvature", curvature, self._examples, rows)
         return loss_grad, curvature
 
     def _function(self, weights: Weights) -> ModelFunction:
@@ -303,41 +304,6 @@ class FeaturizationLoop:
         self._batch_size //= 2
         torch.cuda.empty_cache()
         rank_zero_info(f"TRAKCallback: out of memory; going on with batches of {self._batch_size} examples.")
-
-    def _check_dependent(self, gradients: list[Tensor | None]) -> None:
-        if all(gradient is None for gradient in gradients):
-            raise ValueError(
-                f"{type(self._module).__name__}.model_output does not depend on any of the {len(gradients)} attributed"
-                " parameters. Return the output without .detach(), .item(), torch.no_grad() or NumPy on its way, and"
-                " let parameters=... select some that it uses."
-            )
-
-    def _check_size(self, outputs: Tensor, size: int) -> None:
-        if outputs.shape != (size,):
-            raise ValueError(
-                f"{type(self._module).__name__}.model_output(batch) returned shape {tuple(outputs.shape)} for a batch"
-                f" of {size} examples; expected one number for each, ({size},)."
-            )
-
-    def _check_finite(self, what: str, values: Tensor, rows: Sequence[int]) -> None:
-        bad = (~torch.isfinite(values)).nonzero()[:, 0].tolist()
-        if bad:
-            shown = ", ".join(str(rows[index]) for index in bad[:10]) + (", ..." if len(bad) > 10 else "")
-            raise ValueError(
-                f"{what} is NaN or infinite for {self._examples} rows {shown}. Look at these examples and at the"
-                " weights (did training diverge?); remove the examples, or compute model_output in a stabler way, e.g."
-                " from logsumexp and not from log(softmax)."
-            )
-
-    def _check_independent(self, row: int, together: Tensor, alone: Tensor) -> None:
-        tolerance = 1e-3 if together.dtype in (torch.float32, torch.float64) else 0.05
-        if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance):
-            raise ValueError(
-                f"{type(self._module).__name__}.model_output gives {together.item():.6g} for"
-                f" {self._examples} row {row} in a batch, and {alone.item():.6g} for it alone. The output of an example"
-                " must depend neither on the others (padding without a mask, batch statistics, negatives from the"
-                " batch) nor on chance. If the example alone is what you mean, use gradients='loop'."
-            )
 
     def _is_repeatable(self, first: Any, second: Any) -> bool:
         same = all(

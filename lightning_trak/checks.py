@@ -1,0 +1,62 @@
+"""What a model output must be for scores to mean anything; each check says what is wrong and how to mend it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SHOWN = 10  # examples named in a message, at most
+
+
+def check_dependent(module: Any, gradients: Sequence[Tensor | None]) -> None:
+    """Raise a ValueError if the gradients of all attributed parameters are None: the output depends on none."""
+    if all(gradient is None for gradient in gradients):
+        raise ValueError(
+            f"{type(module).__name__}.model_output does not depend on any of the {len(gradients)} attributed"
+            " parameters. Return the output without .detach(), .item(), torch.no_grad() or NumPy on its way, and"
+            " let parameters=... select some that it uses."
+        )
+
+
+def check_size(module: Any, outputs: Tensor, size: int) -> None:
+    """Raise a ValueError unless there is one output for each of ``size`` examples."""
+    if outputs.shape != (size,):
+        raise ValueError(
+            f"{type(module).__name__}.model_output(batch) returned shape {tuple(outputs.shape)} for a batch"
+            f" of {size} examples; expected one number for each, ({size},)."
+        )
+
+
+def check_finite(what: str, values: Tensor, examples: str, rows: Sequence[int]) -> None:
+    """Raise a ValueError naming the rows of the ``examples`` (train or target) whose value is NaN or infinite.
+
+    >>> check_finite("model_output", torch.tensor([0.0, float("nan")]), "train", [5, 6])
+    Traceback (most recent call last):
+        ...
+    ValueError: model_output is NaN or infinite for train rows 6. Look at these examples and at the weights (did
+    training diverge?); remove the examples, or compute model_output in a stabler way, e.g. from logsumexp and not from
+    log(softmax).
+    """
+    bad = (~torch.isfinite(values)).nonzero()[:, 0].tolist()
+    if bad:
+        shown = ", ".join(str(rows[index]) for index in bad[:_SHOWN]) + (", ..." if len(bad) > _SHOWN else "")
+        raise ValueError(
+            f"{what} is NaN or infinite for {examples} rows {shown}. Look at these examples and at the"
+            " weights (did training diverge?); remove the examples, or compute model_output in a stabler way, e.g."
+            " from logsumexp and not from log(softmax)."
+        )
+
+
+def check_independent(module: Any, together: Tensor, alone: Tensor, examples: str, row: int) -> None:
+    """Raise a ValueError if an example's output, (1,), is one in the batch and another by itself."""
+    tolerance = 1e-3 if together.dtype in (torch.float32, torch.float64) else 0.05
+    if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance):
+        raise ValueError(
+            f"{type(module).__name__}.model_output gives {together.item():.6g} for {examples} row {row} in a batch, and"
+            f" {alone.item():.6g} for it alone. The output of an example"
+            " must depend neither on the others (padding without a mask, batch statistics, negatives from the"
+            " batch) nor on chance. If the example alone is what you mean, use gradients='loop'."
+        )
