@@ -7,7 +7,7 @@ It never calls ``trainer.predict``, which would overwrite the state of a running
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -159,7 +159,8 @@ class FeaturizationLoop:
         self._gradients = gradients
         self._choice = EngineChoice(gradients)
         self._engine: Engine | None = None
-        self._batch_size = batch_size or loader_batch_size(loader)
+        self._unchecked = True  # whether the next batch is the first one, of a run or of an engine
+        self._batch_size = max(1, min(batch_size or loader_batch_size(loader), self.size))
         self._measure = batch_size is None
         self._examples = examples
         self._loss_terms = LossTerms(module)
@@ -184,7 +185,7 @@ class FeaturizationLoop:
                 batch, or are not finite; or if the loss terms do not belong together.
         """
         with undisturbed(self._trainer, self._module):
-            rows = range(min(self._batch_size, self.size, _TRIED))
+            rows = range(min(self._batch_size, _TRIED))
             batch = self._read_once(rows, seed=0)
             self.repeatable = self._is_repeatable(batch, self._read_once(rows, seed=1))
             function = self._function(weights)
@@ -199,8 +200,8 @@ class FeaturizationLoop:
             if self._examples == "train":
                 self._loss(function, batch, outputs, rows)
             self._choose(function)
-            rows = range(min(self._batch_size, self.size))
-            with torch.no_grad():
+            rows = range(self._batch_size)
+            with torch.no_grad(), suppress(torch.OutOfMemoryError):  # it will come in smaller batches
                 check_finite("model_output", function.output(self._read_once(rows, seed=0)), self._examples, rows)
 
     def run(
@@ -223,27 +224,25 @@ class FeaturizationLoop:
         rows = [int(row) for row in rows]
         done = 0
         with undisturbed(self._trainer, self._module), progress(self._trainer, description, len(rows)) as advance:
-            function = self._function(weights)
+            function, self._unchecked = self._function(weights), True
             while done < len(rows):
                 engine = self._engine or self._choose(function)
                 featurizer = Featurizer(function, engine, self._projector, projection_key(self._seed, digest))
                 try:
                     for batch_rows, batch in self._read(rows[done:], engine.batch_size or self._batch_size):
-                        receive(batch_rows, *self._featurize(featurizer, batch_rows, batch, check=done == 0))
+                        receive(batch_rows, *self._featurize(featurizer, batch_rows, batch))
+                        self._unchecked = False
                         done += len(batch_rows)
                         advance(len(batch_rows))
                 except EngineUnsuitable as error:
-                    self._choice.reject(error)
-                    self._engine = None
+                    self._reject(error)
                 except torch.OutOfMemoryError:
                     if self._batch_size == 1 or engine.batch_size == 1:
                         raise
                     self._halve()
 
-    def _featurize(
-        self, featurizer: Featurizer, rows: Sequence[int], batch: Any, *, check: bool
-    ) -> tuple[Array, Array, Array]:
-        result = (featurizer.checked if check else featurizer)(batch, len(rows))
+    def _featurize(self, featurizer: Featurizer, rows: Sequence[int], batch: Any) -> tuple[Array, Array, Array]:
+        result = (featurizer.checked if self._unchecked else featurizer)(batch, len(rows))
         check_size(self._module, result.outputs, len(rows))
         check_finite("model_output", result.outputs, self._examples, rows)
         check_finite("the gradient of model_output", result.features.sum(1), self._examples, rows)
@@ -282,22 +281,34 @@ class FeaturizationLoop:
 
     def _choose(self, function: ModelFunction) -> Engine:
         """Choose the engine, and the batch size that the memory allows; say so once."""
-        rows = range(min(_PREPARED, self.size))
-        engine = self._choice.choose(function, self._read_once(rows, seed=0), len(rows))
+        rows = range(min(_PREPARED, max(2, self._batch_size), self.size))
+        while True:
+            engine = self._choice.choose(function, self._read_once(rows, seed=0), len(rows))
+            try:
+                fitting = self._fitting_batch_size(function, engine)
+                break
+            except EngineUnsuitable as error:
+                self._reject(error)
         rank_zero_info(f"TRAKCallback: {self._choice.report(engine)} ({self._examples} examples).")
-        if self._measure and engine.batch_size is None:
-            featurizer = Featurizer(function, engine, self._projector, key=0)
-            fitting = fitting_batch_size(
-                lambda size: featurizer(self._read_once(range(size), seed=0), size),
-                min(self._batch_size, self.size),
-                self._trainer.strategy.root_device,
-            )
-            if fitting < min(self._batch_size, self.size):
-                rank_zero_info(f"TRAKCallback: batches of {fitting} examples, as many as the free memory allows.")
-                self._batch_size = fitting
-        self._measure = False
-        self._engine = engine
+        if fitting < self._batch_size:
+            rank_zero_info(f"TRAKCallback: batches of {fitting} examples, as many as the free memory allows.")
+            self._batch_size = fitting
+        self._engine, self._unchecked = engine, True
         return engine
+
+    def _fitting_batch_size(self, function: ModelFunction, engine: Engine) -> int:
+        if not self._measure or engine.batch_size is not None:
+            return self._batch_size
+        featurizer = Featurizer(function, engine, self._projector, key=0)
+        return fitting_batch_size(
+            lambda size: featurizer(self._read_once(range(size), seed=0), size),
+            self._batch_size,
+            self._trainer.strategy.root_device,
+        )
+
+    def _reject(self, error: EngineUnsuitable) -> None:
+        self._choice.reject(error)
+        self._engine = None
 
     def _halve(self) -> None:
         """Go on with half the batch size after the device ran out of memory; what is done is kept."""

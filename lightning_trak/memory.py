@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ def fitting_batch_size(run: Callable[[int], object], largest: int, device: torch
     >>> fitting_batch_size(lambda size: torch.ones(size, 10), largest=32, device=torch.device("cpu"))
     32
     """
-    free = free_bytes(device)
-    if free is None or largest <= 4:
+    if largest <= 4 or free_bytes(device) is None:
         return largest
-    run(4)  # what is kept from batch to batch is there from now on
-    one, four = (peak_bytes(lambda size=size: run(size), device) for size in (1, 4))  # type: ignore[misc]
-    per_example = max(1.0, (four - one) / 3)
+    try:
+        run(4)  # what is kept from batch to batch is there from now on
+        one, four = (peak_bytes(lambda size=size: run(size), device) for size in (1, 4))  # type: ignore[misc]
+    except torch.OutOfMemoryError:
+        return 2
+    per_example, free = max(1.0, (four - one) / 3), free_bytes(device) or 0
     return int(min(largest, max(1, (_SHARE * free - max(0, one - per_example)) // per_example)))
 
 
@@ -56,50 +58,76 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    limits = [_available(), _left_in_cgroup("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current")]
-    known = [limit for limit in limits if limit is not None]
-    return min(known) if known and device.type == "cpu" else None
-
-
-def _available() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
+    if device.type != "cpu":
         return None
+    available = _number("/proc/meminfo", "MemAvailable:")
+    limits = [*([] if available is None else [1024 * available]), *_left_in_cgroups()]
+    return min(limits) if limits else None
 
 
-def _left_in_cgroup(limit: str, used: str) -> int | None:
+def _left_in_cgroups() -> Iterator[int]:
+    """Yield what is left within every limit that a container or a batch system has set; file caches can be dropped."""
+    for line in _read("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, used, cached = "/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, cached = "/sys/fs/cgroup/memory", "total_inactive_file"
+            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        parts = path.strip("/").split("/")
+        for depth in range(len(parts) + 1):  # limits hold for groups within; a container sees itself as the root
+            folder = "/".join([root, *parts[:depth]]).rstrip("/")
+            most, taken = (_number(f"{folder}/{name}") for name in (limit, used))
+            if most is not None and taken is not None:
+                yield most - taken + (_number(f"{folder}/memory.stat", cached) or 0)
+
+
+def _number(path: str, name: str = "") -> int | None:
+    """Return the number in a file, or that after a name in one of its lines; None if there is none."""
+    for line in _read(path).splitlines():
+        words = [name, *line.split()] if name == "" else line.split()
+        if len(words) > 1 and words[0] == name and words[1].isdecimal():
+            return int(words[1])
+    return None
+
+
+def _read(path: str) -> str:
     try:
-        return int(Path(limit).read_text()) - int(Path(used).read_text())
-    except (OSError, ValueError):  # none, or "max"
-        return None
+        return Path(path).read_text()
+    except OSError:
+        return ""
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, until they are freed."""
+    """Counts the bytes of the storages that operations make or enlarge, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
-        self._known: set[int] = set()
+        self._sizes: dict[int, int] = {}  # of the storages that are known, without what they had before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {storage._cdata: storage.nbytes() for storage in _storages((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self._count(value.untyped_storage())
+        for storage in _storages(result):
+            self._count(storage, before.get(storage._cdata, 0))
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.live += size
+    def _count(self, storage: torch.UntypedStorage, before: int) -> None:
+        key, grown = storage._cdata, storage.nbytes() - before
+        if key not in self._sizes:
+            self._sizes[key] = 0
+            weakref.finalize(storage, self._freed, key)
+        self._sizes[key] += grown
+        self.live += grown
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._freed, key, size)
 
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
+    def _freed(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+    return list({tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}.values())
