@@ -157,7 +157,9 @@ def fingerprint(dataset: Any) -> dict[str, Any]:
 
 def seed_all(seed: int) -> None:
     """Seed the generators that datasets draw their augmentations from."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond, to format a stack trace
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
     np.random.seed(seed)  # noqa: NPY002 - it is the global generator that augmentations use
     random.seed(seed)
 
