@@ -299,7 +299,7 @@ class FeaturizationLoop:
     def _fitting_batch_size(self, function: ModelFunction, engine: Engine) -> int:
         if not self._measure or engine.batch_size is not None:
             return self._batch_size
-        featurizer = Featurizer(function, engine, self._projector, key=0)
+        featurizer = Featurizer(function, engine, self._projector.rehearsal(), key=0)
         return fitting_batch_size(
             lambda size: featurizer(self._read_once(range(size), seed=0), size),
             self._batch_size,

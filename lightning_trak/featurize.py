@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_trak.gradients import DenseGradient, Engine, Gradient, ModelFunction, batch_gradient
+from lightning_trak.gradients import Engine, Gradient, ModelFunction, batch_gradient
 from lightning_trak.projection import Projector
 
 
@@ -54,10 +54,10 @@ class Featurizer:
         return Features(features, self.engine(self.function, batch, size, project))
 
     def checked(self, batch: Any, size: int) -> Features:
-        """Featurize a batch, and compare the features with autograd's gradient of the whole batch.
+        """Featurize a batch, and compare its gradients with autograd's of the whole batch.
 
-        With random numbers v, Σᵢ vᵢ φᵢ must be the projection of ∇θ Σᵢ vᵢ f(zᵢ), for every parameter: then no use of it
-        was missed, and every part of its gradient went to the example that it belongs to.
+        With random numbers v, Σᵢ vᵢ ∇θ f(zᵢ) must be ∇θ Σᵢ vᵢ f(zᵢ), for every parameter: then no use of it was missed,
+        and every part of its gradient went to the example that it belongs to.
 
         Raises:
             ValueError: if it is not; the parameter is named.
@@ -65,36 +65,40 @@ class Featurizer:
         features = self._zeros(size)
         generator = torch.Generator().manual_seed(self._key % 2**63)
         weights = torch.randn(size, generator=generator).to(features)
-        sums = {name: features.new_zeros(features.shape[1]) for name in self._starts}
-        squares = dict.fromkeys(sums, 0.0)
+        difference, norms = self._batch_gradient(batch, weights)
+        squares = dict.fromkeys(difference, 0.0)
 
         def project(rows: slice, name: str, gradient: Gradient) -> None:
             part = torch.zeros_like(features[rows])
             self._add_(part, name, gradient)
             features[rows] += part
-            sums[name] += weights[rows] @ part
             squares[name] += (weights[rows, None] * part).square().sum().item()
+            difference[name] -= gradient.weighted_sum(weights[rows])
 
         result = Features(features, self.engine(self.function, batch, size, project))
         if bool(torch.isfinite(features).all()):
-            self._compare(batch, weights, sums, squares)
+            self._compare(difference, norms, squares, result.outputs.dtype)
         return result
 
-    def _compare(self, batch: Any, weights: Tensor, sums: dict[str, Tensor], squares: dict[str, float]) -> None:
-        outputs, gradients = batch_gradient(self.function, batch, weights)
-        tolerance = self._projector.rounding + (1e-3 if outputs.dtype in (torch.float32, torch.float64) else 0.05)
+    def _batch_gradient(self, batch: Any, weights: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
+        _, gradients = batch_gradient(self.function, batch, weights)
+        named = zip(self.function.parameters.items(), gradients, strict=True)
+        found = {name: (torch.zeros_like(own) if grad is None else grad).to(weights) for (name, own), grad in named}
+        return found, {name: gradient.norm().item() for name, gradient in found.items()}
+
+    def _compare(
+        self, difference: dict[str, Tensor], norms: dict[str, float], squares: dict[str, float], dtype: torch.dtype
+    ) -> None:
+        tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.05
         rounding = (
             1e-2 * tolerance * sum(squares.values()) ** 0.5
-        )  # of gradients that cancel, as of a bias before a norm
-        for name, gradient in zip(self.function.parameters, gradients, strict=True):
-            expected = self._zeros(1)
-            if gradient is not None:
-                self._add_(expected, name, DenseGradient(gradient.unsqueeze(0)))
-            difference = (sums[name] - expected[0]).norm().item()
-            if not difference <= tolerance * (squares[name] ** 0.5 + expected.norm().item()) + rounding:
+        )  # of gradients that cancel, as a bias's before a norm
+        for name, norm in norms.items():
+            found = difference[name].norm().item()
+            if not found <= tolerance * (squares[name] ** 0.5 + norm) + rounding:
                 raise ValueError(
                     f"The per-sample gradients of {name} do not add up to its gradient over the batch: they differ by"
-                    f" {difference:.3g}, of {expected.norm().item():.3g}, with gradients='{self.engine}'. A layer_rule"
+                    f" {found:.3g}, of {norm:.3g}, with gradients='{self.engine}'. A layer_rule"
                     " is wrong, or model_output depends on more than the example. Use gradients='vmap' or 'loop'."
                 )
 

@@ -130,6 +130,7 @@ def test_dense_blocks_do_not_show(monkeypatch):
     gradients = torch.randn(3, 500)
     whole = project(RademacherProjector(96), gradients)
     monkeypatch.setattr("lightning_trak.projection.rademacher._BLOCK_ENTRIES", 96 * 7)
+    monkeypatch.setattr("lightning_trak.projection.rademacher._DRAWN", 96 * 101)
     torch.testing.assert_close(project(RademacherProjector(96), gradients), whole)
     monkeypatch.setattr("lightning_trak.projection.sparse._BLOCK", 13)
     again = project(SparseProjector(96), gradients)
@@ -173,7 +174,7 @@ def test_bfloat16_keeps_within_the_documented_rounding(monkeypatch):
     monkeypatch.setattr("lightning_trak.projection.rademacher._BLOCK_ENTRIES", 256 * 700)
     rounded = project(RademacherProjector(256), gradients)
     error = ((rounded - exact).norm(dim=1) / exact.norm(dim=1)).max().item()
-    assert 0.001 < error < RademacherProjector.rounding
+    assert 0.001 < error < 0.006
 
 
 def outer(b, positions, rows, columns, seed=0):

@@ -84,8 +84,11 @@ def check_forms(gradient, dense):
     parts = [(rows, part.dense()) for rows, part in gradient.split(max_bytes=1)]
     assert all(torch.allclose(part, dense[rows]) for rows, part in parts)
     assert sum(len(part) for _, part in parts) == len(dense)
+    weights = torch.randn(len(dense)).double()
+    assert torch.allclose(gradient.weighted_sum(weights), torch.einsum("i,i...->...", weights, dense))
     if len(dense):
         assert torch.allclose(gradient.fold(1).dense(), dense.sum(0, keepdim=True))
+        assert torch.allclose(gradient.fold(1).weighted_sum(weights[:1]), weights[0] * dense.sum(0))
         assert torch.allclose(gradient.fold(1)[0:1].dense(), dense.sum(0, keepdim=True))
     if dense.ndim < 3:
         return

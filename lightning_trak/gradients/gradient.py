@@ -13,6 +13,9 @@ Matrix = Tensor | None
 """A matrix to multiply with; None for the identity."""
 
 
+_DENSE_BYTES = 2**28  # of per-sample gradients that are added up at once
+
+
 class Gradient(ABC):
     """The gradients of one parameter for b examples: what it is, not yet computed.
 
@@ -41,6 +44,13 @@ class Gradient(ABC):
     @abstractmethod
     def fold(self, size: int) -> Gradient:
         """Sum the gradients of consecutive rows that belong to one example: b rows → ``size`` examples."""
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Return Σᵢ vᵢ Gᵢ, of the parameter's shape, for weights v, (b,)."""
+        total = weights.new_zeros(self.shape)
+        for rows, part in self.split(_DENSE_BYTES):
+            total += torch.tensordot(weights[rows], part.dense().to(weights), 1)
+        return total
 
     def split(self, max_bytes: int) -> Iterator[tuple[slice, Gradient]]:
         """Yield (rows, their gradients) in parts of at most ``max_bytes`` when dense, one example at least."""
@@ -105,6 +115,11 @@ class OuterGradient(Gradient):
         """Project the factors before they are multiplied; see `Gradient.sketch`."""
         return _times(self.left, left).mT @ _times(self.right, right)
 
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Count examples as positions; see `Gradient.weighted_sum`."""
+        left = self.left.to(weights) * weights[:, None, None]
+        return left.flatten(0, 1).T @ self.right.to(weights).flatten(0, 1)
+
     def __getitem__(self, rows: slice) -> OuterGradient:
         return OuterGradient(self.left[rows], self.right[rows])
 
@@ -142,6 +157,11 @@ class RowsGradient(Gradient):
         if left is None:
             return _times(self.dense(), right)
         return left.to(self.values.dtype)[self.indices].mT @ _times(self.values, right)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Add all values into one table; see `Gradient.weighted_sum`."""
+        values = self.values.to(weights) * weights[:, None, None]
+        return weights.new_zeros(self.shape).index_add_(0, self.indices.flatten(), values.flatten(0, 1))
 
     def __getitem__(self, rows: slice) -> RowsGradient:
         return RowsGradient(self.indices[rows], self.values[rows], self.shape[0])

@@ -45,7 +45,6 @@ class FastJLProjector(Projector):
     """
 
     name = "fast_jl"
-    rounding = 0.006  # float16
 
     def __init__(self, proj_dim: int = 2048, multiprocessors: int | None = None) -> None:
         super().__init__(proj_dim)

@@ -61,9 +61,8 @@ def random_signs(
     key: int,
     stream: int,
     device: torch.device,
-    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Draw the rows ``start`` to ``stop`` of a matrix of independent signs ±1, (stop − start, columns).
+    """Draw the rows ``start`` to ``stop`` of a matrix of independent signs ±1, (stop − start, columns), float32.
 
     Column j of row i is bit j mod 128 of Philox's four words at counter (i mod 2³², i div 2³², j div 128, stream).
 
@@ -71,12 +70,28 @@ def random_signs(
     tensor([[1., 1., 1.],
             [1., 1., 1.]])
     """
+    return signs_of(random_words(start, stop, columns, key, stream, device), columns, torch.float32)
+
+
+def random_words(start: int, stop: int, columns: int, key: int, stream: int, device: torch.device) -> Tensor:
+    """Draw what `signs_of` takes: 16 bits in each of 8 numbers for every counter, lowest first.
+
+    Returns:
+        (stop − start, ⌈columns / 128⌉, 8), int32.
+    """
     low, high = counters(start, stop, device)
     block = torch.arange(-(-columns // _BITS), device=device)
     words = philox4x32((low[:, None], high[:, None], block, torch.full_like(block, stream)), key)
-    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    places = torch.stack(halves, dim=2)  # (rows, blocks, 8): 16 bits each, lowest first
-    return embedding(places, _sign_table(device, dtype)).flatten(1)[:, :columns]
+    halves = torch.empty(len(low), len(block), 8, dtype=torch.int32, device=device)
+    for number, word in enumerate(words):
+        halves[:, :, 2 * number] = word & 0xFFFF
+        halves[:, :, 2 * number + 1] = word >> 16
+    return halves
+
+
+def signs_of(words: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Turn the bits of `random_words` into signs ±1, (rows, columns)."""
+    return embedding(words, _sign_table(words.device, dtype)).flatten(1)[:, :columns]
 
 
 @functools.cache

@@ -24,13 +24,9 @@ class Projector(ABC):
 
     Args:
         proj_dim: k, the sketch dimension.
-
-    Attributes:
-        rounding: how far a row of features may be from the exact one, relative to its norm, beyond float32's own error.
     """
 
     name: str
-    rounding = 0.0
 
     def __init_subclass__(cls) -> None:
         if "name" not in vars(cls):
@@ -72,6 +68,10 @@ class Projector(ABC):
         """
         for rows, part in gradient.split(_DENSE_BYTES):
             self.add_(features[rows], part.dense().flatten(1).float(), start, key)
+
+    def rehearsal(self) -> Projector:
+        """Return a projector that takes as much memory, and as little time as may be, to try a batch size with."""
+        return self
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(proj_dim={self.proj_dim})"

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from lightning_trak.projection import triton_kernel
-from lightning_trak.projection.philox import random_signs
+from lightning_trak.projection.philox import random_signs, random_words, signs_of
 from lightning_trak.projection.projector import Projector
+from lightning_trak.projection.sparse import SparseProjector
 
-_BLOCK_ENTRIES = 2**22  # entries of P that exist at once: 16 MiB of float32
+_STREAM = 0  # fourth word of the Philox counter
+_DRAWN = 2**24  # entries of P whose bits are drawn at once: enough for all cores to share in it
+_BLOCK_ENTRIES = 2**20  # entries of P that exist at once: 4 MiB of float32, so that they stay in the cache
 
 
 class RademacherProjector(Projector):
@@ -33,7 +36,6 @@ class RademacherProjector(Projector):
     """
 
     name = "rademacher"
-    rounding = 0.006
 
     def add_(self, features: Tensor, gradients: Tensor, start: int, key: int) -> None:
         """Add the block's projection by one GEMM a block of rows; see `Projector.add_`."""
@@ -41,11 +43,17 @@ class RademacherProjector(Projector):
             triton_kernel.rademacher_add_(features, gradients, start, key, self.proj_dim)
             return
         low = torch.bfloat16 if features.device.type == "cpu" and _cpu_multiplies_bfloat16() else features.dtype
-        rows = max(1, _BLOCK_ENTRIES // self.proj_dim)
-        for first in range(0, gradients.shape[1], rows):
-            block = gradients[:, first : first + rows].to(low)
-            signs = self.signs(start + first, start + first + block.shape[1], key, features.device, low)
-            features.add_((block @ signs), alpha=self.proj_dim**-0.5)
+        drawn, rows = (max(1, entries // self.proj_dim) for entries in (_DRAWN, _BLOCK_ENTRIES))
+        for first in range(0, gradients.shape[1], drawn):
+            part = gradients[:, first : first + drawn].to(low)
+            begin = start + first
+            words = random_words(begin, begin + part.shape[1], self.proj_dim, key, _STREAM, features.device)
+            for block, bits in zip(part.split(rows, dim=1), words.split(rows), strict=True):
+                _add_product_(features, block, signs_of(bits, self.proj_dim, low), self.proj_dim**-0.5)
+
+    def rehearsal(self) -> Projector:
+        """Return the sparse projector: a batch size does not matter to the signs, but they take their time."""
+        return SparseProjector(self.proj_dim)
 
     def signs(
         self,
@@ -53,10 +61,16 @@ class RademacherProjector(Projector):
         stop: int,
         key: int,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Draw √k·P[start:stop], of shape (stop − start, k): entries ±1."""
-        return random_signs(start, stop, self.proj_dim, key, 0, torch.device(device), dtype)
+        """Draw √k·P[start:stop], of shape (stop − start, k): entries ±1, float32."""
+        return random_signs(start, stop, self.proj_dim, key, _STREAM, torch.device(device))
+
+
+def _add_product_(features: Tensor, block: Tensor, signs: Tensor, scale: float) -> None:
+    if block.dtype == features.dtype:
+        features.addmm_(block, signs, alpha=scale)
+    else:
+        features.add_(block @ signs, alpha=scale)
 
 
 @functools.cache
