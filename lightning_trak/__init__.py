@@ -17,6 +17,11 @@ The way of the data, and the module that is each stage::
     store, entry      FeatureStore, the directory of checkpoints, and each checkpoint's features
     gram, scores      kernel and scores
     attribution, plot what the user gets back
+    metrics           the linear datamodeling score
+    retrain           the user's training, repeated on parts of the train set
+    ground_truth      what that gave, and scores measured against it
+    counterfactual    what became of targets without their most helpful examples
+    progress          progress bars
 
 Only module, tasks, callback, attribute and _loop may import Lightning; every other stage is usable without it.
 
@@ -30,9 +35,12 @@ import lightning.pytorch as _pl
 from lightning_trak.attribute import attribute
 from lightning_trak.attribution import Attribution
 from lightning_trak.callback import TRAKCallback
+from lightning_trak.counterfactual import Counterfactuals, counterfactuals
 from lightning_trak.gradients import LayerCall, layer_rule
+from lightning_trak.ground_truth import GroundTruth, evaluate
 from lightning_trak.module import TRAKMixin
 from lightning_trak.projection import Projector
+from lightning_trak.retrain import retrain_subsets
 from lightning_trak.store import FeatureStore
 from lightning_trak.tasks import ClassificationMixin, RegressionMixin
 
@@ -41,14 +49,19 @@ __version__ = "0.1.0"
 __all__ = [
     "Attribution",
     "ClassificationMixin",
+    "Counterfactuals",
     "FeatureStore",
+    "GroundTruth",
     "LayerCall",
     "Projector",
     "RegressionMixin",
     "TRAKCallback",
     "TRAKMixin",
     "attribute",
+    "counterfactuals",
+    "evaluate",
     "layer_rule",
+    "retrain_subsets",
 ]
 
 _pl.Trainer.attribute = attribute

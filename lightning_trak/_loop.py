@@ -13,7 +13,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy.typing as npt
 import torch
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.trainer.connectors.data_connector import _DataHookSelector
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -28,6 +27,7 @@ from lightning_trak.gradients import Engine, EngineChoice, EngineUnsuitable, Mod
 from lightning_trak.gradients.batch import tensors_of
 from lightning_trak.memory import fitting_batch_size
 from lightning_trak.module import LossTerms
+from lightning_trak.progress import progress
 from lightning_trak.projection import Projector, projection_key
 from lightning_trak.weights import Weights
 
@@ -103,23 +103,6 @@ def attached(
             datamodule.trainer = trainers[1]
         connector._datahook_selector, trainer.datamodule = before
         strategy._lightning_module, strategy.model = connected, model
-
-
-@contextmanager
-def progress(trainer: pl.Trainer, description: str, total: int) -> Iterator[Callable[[int], object]]:
-    """Show a progress bar if the trainer shows any; yields the function that moves it on."""
-    callback = trainer.progress_bar_callback
-    hidden = callback is None or getattr(callback, "is_disabled", False)
-    rich = getattr(callback, "progress", None)
-    if not hidden and rich is not None and rich.live.is_started:  # beside its live display nothing else may print
-        task = rich.add_task(description, total=total)
-        try:
-            yield lambda n: rich.update(task, advance=n)
-        finally:
-            rich.remove_task(task)
-        return
-    with Tqdm(total=total, desc=description, disable=hidden, leave=False, dynamic_ncols=True) as bar:
-        yield bar.update
 
 
 class FeaturizationLoop:
@@ -269,11 +252,7 @@ class FeaturizationLoop:
         return ModelFunction(self._module, weights, self._parameters, device, plugin.convert_input)
 
     def _read(self, rows: Sequence[int], batch_size: int, num_workers: int | None = None) -> Iterator[tuple[Any, Any]]:
-        """Yield (rows, batch), each batch passed through precision and batch hooks as in ``predict``."""
-        for batch_rows, batch in numbered_loader(self._loader, rows, batch_size, num_workers):
-            batch = self._trainer.precision_plugin.convert_input(batch)
-            batch = self._module._on_before_batch_transfer(batch, dataloader_idx=0)
-            yield batch_rows, self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        return _read(self._trainer, self._module, self._loader, rows, batch_size, num_workers)
 
     def _read_once(self, rows: Sequence[int], seed: int) -> Any:
         seed_all(seed)
@@ -329,3 +308,36 @@ class FeaturizationLoop:
                 " augmentation."
             )
         return same
+
+
+def model_outputs(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    datamodule: pl.LightningDataModule | None,
+    find_loader: Callable[[], DataLoader[Any]],
+) -> Tensor:
+    """Return the model output of every example, (m,), as in ``predict``: in eval mode, without gradients."""
+    with attached(trainer, module, datamodule), torch.no_grad():
+        loader = find_loader()
+        rows = range(len(loader.dataset))  # type: ignore[arg-type]
+        outputs = torch.zeros(len(rows))
+        for batch_rows, batch in _read(trainer, module, loader, rows):
+            values = module.model_output(batch)  # type: ignore[operator]
+            check_size(module, values, len(batch_rows))
+            outputs[batch_rows] = values.float().cpu()
+    return outputs
+
+
+def _read(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    loader: DataLoader[Any],
+    rows: Sequence[int],
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+) -> Iterator[tuple[Any, Any]]:
+    """Yield (rows, batch), each batch passed through precision and batch hooks as in ``predict``."""
+    for batch_rows, batch in numbered_loader(loader, rows, batch_size, num_workers):
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        yield batch_rows, trainer.strategy.batch_to_device(batch, dataloader_idx=0)

@@ -21,7 +21,7 @@ from lightning_trak._checkpoints import (
     featurize_targets,
     naming,
 )
-from lightning_trak._loop import attached, progress
+from lightning_trak._loop import attached
 from lightning_trak._plan import Plan
 from lightning_trak.attribution import Attribution, AttributionInfo
 from lightning_trak.callback import (
@@ -33,6 +33,7 @@ from lightning_trak.callback import (
 )
 from lightning_trak.data import check_loader
 from lightning_trak.gradients.function import check_fit
+from lightning_trak.progress import progress
 from lightning_trak.scores import Extremes, TrainFeatures, extreme_scores, n_blocks, precondition, scores
 from lightning_trak.store import FeatureStore
 from lightning_trak.weights import load_weights, read_checkpoint, weights_digest
@@ -86,7 +87,7 @@ def attribute(
     with attached(trainer, model, datamodule):
         if fresh:
             _build(model, datamodule, callback.store_path(trainer), ckpt_path)
-        data = _Data(trainer, model, datamodule, dataloaders, fitted)
+        data = Loaders(trainer, model, datamodule, dataloaders, fitted)
         store, plan = _open_store(trainer, model, callback, data, create=ckpt_path is not None)
         digests = _select(trainer, store, ckpt_path)
         _featurize_missing(trainer, model, store, plan, data, digests)
@@ -107,7 +108,7 @@ def attribute(
     return attribution
 
 
-class _Data:
+class Loaders:
     """Finds the loaders of targets and train set, each only when it is needed."""
 
     def __init__(
@@ -219,7 +220,7 @@ def _names_of_weights(store: Path, ckpt_path: CkptPath) -> set[str] | None:
 
 
 def _open_store(
-    trainer: pl.Trainer, model: pl.LightningModule, callback: TRAKCallback, data: _Data, *, create: bool
+    trainer: pl.Trainer, model: pl.LightningModule, callback: TRAKCallback, data: Loaders, *, create: bool
 ) -> tuple[FeatureStore, Plan]:
     """Open the store, or make it if checkpoints are brought along; see that it is of this model."""
     path = callback.store_path(trainer)
@@ -269,7 +270,7 @@ def _select(trainer: pl.Trainer, store: FeatureStore, ckpt_path: CkptPath) -> li
 
 
 def _featurize_missing(
-    trainer: pl.Trainer, model: pl.LightningModule, store: FeatureStore, plan: Plan, data: _Data, digests: list[str]
+    trainer: pl.Trainer, model: pl.LightningModule, store: FeatureStore, plan: Plan, data: Loaders, digests: list[str]
 ) -> None:
     """Featurize the train set where that is still to be done, after a look whether what is done still holds."""
     missing = [digest for digest in digests if not store[digest].complete]
@@ -292,7 +293,7 @@ def _solve(
     model: pl.LightningModule,
     store: FeatureStore,
     plan: Plan,
-    data: _Data,
+    data: Loaders,
     digests: list[str],
     callback: TRAKCallback,
 ) -> tuple[list[TrainFeatures], list[Tensor]]:

@@ -16,6 +16,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
     WeightedRandomSampler,
 )
 
@@ -124,6 +125,50 @@ def numbered_loader(
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context if workers else None,
         prefetch_factor=loader.prefetch_factor if workers and loader.num_workers else None,
+    )
+
+
+def subset_loader(loader: DataLoader[Any], rows: Sequence[int], n: int) -> DataLoader[Any]:
+    """Return a loader like the one given, that knows only some rows of its dataset.
+
+    Args:
+        loader: shuffles, or not.
+        rows: which examples are left.
+        n: how many the dataset should have.
+
+    Raises:
+        ValueError: if the dataset has another size, or the loader has a sampler that cannot be cut to a subset.
+
+    >>> loader = DataLoader(torch.arange(10), batch_size=4, drop_last=True)
+    >>> list(subset_loader(loader, [7, 8, 9, 1, 0], n=10))
+    [tensor([7, 8, 9, 1])]
+    """
+    if len(loader.dataset) != n:  # type: ignore[arg-type]
+        raise ValueError(
+            f"The train set has {len(loader.dataset)} examples now, and had {n}."  # type: ignore[arg-type]
+            " Let setup('fit') split it in the same way every time."
+        )
+    sampler: Any = loader.sampler
+    whole = isinstance(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples == n
+    if loader.batch_size is None or not (whole or isinstance(sampler, SequentialSampler)):
+        raise ValueError(
+            f"train_dataloader has a {type(sampler).__name__} or a batch sampler of its own, which cannot be cut to a"
+            " subset of the train set. Use DataLoader(batch_size=..., shuffle=...)."
+        )
+    workers = loader.num_workers
+    return DataLoader(
+        Subset(loader.dataset, rows),
+        batch_size=loader.batch_size,
+        shuffle=whole,
+        drop_last=loader.drop_last,
+        num_workers=workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
     )
 
 

@@ -48,7 +48,10 @@ def gram(blocks: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
             total[first:last, first:] += weighted[:, first:last].T @ features[:, first:]
     if total is None:
         raise ValueError("gram needs at least one block of features.")
-    return total.triu() + total.triu(1).T
+    for first in range(0, len(total), _PANEL):
+        last = first + _PANEL
+        total[last:, first:last] = total[first:last, last:].T
+    return total
 
 
 @dataclass(frozen=True)

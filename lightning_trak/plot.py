@@ -1,4 +1,4 @@
-"""Pictures of an attribution: targets beside the training examples that moved them most."""
+"""Pictures: targets beside the training examples that moved them most; curves."""
 
 from __future__ import annotations
 
@@ -22,12 +22,7 @@ def plot_extremes(
     extremes: Extremes, columns: Sequence[int], train: Sequence[Any] | None, targets: Sequence[Any] | None
 ) -> tuple[Figure, npt.NDArray[Any]]:
     """Draw a row for each target; see `Attribution.plot`."""
-    try:
-        import matplotlib.pyplot as plt
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Attribution.plot needs matplotlib, which is not installed: pip install matplotlib"
-        ) from error
+    plt = _pyplot()
     k = extremes.top.indices.shape[1]
     if train is None:
         figure, axes = plt.subplots(len(columns), 1, figsize=(6, 0.5 + len(columns) * (0.5 + 0.36 * k)), squeeze=False)
@@ -47,6 +42,31 @@ def plot_extremes(
     harmful.text(0.5, 1.62, "most harmful", transform=harmful.transAxes, ha="center")
     figure.tight_layout(rect=(0, 0, 1, 0.97))
     return figure, axes
+
+
+def plot_curves(
+    x: Sequence[float], panels: Mapping[str, Mapping[str, Any]], label: str
+) -> tuple[Figure, npt.NDArray[Any]]:
+    """Draw curves over ``x`` in one panel for each quantity, {quantity: {name: values}}; the first is the one meant."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False)
+    for axis, (quantity, curves) in zip(axes[0], panels.items(), strict=True):
+        for (name, values), colour in zip(curves.items(), (_HELPFUL, "0.55"), strict=False):
+            axis.plot(x, np.asarray(values), marker="o", markersize=4, color=colour, label=name)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_xlabel(label)
+        axis.set_title(quantity, fontsize=10)
+    axes[0, 0].legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    return figure, axes[0]
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("Plots need matplotlib, which is not installed: pip install matplotlib") from error
+    return plt
 
 
 def _bars(axis: Axes, extremes: Extremes, column: int) -> None:

@@ -1,0 +1,26 @@
+"""Progress bars, where the user's trainer shows any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+
+@contextmanager
+def progress(trainer: Any, description: str, total: int) -> Iterator[Callable[[int], object]]:
+    """Show a progress bar if the trainer shows any; yields the function that moves it on."""
+    callback = trainer.progress_bar_callback
+    hidden = callback is None or getattr(callback, "is_disabled", False)
+    rich = getattr(callback, "progress", None)
+    if not hidden and rich is not None and rich.live.is_started:  # beside its live display nothing else may print
+        task = rich.add_task(description, total=total)
+        try:
+            yield lambda n: rich.update(task, advance=n)
+        finally:
+            rich.remove_task(task)
+        return
+    with tqdm(total=total, desc=description, disable=hidden, leave=False, dynamic_ncols=True) as bar:
+        yield bar.update

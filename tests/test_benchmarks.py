@@ -1,0 +1,78 @@
+"""The benchmarks, small: that they run, and print a table of what they say."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from tests.benchmarks import features, fit, gpu, memory, scoring
+from tests.benchmarks.measuring import silence
+from tests.benchmarks.models import MODELS
+
+
+def rows(printed):
+    """Return the cells of every row but the header."""
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+@pytest.fixture
+def table(capsys):
+    def run(benchmark, *args):
+        with silence():
+            benchmark(*args)
+        return rows(capsys.readouterr().out)
+
+    return run
+
+
+def test_features(table):
+    cases = (
+        features.Case("digits", n_train=100, n_targets=10, traker=True),
+        features.Case("digits", "vmap", "sparse", n_train=70, n_targets=10),
+    )
+    (one, other) = table(features.run, cases)
+    assert one[:3] == ["digits CNN", "auto", "auto"]
+    assert other[:3] == ["digits CNN", "vmap", "sparse"]
+    assert all(float(cell) > 0 for row in (one, other) for cell in row[3:6])
+    assert other[6] == "70 + 10"
+
+
+def test_memory(table):
+    ((name, ratio, ours, step),) = table(memory.run, ("digits",))
+    assert name == "digits CNN"
+    assert float(ours) > 0
+    assert float(step) > 0
+    assert re.fullmatch(r"\d+\.\d\d", ratio)
+
+
+def test_scoring(table):
+    assert [row[0] for row in table(scoring.run, 300, 10, 64)] == [
+        "H and its solution",
+        "scores",
+        "top 10 of the scores",
+        "H, its solution and scores",
+        "H, its solution and top 10",
+    ]
+
+
+def test_fit(table):
+    ((name, without, beyond, _),) = table(fit.run, "digits", 64, 1, 1)
+    assert name == "digits CNN"
+    assert float(without) > 0
+    assert float(beyond) > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run it on")
+def test_gpu_says_that_it_was_not_run(capsys):
+    gpu.run()
+    assert "Not run: torch finds no CUDA device." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["digits", "resnet9"])
+def test_models_give_an_output_for_each_example(key):
+    model = MODELS[key]
+    batch = next(iter(model.loader(3)))
+    assert model.build().model_output(batch).shape == (3,)

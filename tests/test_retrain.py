@@ -1,0 +1,290 @@
+"""Retraining on parts of the train set against the same trainings done by hand."""
+
+from __future__ import annotations
+
+import random
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
+
+from lightning_trak import GroundTruth, counterfactuals, evaluate, retrain_subsets
+from lightning_trak.attribution import Attribution, AttributionInfo
+from lightning_trak.ground_truth import run_name
+from lightning_trak.retrain import draw_subset, seeded
+from tests.conftest import Blobs, Classifier, make_data, make_trainer
+
+N, M = 40, 7
+QUIET = {"enable_checkpointing": False, "max_epochs": 1}
+
+
+class Counting:
+    """Makes trainers, and knows how many; stops like a crash after some."""
+
+    def __init__(self, root, stop_after=None):
+        self.root, self.made, self.stop_after = root, 0, stop_after
+
+    def __call__(self):
+        if self.made == self.stop_after:
+            raise KeyError("the machine went down")
+        self.made += 1
+        return make_trainer(self.root, **QUIET)
+
+
+def retrain(root, make=None, data=None, module=Classifier, **options):
+    options = {"n_subsets": 3, "repeats": 2, "dirpath": root / "runs"} | options
+    return retrain_subsets(module, Blobs() if data is None else data, make or Counting(root), **options)
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory):
+    return retrain(tmp_path_factory.mktemp("truth"))
+
+
+def by_hand(root, mask, seed):
+    """The user's own training on a Subset, and its outputs on the targets."""
+    with seeded(seed):
+        module, trainer = Classifier(), make_trainer(root, **QUIET)
+        rows = mask.nonzero()[:, 0].tolist()
+        data = Blobs()
+        trainer.fit(
+            module,
+            DataLoader(Subset(make_data(N), rows), data.batch_size, shuffle=True, drop_last=True),
+            DataLoader(make_data(12, 1), 6),
+        )
+    module.eval()
+    with torch.no_grad():
+        x, y = make_data(M, 2).tensors
+        return module.model_output((x, y))
+
+
+def test_subsets_and_outputs(tmp_path, truth):
+    assert truth.masks.shape == (3, N)
+    assert truth.masks.dtype == torch.bool
+    assert truth.masks.sum(1).tolist() == [20, 20, 20]
+    assert len({tuple(mask.tolist()) for mask in truth.masks}) == 3
+    assert truth.repeats.shape == (3, 2, M)
+    assert truth.outputs.shape == (3, M)
+    torch.testing.assert_close(truth.outputs, (truth.repeats[:, 0] + truth.repeats[:, 1]) / 2)
+    assert not torch.equal(truth.repeats[:, 0], truth.repeats[:, 1])
+    from lightning_trak.retrain import _number
+
+    for subset, repeat in ((0, 0), (2, 1)):
+        expected = by_hand(tmp_path, truth.masks[subset], _number(f"0:{subset}:{repeat}"))
+        torch.testing.assert_close(truth.repeats[subset, repeat], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0.5, 5), (0.25, 2), (0.01, 1), (0.99, 10)])
+def test_fraction(fraction, expected):
+    assert draw_subset(10, fraction, seed=0, subset=3).sum() == expected
+
+
+def test_every_example_is_drawn_as_often():
+    counts = sum(draw_subset(20, 0.3, seed=1, subset=subset).float() for subset in range(2000)) / 2000
+    assert (counts - 0.3).abs().max() < 5 * (0.3 * 0.7 / 2000) ** 0.5
+
+
+def test_after_a_crash_only_what_is_missing_is_done(tmp_path, truth):
+    with pytest.raises(KeyError, match="went down"):
+        retrain(tmp_path, Counting(tmp_path, stop_after=4))
+    half = GroundTruth.load(tmp_path / "runs")
+    torch.testing.assert_close(half.repeats, truth.repeats[:1])  # the second repeat of the others is not there
+    make = Counting(tmp_path)
+    again = retrain(tmp_path, make)
+    assert make.made == 2
+    assert torch.equal(again.masks, truth.masks)
+    torch.testing.assert_close(again.repeats, truth.repeats)
+    more = retrain(tmp_path, make, n_subsets=4)
+    assert make.made == 4
+    torch.testing.assert_close(more.repeats[:3], truth.repeats)
+    assert retrain(tmp_path, make, n_subsets=2, repeats=1).repeats.shape == (2, 1, M)
+    assert make.made == 4
+
+
+def _share(root):
+    retrain(root, n_subsets=4)
+
+
+def test_two_processes_share_the_work(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_share, args=(tmp_path,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    make = Counting(tmp_path)
+    shared = retrain(tmp_path, make, n_subsets=4)
+    assert make.made == 0
+    torch.testing.assert_close(shared.repeats, retrain(tmp_path / "alone", n_subsets=4).repeats)
+
+
+def test_nothing_else_is_touched(tmp_path):
+    data, torch_state = Blobs(), torch.get_rng_state()
+    before, others = dict(vars(data)), (random.getstate(), np.random.get_state()[1].copy())
+    retrain(tmp_path, data=data, n_subsets=1, repeats=1)
+    assert vars(data) == before
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert random.getstate() == others[0]
+    assert np.array_equal(np.random.get_state()[1], others[1])
+
+
+def test_a_datamodule_made_of_datasets(tmp_path):
+    data = L.LightningDataModule.from_datasets(make_data(N), test_dataset=make_data(M, 2), batch_size=8)
+    truth = retrain(tmp_path, data=data, n_subsets=1, module=NotValidated)
+    assert truth.masks.sum() == 20
+    assert truth.repeats.shape == (1, 2, M)
+
+
+class NotValidated(Classifier):
+    validation_step = L.LightningModule.validation_step
+
+
+class Weighted(Blobs):
+    def train_dataloader(self):
+        return DataLoader(self.train_set, 8, sampler=WeightedRandomSampler(torch.ones(N), N))
+
+
+class Growing(Blobs):
+    grown = 0
+
+    def setup(self, stage):
+        if stage == "fit":
+            Growing.grown += 1
+            self.n = N + Growing.grown
+        super().setup(stage)
+
+
+class Diverging(Classifier):
+    def model_output(self, batch):
+        return super().model_output(batch) * torch.nan
+
+
+def test_what_cannot_be(tmp_path):
+    with pytest.raises(ValueError, match="WeightedRandomSampler or a batch sampler"):
+        retrain(tmp_path / "1", data=Weighted())
+    with pytest.raises(ValueError, match=r"has 42 examples now, and had 41.*split it in the same way"):
+        retrain(tmp_path / "2", data=Growing())
+    with pytest.raises(ValueError, match="NaN or infinite for 7 targets: the training diverged"):
+        retrain(tmp_path / "3", module=Diverging)
+    for options in ({"n_subsets": 0}, {"repeats": 0}, {"fraction": 1.0}, {"fraction": 0}):
+        with pytest.raises(ValueError, match="must be positive integers and fraction between 0 and 1"):
+            retrain(tmp_path / "4", **options)
+    with pytest.raises(FileNotFoundError, match="no finished runs"):
+        GroundTruth.load(tmp_path / "1")
+
+
+def test_a_directory_of_other_runs_is_refused(tmp_path):
+    retrain(tmp_path, n_subsets=1, repeats=1)
+    for options, name in (({"fraction": 0.3}, "fraction"), ({"seed": 1}, "seed"), ({"data": Blobs(seed=5)}, "data")):
+        with pytest.raises(ValueError, match=f"holds runs with {name}=.*Use another dirpath"):
+            retrain(tmp_path, **options)
+
+
+def test_save_and_load(tmp_path, truth):
+    truth.save(tmp_path / "truth.npz")
+    loaded = GroundTruth.load(tmp_path / "truth.npz")
+    assert torch.equal(loaded.masks, truth.masks)
+    assert torch.equal(loaded.repeats, truth.repeats)
+    with pytest.raises(ValueError, match=r"masks must be \(s, n\)"):
+        GroundTruth(truth.masks, truth.outputs)
+    assert run_name(3, 1) == "subset00003-repeat01"
+
+
+def linear_world(noise, repeats, s=400, n=50, m=30, seed=0):
+    """Outputs are sums of true scores, and noise in every training."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(n, m, generator=generator)
+    masks = torch.rand(s, n, generator=generator) < 0.5
+    clean = masks.float() @ scores
+    return scores, GroundTruth(masks, clean[:, None] + noise * torch.randn(s, repeats, m, generator=generator))
+
+
+@pytest.mark.parametrize("noise", [0.5, 2.0, 6.0])
+@pytest.mark.parametrize("repeats", [2, 4])
+def test_noise_ceiling_is_what_true_scores_reach(noise, repeats):
+    scores, truth = linear_world(noise, repeats)
+    evaluation = evaluate(scores, truth)
+    assert evaluation.ceiling == pytest.approx(evaluation.lds, abs=0.02)
+    assert abs(evaluation.random) < 0.05
+    assert evaluation.interval.lower < evaluation.lds < evaluation.interval.upper
+    assert evaluation.per_target.mean().item() == pytest.approx(evaluation.lds, abs=1e-6)
+
+
+def test_evaluation_as_a_table():
+    scores, truth = linear_world(2.0, 1)
+    info = AttributionInfo(50, 30, ("a",), "sparse", 8, 0.3, True)
+    evaluation = evaluate(Attribution(scores, info), truth)
+    lines = str(evaluation).splitlines()
+    assert [line.split("  ")[1] for line in lines[1:]] == ["scores", "perfect scores", "random scores"]
+    assert f"{evaluation.lds:.3f}" in lines[1]
+    assert "unknown (repeats=1)" in lines[2]
+    with pytest.raises(ValueError, match=r"scores must be \(n, m\) and masks \(s, n\)"):
+        evaluate(scores[:-1], truth)
+
+
+# ------------------------------------------------------------------------------------------------ counterfactuals
+
+
+def attribution_of(scores):
+    return Attribution(scores, AttributionInfo(*scores.shape, ("a",), "sparse", 8, 0.3, True))
+
+
+def test_counterfactuals(tmp_path):
+    scores = torch.randn(N, M, generator=torch.Generator().manual_seed(0))
+    make = Counting(tmp_path)
+
+    def run(**options):
+        options = {"targets": [1, 4], "k": [6, 3], "repeats": 2, "dirpath": tmp_path / "runs"} | options
+        return counterfactuals(attribution_of(scores), Classifier, Blobs(), make, **options)
+
+    result = run()
+    assert make.made == 2 * (1 + 2 * (1 + 2))
+    assert result.k == (3, 6)
+    assert result.targets == (1, 4)
+    from lightning_trak.retrain import _number
+
+    without = torch.ones(N, dtype=torch.bool)
+    without[scores[:, 4].topk(3).indices] = False
+    expected = by_hand(tmp_path, without, _number("0:1"))[4]
+    torch.testing.assert_close(result.removed[0, 1, 1], expected, rtol=1e-4, atol=1e-5)
+    before = by_hand(tmp_path, torch.ones(N, dtype=torch.bool), _number("0:0"))[[1, 4]]
+    torch.testing.assert_close(result.before[0], before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result.drop, result.before.mean(0) - result.removed.mean(1))
+    assert result.random.shape == (2, 2, 2)
+    again = run()
+    assert make.made == 14
+    torch.testing.assert_close(again.random, result.random)
+    run(targets=[1, 4, 5])
+    assert make.made == 14 + 4
+    for options, message in (
+        ({"k": [0, 3]}, "k must be numbers from 1 to 39"),
+        ({"k": [40]}, "k must be numbers"),
+        ({"k": []}, "k must be numbers"),
+        ({"targets": [7]}, "columns of the scores, 0 to 6"),
+        ({"targets": []}, "columns of the scores"),
+        ({"seed": 1}, "holds runs with seed=0, not 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(**options)
+
+
+def test_counterfactual_table_and_picture():
+    from lightning_trak.counterfactual import Counterfactuals
+
+    before = torch.tensor([[1.0, 0.5], [3.0, 0.5]])
+    removed = torch.tensor([[[1.0, -0.5], [2.0, -0.5]], [[-1.0, -2.0], [0.0, -2.0]]])
+    result = Counterfactuals((0, 3), (5, 10), before, removed, torch.stack([before, before]))
+    assert result.drop.tolist() == [[0.5, 1.0], [2.5, 2.5]]
+    assert result.flipped.tolist() == [[False, True], [True, True]]
+    assert not result.random_flipped.any()
+    assert str(result).splitlines()[2].split() == ["5", "0.750", "0.000", "50%", "0%"]
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    figure, axes = result.plot()
+    assert [axis.get_title() for axis in axes] == ["fall of the output", "targets flipped"]
+    assert axes[0].lines[0].get_ydata().tolist() == [0.75, 2.5]
+    assert figure is axes[0].figure
