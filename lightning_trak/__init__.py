@@ -13,7 +13,9 @@ The way of the data, and the module that is each stage::
     gradients         per-sample gradients of f: engines, and a rule for each type of layer (gradients/rules)
     projection        random projections
     featurize         gradients, projected as they appear
-    checks, memory    what a model output must be; how many examples at a time
+    checks            what a model output must be
+    adaptation        which engine, and how many examples at a time
+    memory            how much there is, and how much a computation takes
     store, entry      FeatureStore, the directory of checkpoints, and each checkpoint's features
     gram, scores      kernel and scores
     attribution, plot what the user gets back

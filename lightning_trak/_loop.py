@@ -15,17 +15,18 @@ import numpy.typing as npt
 import torch
 from lightning.pytorch.trainer.connectors.data_connector import _DataHookSelector
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.memory import is_oom_error
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_trak.adaptation import Adaptation
 from lightning_trak.checks import check_dependent, check_finite, check_independent, check_size
-from lightning_trak.data import loader_batch_size, numbered_loader, seed_all
+from lightning_trak.data import loader_batch_size, read_batches, seed_all
 from lightning_trak.featurize import Featurizer
-from lightning_trak.gradients import Engine, EngineChoice, EngineUnsuitable, ModelFunction, batch_gradient
-from lightning_trak.gradients.batch import tensors_of
-from lightning_trak.memory import fitting_batch_size
+from lightning_trak.gradients import EngineUnsuitable, ModelFunction, batch_gradient
+from lightning_trak.gradients.batch import same_tensors
 from lightning_trak.module import LossTerms
 from lightning_trak.progress import progress
 from lightning_trak.projection import Projector, projection_key
@@ -34,7 +35,6 @@ from lightning_trak.weights import Weights
 Array = npt.NDArray[Any]
 
 _TRIED = 8  # examples of the first batch that are tried before training
-_PREPARED = 4  # examples on which an engine is prepared
 
 
 @contextmanager
@@ -140,11 +140,16 @@ class FeaturizationLoop:
         self._projector = projector
         self._seed = seed
         self._gradients = gradients
-        self._choice = EngineChoice(gradients)
-        self._engine: Engine | None = None
-        self._unchecked = True  # whether the next batch is the first one, of a run or of an engine
-        self._batch_size = max(1, min(batch_size or loader_batch_size(loader), self.size))
-        self._measure = batch_size is None
+        self._adaptation = Adaptation(
+            gradients,
+            projector,
+            batch_size or loader_batch_size(loader),
+            fixed=batch_size is not None,
+            n_examples=self.size,
+            read=lambda rows: self._read_once(rows, seed=0),
+            tell=lambda what: rank_zero_info(f"TRAKCallback: {what}"),
+            examples=examples,
+        )
         self._examples = examples
         self._loss_terms = LossTerms(module)
         self.repeatable = True  # whether two reads of an example are the same; preflight finds out
@@ -160,30 +165,36 @@ class FeaturizationLoop:
         parameters = dict(self._module.named_parameters())
         return self._projector.dimension(sum(parameters[name].numel() for name in self._parameters))
 
-    def preflight(self, weights: Weights) -> None:
+    def preflight(self, weights: Weights, digest: str | None = None) -> None:
         """Try the first batch, so that what cannot work fails now with its reason, and not after hours of training.
+
+        Args:
+            weights: of any checkpoint.
+            digest: their digest, if they are going to be used.
 
         Raises:
             ValueError: if outputs have the wrong shape, do not depend on the parameters, depend on the rest of the
                 batch, or are not finite; or if the loss terms do not belong together.
         """
         with undisturbed(self._trainer, self._module):
-            rows = range(min(self._batch_size, _TRIED))
+            rows = range(min(self._adaptation.batch_size, _TRIED))
             batch = self._read_once(rows, seed=0)
             self.repeatable = self._is_repeatable(batch, self._read_once(rows, seed=1))
             function = self._function(weights)
+            function.observe(batch)
             outputs, gradients = batch_gradient(function, batch)
             check_size(self._module, outputs, len(rows))
             check_dependent(self._module, gradients)
             check_finite("model_output", outputs, self._examples, rows)
             if self._gradients != "loop" and self.repeatable:
                 for row in rows:
-                    alone = function.output(self._read_once([row], seed=0))
-                    check_independent(self._module, outputs[row : row + 1], alone, self._examples, row)
+                    alone = function.differentiable_output(self._read_once([row], seed=0))
+                    together = outputs[row : row + 1]
+                    check_independent(self._module, together, alone, function.tolerance, self._examples, row)
             if self._examples == "train":
                 self._loss(function, batch, outputs, rows)
-            self._choose(function)
-            rows = range(self._batch_size)
+            self._adaptation.prepare(function, digest)
+            rows = range(self._adaptation.batch_size)
             with torch.no_grad(), suppress(torch.OutOfMemoryError):  # it will come in smaller batches
                 check_finite("model_output", function.output(self._read_once(rows, seed=0)), self._examples, rows)
 
@@ -205,27 +216,39 @@ class FeaturizationLoop:
             description: what the progress bar says.
         """
         rows = [int(row) for row in rows]
-        done = 0
+        done, engine, batch, size, adaptation = 0, None, None, 0, self._adaptation
         with undisturbed(self._trainer, self._module), progress(self._trainer, description, len(rows)) as advance:
-            function, self._unchecked = self._function(weights), True
+            function, key = self._function(weights), projection_key(self._seed, digest)
             while done < len(rows):
-                engine = self._engine or self._choose(function)
-                featurizer = Featurizer(function, engine, self._projector, projection_key(self._seed, digest))
+                full = False
                 try:
-                    for batch_rows, batch in self._read(rows[done:], engine.batch_size or self._batch_size):
-                        receive(batch_rows, *self._featurize(featurizer, batch_rows, batch))
-                        self._unchecked = False
-                        done += len(batch_rows)
-                        advance(len(batch_rows))
+                    if engine is None:
+                        device = self._trainer.strategy.root_device
+                        engine, unchecked = adaptation.engine(function, digest, key, device), True
+                    featurizer = Featurizer(function, engine, self._projector, key)
+                    for batch_rows, batch in self._read(rows[done:], engine.batch_size or adaptation.batch_size):
+                        size = len(batch_rows)
+                        receive(batch_rows, *self._featurize(featurizer, batch_rows, batch, check=unchecked))
+                        unchecked = False
+                        done += size
+                        advance(size)
                 except EngineUnsuitable as error:
-                    self._reject(error)
-                except torch.OutOfMemoryError:
-                    if self._batch_size == 1 or engine.batch_size == 1:
+                    if engine is None:
                         raise
-                    self._halve()
+                    engine = adaptation.mend(engine, error, function, batch, size)
+                except RuntimeError as error:
+                    out_of_memory = isinstance(error, torch.OutOfMemoryError) or is_oom_error(error)
+                    if not out_of_memory or not adaptation.can_halve(engine):
+                        raise
+                    full = True
+                if full:  # only now that nothing holds on to the batch
+                    adaptation.halve()
+        self._projector.forget()
 
-    def _featurize(self, featurizer: Featurizer, rows: Sequence[int], batch: Any) -> tuple[Array, Array, Array]:
-        result = (featurizer.checked if self._unchecked else featurizer)(batch, len(rows))
+    def _featurize(
+        self, featurizer: Featurizer, rows: Sequence[int], batch: Any, *, check: bool
+    ) -> tuple[Array, Array, Array]:
+        result = (featurizer.checked if check else featurizer)(batch, len(rows))
         check_size(self._module, result.outputs, len(rows))
         check_finite("model_output", result.outputs, self._examples, rows)
         check_finite("the gradient of model_output", result.features.sum(1), self._examples, rows)
@@ -252,54 +275,14 @@ class FeaturizationLoop:
         return ModelFunction(self._module, weights, self._parameters, device, plugin.convert_input)
 
     def _read(self, rows: Sequence[int], batch_size: int, num_workers: int | None = None) -> Iterator[tuple[Any, Any]]:
-        return _read(self._trainer, self._module, self._loader, rows, batch_size, num_workers)
+        return read_batches(self._trainer, self._module, self._loader, rows, batch_size, num_workers)
 
     def _read_once(self, rows: Sequence[int], seed: int) -> Any:
         seed_all(seed)
         return next(self._read(rows, len(rows), num_workers=0))[1]
 
-    def _choose(self, function: ModelFunction) -> Engine:
-        """Choose the engine, and the batch size that the memory allows; say so once."""
-        rows = range(min(_PREPARED, max(2, self._batch_size), self.size))
-        while True:
-            engine = self._choice.choose(function, self._read_once(rows, seed=0), len(rows))
-            try:
-                fitting = self._fitting_batch_size(function, engine)
-                break
-            except EngineUnsuitable as error:
-                self._reject(error)
-        rank_zero_info(f"TRAKCallback: {self._choice.report(engine)} ({self._examples} examples).")
-        if fitting < self._batch_size:
-            rank_zero_info(f"TRAKCallback: batches of {fitting} examples, as many as the free memory allows.")
-            self._batch_size = fitting
-        self._engine, self._unchecked = engine, True
-        return engine
-
-    def _fitting_batch_size(self, function: ModelFunction, engine: Engine) -> int:
-        if not self._measure or engine.batch_size is not None:
-            return self._batch_size
-        featurizer = Featurizer(function, engine, self._projector.rehearsal(), key=0)
-        return fitting_batch_size(
-            lambda size: featurizer(self._read_once(range(size), seed=0), size),
-            self._batch_size,
-            self._trainer.strategy.root_device,
-        )
-
-    def _reject(self, error: EngineUnsuitable) -> None:
-        self._choice.reject(error)
-        self._engine = None
-
-    def _halve(self) -> None:
-        """Go on with half the batch size after the device ran out of memory; what is done is kept."""
-        self._batch_size //= 2
-        torch.cuda.empty_cache()
-        rank_zero_info(f"TRAKCallback: out of memory; going on with batches of {self._batch_size} examples.")
-
     def _is_repeatable(self, first: Any, second: Any) -> bool:
-        same = all(
-            one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=0, atol=0, equal_nan=True)
-            for one, other in zip(tensors_of(first), tensors_of(second), strict=True)
-        )
+        same = same_tensors(first, second)
         if not same:
             rank_zero_warn(
                 f"Two reads of the same {self._examples} examples differ: the dataset, its collate function or a"
@@ -321,23 +304,8 @@ def model_outputs(
         loader = find_loader()
         rows = range(len(loader.dataset))  # type: ignore[arg-type]
         outputs = torch.zeros(len(rows))
-        for batch_rows, batch in _read(trainer, module, loader, rows):
+        for batch_rows, batch in read_batches(trainer, module, loader, rows):
             values = module.model_output(batch)  # type: ignore[operator]
             check_size(module, values, len(batch_rows))
             outputs[batch_rows] = values.float().cpu()
     return outputs
-
-
-def _read(
-    trainer: pl.Trainer,
-    module: pl.LightningModule,
-    loader: DataLoader[Any],
-    rows: Sequence[int],
-    batch_size: int | None = None,
-    num_workers: int | None = None,
-) -> Iterator[tuple[Any, Any]]:
-    """Yield (rows, batch), each batch passed through precision and batch hooks as in ``predict``."""
-    for batch_rows, batch in numbered_loader(loader, rows, batch_size, num_workers):
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-        yield batch_rows, trainer.strategy.batch_to_device(batch, dataloader_idx=0)

@@ -279,7 +279,7 @@ def _featurize_missing(
     if loader is None:
         return
     loop = plan.loop(trainer, model, loader, "train")
-    loop.preflight(load_weights(store[digests[0]].weights_path, digests[0]))
+    loop.preflight(load_weights(store[digests[0]].weights_path, digests[0]), digests[0])
     if loop.repeatable:
         for digest in {*complete[:1], *complete[-1:]}:
             store[digest].verify()
@@ -299,18 +299,18 @@ def _solve(
 ) -> tuple[list[TrainFeatures], list[Tensor]]:
     """Featurize the targets at every checkpoint and solve with its kernel."""
     loop = plan.loop(trainer, model, data.targets(), "target")
-    device = trainer.strategy.root_device
-    device = device if device.type == "cuda" else torch.device("cpu")  # others lack float64
+    device = _scoring_device(trainer)
     trains, solved = [], []
     for number, digest in enumerate(digests, 1):
         entry = store[digest]
         entry.verify()
         if number == 1:
-            loop.preflight(load_weights(entry.weights_path, digest))
+            loop.preflight(load_weights(entry.weights_path, digest), digest)
         targets = featurize_targets(loop, entry, f"{number}/{len(digests)}").to(device)
         train = TrainFeatures(entry.features, entry.loss_grad, entry.curvature)
         with naming(entry):
-            solved.append(precondition(train, targets, damping=callback.damping, curvature=callback.curvature))
+            x = precondition(train, targets, damping=callback.damping, curvature=callback.curvature)
+        solved.append(x.cpu())  # those of all checkpoints would fill the device
         trains.append(train)
     return trains, solved
 
@@ -318,8 +318,13 @@ def _solve(
 def _score(
     trainer: pl.Trainer, trains: list[TrainFeatures], solved: list[Tensor], top_k: int | None
 ) -> Tensor | Extremes:
-    n_train = len(trains[0].features)
+    n_train, device = len(trains[0].features), _scoring_device(trainer)
     with progress(trainer, "Scoring", n_blocks(n_train, len(solved[0]))) as advance:
         if top_k is None:
-            return scores(trains, solved, lambda: advance(1))
-        return extreme_scores(trains, solved, min(top_k, n_train), lambda: advance(1))
+            return scores(trains, solved, lambda: advance(1), device)
+        return extreme_scores(trains, solved, min(top_k, n_train), lambda: advance(1), device)
+
+
+def _scoring_device(trainer: pl.Trainer) -> torch.device:
+    device = trainer.strategy.root_device
+    return device if device.type == "cuda" else torch.device("cpu")  # others lack float64

@@ -73,7 +73,7 @@ class TRAKCallback(pl.Callback):
         batch_size: int | None = None,
     ) -> None:
         Projector.check_proj_dim(proj_dim)
-        check_projector(projector)
+        check_projector(projector, proj_dim)
         _check_choice("gradients", gradients, ("auto", *ENGINES))
         _check_choice("featurize_on", featurize_on, ("save", "fit_end"))
         if not isinstance(damping, (int, float)) or not 0 <= damping < float("inf"):

@@ -50,9 +50,8 @@ def check_finite(what: str, values: Tensor, examples: str, rows: Sequence[int]) 
         )
 
 
-def check_independent(module: Any, together: Tensor, alone: Tensor, examples: str, row: int) -> None:
+def check_independent(module: Any, together: Tensor, alone: Tensor, tolerance: float, examples: str, row: int) -> None:
     """Raise a ValueError if an example's output, (1,), is one in the batch and another by itself."""
-    tolerance = 1e-3 if together.dtype in (torch.float32, torch.float64) else 0.05
     if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance):
         raise ValueError(
             f"{type(module).__name__}.model_output gives {together.item():.6g} for {examples} row {row} in a batch, and"

@@ -128,6 +128,21 @@ def numbered_loader(
     )
 
 
+def read_batches(
+    trainer: Any,
+    module: Any,
+    loader: DataLoader[Any],
+    rows: Sequence[int],
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+) -> Iterator[tuple[list[int], Any]]:
+    """Yield (rows, batch), each batch passed through the trainer's precision and transfer hooks as in ``predict``."""
+    for batch_rows, batch in numbered_loader(loader, rows, batch_size, num_workers):
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        yield batch_rows, trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
 def subset_loader(loader: DataLoader[Any], rows: Sequence[int], n: int) -> DataLoader[Any]:
     """Return a loader like the one given, that knows only some rows of its dataset.
 
@@ -203,8 +218,8 @@ def fingerprint(dataset: Any) -> dict[str, Any]:
 def seed_all(seed: int) -> None:
     """Seed the generators that datasets draw their augmentations from."""
     torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond, to format a stack trace
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
+    if torch.cuda.is_initialized() or torch.backends.mps.is_available() or torch.xpu.is_available():
+        torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - it is the global generator that augmentations use
     random.seed(seed)
 

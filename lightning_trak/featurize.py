@@ -77,7 +77,7 @@ class Featurizer:
 
         result = Features(features, self.engine(self.function, batch, size, project))
         if bool(torch.isfinite(features).all()):
-            self._compare(difference, norms, squares, result.outputs.dtype)
+            self._compare(difference, norms, squares)
         return result
 
     def _batch_gradient(self, batch: Any, weights: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -86,10 +86,8 @@ class Featurizer:
         found = {name: (torch.zeros_like(own) if grad is None else grad).to(weights) for (name, own), grad in named}
         return found, {name: gradient.norm().item() for name, gradient in found.items()}
 
-    def _compare(
-        self, difference: dict[str, Tensor], norms: dict[str, float], squares: dict[str, float], dtype: torch.dtype
-    ) -> None:
-        tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.05
+    def _compare(self, difference: dict[str, Tensor], norms: dict[str, float], squares: dict[str, float]) -> None:
+        tolerance = self.function.tolerance
         rounding = (
             1e-2 * tolerance * sum(squares.values()) ** 0.5
         )  # of gradients that cancel, as a bias's before a norm
@@ -104,7 +102,7 @@ class Featurizer:
 
     def _zeros(self, size: int) -> Tensor:
         device = next(iter(self.function.parameters.values())).device
-        return torch.zeros(size, self._projector.dimension(self.function.n_params), device=device)
+        return torch.zeros(size, self._projector.dimension(self.function.n_params), dtype=torch.float32, device=device)
 
     def _add_(self, features: Tensor, name: str, gradient: Gradient) -> None:
         self._projector.add_gradient_(features, gradient, self._starts[name], self._key)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _PANEL = 512  # columns of H that are multiplied at once
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Multiply in float32 though the user asked for TF32 in training: a kernel of 10 bits cannot be solved with."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def gram(blocks: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
@@ -45,7 +57,8 @@ def gram(blocks: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
             total = torch.zeros(k, k, dtype=torch.float64, device=features.device)
         for first in range(0, k, _PANEL):
             last = first + _PANEL
-            total[first:last, first:] += weighted[:, first:last].T @ features[:, first:]
+            with full_precision():
+                total[first:last, first:] += weighted[:, first:last].T @ features[:, first:]
     if total is None:
         raise ValueError("gram needs at least one block of features.")
     for first in range(0, len(total), _PANEL):

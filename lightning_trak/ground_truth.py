@@ -131,7 +131,7 @@ def evaluate(attribution: Attribution | Tensor, ground_truth: GroundTruth, seed:
     masks, outputs = ground_truth.masks, ground_truth.outputs
     metric = LinearDatamodelingScore(seed=seed)
     metric.update(predicted_outputs(scores, masks), outputs)
-    random = torch.randn(scores.shape, generator=torch.Generator().manual_seed(seed))
+    random = torch.randn(scores.shape, generator=torch.Generator().manual_seed(seed + 2**31 - 1))
     return Evaluation(
         lds=metric.compute().item(),
         interval=metric.interval(),

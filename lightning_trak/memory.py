@@ -129,5 +129,5 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:
-    tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+    tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor) and value.layout == torch.strided]
     return list({tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}.values())

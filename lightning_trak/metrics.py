@@ -141,7 +141,7 @@ class LinearDatamodelingScore(Metric):
         return self._plot(val, ax)
 
     def _all(self) -> tuple[Tensor, Tensor]:
-        if not self.preds:
+        if len(self.preds) == 0:
             raise ValueError("LinearDatamodelingScore has no subsets yet; call update(preds, target).")
         return dim_zero_cat(self.preds), dim_zero_cat(self.target)
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_trak.gram import factor, gram, solve
+from lightning_trak.gram import factor, full_precision, gram, solve
 
 _BLOCK_ROWS = 4096
 _BLOCK_SCORES = 2**26  # at most so many at once: 256 MiB
@@ -91,38 +91,45 @@ def precondition(train: TrainFeatures, targets: Tensor, *, damping: float, curva
 
 
 def scores(
-    trains: Sequence[TrainFeatures], solved: Sequence[Tensor], advance: Callable[[], object] = lambda: None
+    trains: Sequence[TrainFeatures],
+    solved: Sequence[Tensor],
+    advance: Callable[[], object] = lambda: None,
+    device: torch.device = _CPU,
 ) -> Tensor:
     """Average φ(z)ᵀ H⁻¹ φ(zᵢ) qᵢ over checkpoints, each with its own q.
 
     Args:
         trains: the train set's features at each checkpoint.
-        solved: H⁻¹ φ(z) at each checkpoint, (m, k), from `precondition`; blocks are multiplied on their device.
+        solved: H⁻¹ φ(z) at each checkpoint, (m, k), from `precondition`, on any device.
         advance: called after every block of rows, for progress.
+        device: where blocks are multiplied.
 
     Returns:
         τ, (n, m), float32, on the CPU.
     """
     total = torch.zeros(len(trains[0].features), len(solved[0]))
     for rows in _blocks(*total.shape):
-        total[rows] = _score_block(trains, solved, rows)
+        total[rows] = _score_block(trains, solved, rows, device)
         advance()
     return total
 
 
 def extreme_scores(
-    trains: Sequence[TrainFeatures], solved: Sequence[Tensor], k: int, advance: Callable[[], object] = lambda: None
+    trains: Sequence[TrainFeatures],
+    solved: Sequence[Tensor],
+    k: int,
+    advance: Callable[[], object] = lambda: None,
+    device: torch.device = _CPU,
 ) -> Extremes:
     """Return the k highest and k lowest scores of every target, without ever holding the (n, m) matrix.
 
     See `scores` for the arguments.
     """
-    n, m, device = len(trains[0].features), len(solved[0]), solved[0].device
+    n, m = len(trains[0].features), len(solved[0])
     top = bottom = Ranked(torch.zeros(m, 0, dtype=torch.int64, device=device), torch.zeros(m, 0, device=device))
     for rows in _blocks(n, m):
-        values = _score_block(trains, solved, rows).T
-        indices = torch.arange(rows.start, rows.stop, device=device).expand(values.shape)
-        top, bottom = (_keep(kept, indices, values, k, largest) for kept, largest in ((top, True), (bottom, False)))
+        values = _score_block(trains, solved, rows, device).T
+        top, bottom = (_keep(kept, rows.start, values, k, largest) for kept, largest in ((top, True), (bottom, False)))
         advance()
     return Extremes(*(Ranked(kept.indices.cpu(), kept.values.cpu()) for kept in (top, bottom)))
 
@@ -139,17 +146,23 @@ def _blocks(n_train: int, n_targets: int = 1) -> Iterator[slice]:
         yield slice(start, min(start + size, n_train))
 
 
-def _score_block(trains: Sequence[TrainFeatures], solved: Sequence[Tensor], rows: slice) -> Tensor:
+def _score_block(
+    trains: Sequence[TrainFeatures], solved: Sequence[Tensor], rows: slice, device: torch.device
+) -> Tensor:
     """Return scores averaged over checkpoints, (r, m)."""
-    total = torch.zeros(rows.stop - rows.start, len(solved[0]), device=solved[0].device)
-    for train, x in zip(trains, solved, strict=True):
-        features, loss_grad, _ = train.block(rows, x.device)
-        total.addmm_(features * loss_grad[:, None], x.T, alpha=1 / len(trains))
+    total = torch.zeros(rows.stop - rows.start, len(solved[0]), device=device)
+    with full_precision():
+        for train, x in zip(trains, solved, strict=True):
+            features, loss_grad, _ = train.block(rows, device)
+            total.addmm_(features * loss_grad[:, None], x.to(device).T, alpha=1 / len(trains))
     return total
 
 
-def _keep(kept: Ranked, indices: Tensor, values: Tensor, k: int, largest: bool) -> Ranked:
-    indices, values = torch.cat([kept.indices, indices], 1), torch.cat([kept.values, values], 1)
+def _keep(kept: Ranked, first: int, values: Tensor, k: int, largest: bool) -> Ranked:
+    """Merge the best so far, (m, k), with those of a block whose rows begin at ``first``."""
+    block = rank(values, min(k, values.shape[1]), largest)
+    indices = torch.cat([kept.indices, block.indices + first], 1)
+    values = torch.cat([kept.values, block.values], 1)
     return rank(values, min(k, values.shape[1]), largest, indices)
 
 

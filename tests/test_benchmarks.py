@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -71,8 +73,17 @@ def test_gpu_says_that_it_was_not_run(capsys):
     assert "Not run: torch finds no CUDA device." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("key", ["digits", "resnet9"])
-def test_models_give_an_output_for_each_example(key):
+def test_gpu_job_small_and_on_the_cpu():
+    with silence():
+        whole, one = gpu.quickstart("cpu", checkpoints=2, n_train=40, n_targets=5)
+    assert whole[0] == "quickstart: 2 checkpoints, 40 + 5 pictures"
+    assert float(one[1]) > 0
+
+
+@pytest.mark.parametrize("key", ["vit", "bert", "gpt2"])
+def test_transformers_of_one_layer(key, monkeypatch, table):
     model = MODELS[key]
-    batch = next(iter(model.loader(3)))
-    assert model.build().model_output(batch).shape == (3,)
+    monkeypatch.setitem(MODELS, key, replace(model, make=partial(model.make, layers=1), batch_size=2))
+    ((name, *_, size),) = table(features.run, (features.Case(key, n_train=4, n_targets=2),))
+    assert name == model.name
+    assert size == "4 + 2"

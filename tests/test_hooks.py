@@ -244,9 +244,15 @@ def test_engines_are_tried_in_order():
     assert choice.report(engine).startswith(
         "gradients by vmap; not hooks, as no parameter is left to hooks; e.g. shift"
     )
-    choice.reject(EngineUnsuitable("reasons"))
-    assert str(choice.choose(function, torch.randn(4, 3), 4)) == "loop"
-    with pytest.raises(ValueError, match="gradients='auto' cannot differentiate this model: more"):
-        choice.reject(EngineUnsuitable("more"))
+    choice.reject(engine, EngineUnsuitable("reasons"))
+    engine = choice.choose(function, torch.randn(4, 3), 4)
+    assert str(engine) == "loop"
+    assert "not vmap, as reasons" in choice.report(engine)
+    choice.reject(engine, EngineUnsuitable("more"))
+    with pytest.raises(ValueError, match="gradients='auto' cannot differentiate this model: no parameter is left"):
+        choice.choose(function, torch.randn(4, 3), 4)  # hooks may do at other weights, so they are tried again
+    only = EngineChoice("loop")
+    with pytest.raises(ValueError, match="gradients='loop' cannot differentiate this model: more"):
+        only.reject(engine, EngineUnsuitable("more"))
     with pytest.raises(ValueError, match="gradients='hooks' cannot differentiate this model: no parameter is left"):
         EngineChoice("hooks").choose(function, torch.randn(4, 3), 4)

@@ -65,6 +65,7 @@ def test_lds_against_loops():
     assert linear_datamodeling_score(*tensors(-scores, masks, outputs)).item() == pytest.approx(-expected, abs=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_metric_batch_by_batch():
     scores, masks, outputs = make()
     preds, target = tensors(masks.astype(float) @ scores, outputs)
@@ -139,9 +140,10 @@ def test_two_processes_see_all_subsets(tmp_path):
     processes = [context.Process(target=_process, args=(rank, tmp_path, queue)) for rank in range(2)]
     for process in processes:
         process.start()
-    results = [queue.get() for _ in processes]
     for process in processes:
-        process.join()
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    results = [queue.get() for _ in processes]
     expected = lds_reference(*make())
     order = torch.cat([torch.arange(0, 40, 2), torch.arange(1, 40, 2)])
     scores, masks, outputs = make()

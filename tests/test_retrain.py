@@ -113,7 +113,7 @@ def test_two_processes_share_the_work(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join()
+        process.join(200)
     assert [process.exitcode for process in processes] == [0, 0]
     make = Counting(tmp_path)
     shared = retrain(tmp_path, make, n_subsets=4)
@@ -131,6 +131,7 @@ def test_nothing_else_is_touched(tmp_path):
     assert np.array_equal(np.random.get_state()[1], others[1])
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
 def test_a_datamodule_made_of_datasets(tmp_path):
     data = L.LightningDataModule.from_datasets(make_data(N), test_dataset=make_data(M, 2), batch_size=8)
     truth = retrain(tmp_path, data=data, n_subsets=1, module=NotValidated)

@@ -106,11 +106,11 @@ def test_scores_against_numpy_loops(monkeypatch, curvature, block, checkpoints, 
         for train, phi in zip(trains, targets, strict=True)
     ]
     calls = []
-    got = scores(trains, solved, lambda: calls.append(1))
+    got = scores(trains, solved, lambda: calls.append(1), torch.device(device))
     expected = scores_reference(trains, targets, 0.2, curvature)
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-4, atol=1e-6)
     assert len(calls) == n_blocks(23, 6) == -(-23 // block)
-    extremes = extreme_scores(trains, solved, 7)
+    extremes = extreme_scores(trains, solved, 7, device=torch.device(device))
     for ranked, largest in ((extremes.top, True), (extremes.bottom, False)):
         values, indices = torch.tensor(expected).topk(7, dim=0, largest=largest)
         assert torch.equal(ranked.indices, indices.T)

@@ -102,13 +102,13 @@ def test_rounding_costs_what_is_documented():
 
 
 def test_not_available_without_triton(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_trak.projection.triton_kernel._installed", lambda: False)
     assert not available(torch.device("cpu"))
     assert not available(torch.device("cuda"))
 
 
 def test_available_asks_the_gpu(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr("lightning_trak.projection.triton_kernel._installed", lambda: True)
     monkeypatch.setattr("lightning_trak.projection.triton_kernel._INTERPRETED", False)
     for capability, expected in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_trak.gradients.choice import ENGINES, EngineChoice
-from lightning_trak.gradients.engine import Engine, EngineUnsuitable, Sink
+from lightning_trak.gradients.engine import Engine, EngineUnsuitable, NotPrepared, Sink
 from lightning_trak.gradients.function import ModelFunction
 from lightning_trak.gradients.gradient import ConvGradient, DenseGradient, Gradient, OuterGradient, RowsGradient
 from lightning_trak.gradients.hooks import HooksEngine
@@ -23,6 +23,7 @@ __all__ = [
     "LayerCall",
     "LoopEngine",
     "ModelFunction",
+    "NotPrepared",
     "OuterGradient",
     "RowsGradient",
     "Sink",

@@ -67,6 +67,20 @@ def with_tensors(batch: Any, tensors: list[Tensor]) -> Any:
     return map_tensors(batch, lambda _: next(following))
 
 
+def same_tensors(one: Any, other: Any) -> bool:
+    """Tell whether two batches of one structure have equal tensors, NaN equal to NaN.
+
+    >>> import torch
+    >>> same_tensors([torch.ones(2)], [torch.ones(2)]), same_tensors([torch.ones(2)], [torch.zeros(2)])
+    (True, False)
+    """
+    pairs = zip(tensors_of(one), tensors_of(other), strict=True)
+    return all(
+        first.shape == second.shape and bool(first.double().allclose(second.double(), rtol=0, atol=0, equal_nan=True))
+        for first, second in pairs
+    )
+
+
 def describe(batch: Any) -> str:
     """Say in one line what ``batch`` is made of, for error messages.
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lightning_trak.gradients.engine import EngineUnsuitable
 from lightning_trak.gradients.gradient import DenseGradient, Gradient
 from lightning_trak.gradients.modulewise import module_gradients
 from lightning_trak.gradients.rules import LayerCall
@@ -22,20 +24,44 @@ def layer_gradients(call: Call, grads: tuple[Tensor | None, ...], size: int) -> 
     layer = call.layer
     args, kwargs = detached_arguments(call)
     if layer.rule is None:
-        found: Any = module_gradients(layer.module, list(layer.parameters), args, kwargs, grads, size)
+        batched = layer.batched.get(call.number)
+        if batched is None:
+            raise EngineUnsuitable(f"{layer.name} is called more often than on the first examples")
+        found: Any = module_gradients(layer.module, list(layer.parameters), args, kwargs, grads, size, batched)
     elif layer.whole:
-        found = layer.rule(layer.module, LayerCall(_input(args, kwargs), _some(grads), args, kwargs, grads))
+        found = _apply(layer, LayerCall(_input(args, kwargs), _some(grads), args, kwargs, grads))
     else:
-        assert grads[0] is not None
+        if grads[0] is None:
+            raise EngineUnsuitable(f"the first output of {layer.name} is not used")
         first = move_batch_first(repeated(_input(args, kwargs), layer, size), layer.batch_axis, size)
-        found = layer.rule(
-            layer.module, LayerCall(first, move_batch_first(grads[0], layer.batch_axis, size), args, kwargs, grads)
-        )
+        grad = move_batch_first(grads[0], layer.batch_axis, size)
+        found = _apply(layer, LayerCall(first, grad, args, kwargs, grads))
     gradients = {}
     for local, name in layer.parameters.items():
         if local in found:
             gradients[name] = _checked(found[local], layer, local, size)
     return gradients
+
+
+class WrongRule(ValueError):
+    """A rule that is not one of ours fails, or returns what it should not."""
+
+
+def _apply(layer: Layer, call: LayerCall) -> Any:
+    """Apply a rule; where one of ours fails the layer is none for it, and where another does it is to be mended."""
+    rule = layer.rule
+    assert rule is not None
+    try:
+        return rule(layer.module, call)
+    except (EngineUnsuitable, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        what = f"The rule for {type(layer.module).__name__} fails with {type(error).__name__}: {error}"
+        if rule.__module__.startswith("lightning_trak."):
+            raise EngineUnsuitable(what) from error
+        raise WrongRule(
+            f"{what}. Its input is {tuple(call.input.shape)}, its output {tuple(call.grad.shape)}."
+        ) from error
 
 
 def _input(args: Sequence[Any], kwargs: Any) -> Tensor:
@@ -54,7 +80,8 @@ def _checked(gradient: Gradient | Tensor, layer: Layer, local: str, size: int) -
     owner, _, short = local.rpartition(".")
     expected = getattr(layer.module.get_submodule(owner), short).shape
     if (gradient.size, gradient.shape) != (size, expected):
-        raise ValueError(
+        kind = EngineUnsuitable if getattr(layer.rule, "__module__", "").startswith("lightning_trak.") else WrongRule
+        raise kind(
             f"The rule for {type(layer.module).__name__} returned gradients of {local} of shape"
             f" {(gradient.size, *gradient.shape)}; expected {(size, *expected)}, the batch first."
         )
@@ -64,7 +91,11 @@ def _checked(gradient: Gradient | Tensor, layer: Layer, local: str, size: int) -
 def move_batch_first(tensor: Tensor, axis: str, size: int) -> Tensor:
     """Bring the examples to the front; see `Layer.batch_axis`."""
     if axis == "second":
+        if tensor.ndim < 2 or tensor.shape[1] != size:
+            raise EngineUnsuitable("the second axis of a layer's output is the batch, but not in every batch")
         return tensor.movedim(1, 0)
     if axis == "minor":
+        if size == 0 or len(tensor) % size:
+            raise EngineUnsuitable("the rows of a layer's output are no multiple of the examples in every batch")
         return tensor.unflatten(0, (-1, size)).movedim(1, 0).flatten(0, 1)
     return tensor

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from lightning_trak.gradients.calls import WrongRule
 from lightning_trak.gradients.engine import Engine, EngineUnsuitable
 from lightning_trak.gradients.function import ModelFunction
 from lightning_trak.gradients.hooks import HooksEngine
@@ -28,29 +31,38 @@ class EngineChoice:
     def __init__(self, gradients: str) -> None:
         self._gradients = gradients
         self._left = list(ENGINES) if gradients == "auto" else [gradients]
-        self._reasons: list[str] = []
+        self._rejected: list[str] = []
+        self._unprepared: list[str] = []
 
     def choose(self, function: ModelFunction, batch: Any, size: int) -> Engine:
-        """Return the best engine that is left and suits the model, prepared on the examples of ``batch``."""
-        while self._left:
-            engine = ENGINES[self._left[0]]()
+        """Return the best engine that suits the model at these weights, prepared on the examples of ``batch``."""
+        self._unprepared = []
+        for name in self._left:
+            engine, last = ENGINES[name](), name == self._left[-1]
             try:
                 engine.prepare(function, batch, size)
                 return engine
-            except EngineUnsuitable as error:
-                self.reject(error)
-        raise AssertionError("reject raises when nothing is left")
+            except (WrongRule, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # the model works: whatever goes wrong here is for want of understanding it
+                why = str(error) if isinstance(error, EngineUnsuitable) else f"{type(error).__name__}: {error}"
+                if last:
+                    raise self._none_left(why) from error
+                self._unprepared.append(f"not {name}, as {why}")
+        raise AssertionError("the last engine raises if it fails")
 
-    def reject(self, error: EngineUnsuitable) -> None:
-        """Pass over the engine that was chosen last, because of ``error``."""
-        name = self._left.pop(0)
-        self._reasons.append(f"not {name}, as {error}")
+    def reject(self, engine: Engine, error: EngineUnsuitable) -> None:
+        """Never choose an engine again, because of an ``error`` that came up in use."""
+        self._left.remove(engine.name)
+        self._rejected.append(f"not {engine.name}, as {error}")
         if not self._left:
-            raise ValueError(
-                f"gradients={self._gradients!r} cannot differentiate this model: {error}. Use gradients='auto' or"
-                " 'loop'."
-            ) from error
+            raise self._none_left(str(error)) from error
 
     def report(self, engine: Engine) -> str:
         """Say what was chosen, and why nothing better."""
-        return "; ".join([f"gradients by {engine}", *self._reasons])
+        return "; ".join([f"gradients by {engine}", *self._rejected, *self._unprepared])
+
+    def _none_left(self, why: str) -> ValueError:
+        return ValueError(
+            f"gradients={self._gradients!r} cannot differentiate this model: {why}. Use gradients='auto' or 'loop'."
+        )

@@ -61,8 +61,11 @@ class EngineUnsuitable(RuntimeError):
     """An engine met a model or a batch that it cannot differentiate example by example."""
 
 
-def check_same(alone: Tensor, together: Tensor) -> None:
+class NotPrepared(EngineUnsuitable):
+    """A batch shows what was not seen on the examples that the engine was prepared on: prepare it on this one too."""
+
+
+def check_same(alone: Tensor, together: Tensor, tolerance: float) -> None:
     """Refuse a batch whose examples come out otherwise when alone, e.g. for a tensor shared by all."""
-    tolerance = 1e-3 if together.dtype in (torch.float32, torch.float64) else 0.05
     if alone.shape != together.shape or not torch.allclose(alone, together, tolerance, tolerance, equal_nan=True):
         raise EngineUnsuitable("model_output of an example alone differs from its output within the batch")

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+_HALF = {torch.float16, torch.bfloat16}
+_EXACT, _COARSE = 1e-3, 0.05  # relative difference of numbers that should be the same, in float32 and in half of it
+
+
+class _Dtypes(TorchFunctionMode):
+    """Notes the precision of everything that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.dtypes.add(result.dtype)
+        return result
 
 
 class _MethodCall(nn.Module):
@@ -34,6 +53,7 @@ class ModelFunction:
 
     Attributes:
         parameters: the attributed parameters by name, detached, in the order given.
+        tolerance: relative difference between two ways to one number; see `observe`.
 
     Raises:
         ValueError: if ``weights`` do not fit ``module``; missing, unexpected and misshapen names are listed.
@@ -61,6 +81,8 @@ class ModelFunction:
         self.parameters = {name: values.pop(name) for name in parameters}
         self._others = values
         self._call = _MethodCall(module)
+        floating = {value.dtype for value in (*self.parameters.values(), *self._others.values())}
+        self.tolerance = _COARSE if floating & _HALF else _EXACT
 
     @property
     def n_params(self) -> int:
@@ -83,11 +105,42 @@ class ModelFunction:
             parameters: put in the place of `parameters`, to differentiate by them.
         """
         values = {**self._others, **(self.parameters if parameters is None else parameters)}
-        return functional_call(self._call, {f"module.{name}": value for name, value in values.items()}, (method, *args))
+        with self._differentiable():
+            return functional_call(
+                self._call, {f"module.{name}": value for name, value in values.items()}, (method, *args)
+            )
+
+    @contextmanager
+    def _differentiable(self) -> Iterator[None]:
+        """Keep recurrent layers from cuDNN, which refuses to differentiate them in eval mode, and from its weights."""
+        recurrent = [part for part in self.module.modules() if isinstance(part, nn.RNNBase)]
+        own = [part._flat_weights for part in recurrent]
+        if not recurrent or next(iter(self.parameters.values())).device.type != "cuda":
+            off: AbstractContextManager[Any] = nullcontext()
+        else:
+            off = torch.backends.cudnn.flags(enabled=False)
+        try:
+            with off:
+                yield
+        finally:
+            for part, weights in zip(recurrent, own, strict=True):
+                part._flat_weights = weights
+
+    def observe(self, batch: Any) -> None:
+        """Find out how exact its numbers are: what part of it computes in less than float32 sets the `tolerance`."""
+        with _Dtypes() as seen:
+            self.output(batch)
+        if seen.dtypes & _HALF:
+            self.tolerance = _COARSE
 
     def output(self, batch: Any, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return ``model_output(batch)``, shape (b,)."""
         return self.call(self.model_output, batch, parameters=parameters)  # type: ignore[no-any-return]
+
+    def differentiable_output(self, batch: Any) -> Tensor:
+        """Return the outputs computed as where gradients are needed: modules have faster ways, not quite the same."""
+        leaves = {name: value.detach().requires_grad_() for name, value in self.parameters.items()}
+        return self.output(batch, leaves).detach()
 
     def model_output(self, batch: Any) -> Tensor:
         """Return the module's own ``model_output(batch)``, its form checked; to be called through `call`."""

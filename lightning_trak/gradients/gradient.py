@@ -103,6 +103,7 @@ class OuterGradient(Gradient):
     """
 
     def __init__(self, left: Tensor, right: Tensor) -> None:
+        left, right = _same_dtype(left, right)
         self.left = left.reshape(len(left), prod(left.shape[1:-1]), left.shape[-1])
         self.right = right.reshape(self.left.shape[:2] + right.shape[-1:])
         self.size, self.shape = len(left), torch.Size((left.shape[-1], right.shape[-1]))
@@ -199,7 +200,8 @@ class ConvGradient(Gradient):
         dilation: tuple[int, ...],
         groups: int = 1,
     ) -> None:
-        self.inputs, self.grads, self.shape, self.groups = inputs, grads, shape, groups
+        self.inputs, self.grads = _same_dtype(inputs, grads)
+        self.shape, self.groups = shape, groups
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.size = len(inputs)
 
@@ -271,6 +273,12 @@ class _Folded(Gradient):
 
     def fold(self, size: int) -> Gradient:
         return _Folded(self._rows, size)
+
+
+def _same_dtype(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Under autocast within the model, a layer's input and output gradient may differ in precision."""
+    dtype = torch.promote_types(one.dtype, other.dtype)
+    return one.to(dtype), other.to(dtype)
 
 
 def _times(factor: Tensor, matrix: Matrix) -> Tensor:

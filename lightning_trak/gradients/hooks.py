@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 from torch import Tensor
 
 from lightning_trak.gradients.calls import layer_gradients
-from lightning_trak.gradients.engine import Engine, EngineUnsuitable, Sink
+from lightning_trak.gradients.engine import Engine, EngineUnsuitable, NotPrepared, Sink
 from lightning_trak.gradients.function import ModelFunction
 from lightning_trak.gradients.loop import LoopEngine
 from lightning_trak.gradients.planning import plan_layers
@@ -41,8 +43,10 @@ class HooksEngine:
         self._reasons: dict[str, str] = {}
 
     def prepare(self, function: ModelFunction, batch: Any, size: int) -> None:
-        """Find a way for every parameter; see `Engine.prepare`."""
-        self._layers, self._reasons = plan_layers(function, batch, size)
+        """Find a way for every parameter; see `Engine.prepare`. What another batch told before is kept."""
+        known = {layer.name: layer for layer in self._layers if layer.known}
+        layers, self._reasons = plan_layers(function, batch, size)
+        self._layers = [layer if layer.known else known.get(layer.name, layer) for layer in layers]
         self._other_names = [name for name in function.parameters if name in self._reasons]
         self._handled = [name for name in function.parameters if name not in self._reasons]
         if not self._handled:
@@ -51,8 +55,12 @@ class HooksEngine:
 
     def __call__(self, function: ModelFunction, batch: Any, size: int, sink: Sink) -> Tensor:
         """Send the gradients layer by layer, as the backward pass reaches them; see `Engine`."""
+        lengths = _Lengths(size)
 
         def receive(call: Call, grads: tuple[Tensor | None, ...]) -> None:
+            if not _is_known(call.layer, grads):
+                return
+            lengths.check(call.layer, grads[0])
             for name, gradient in layer_gradients(call, grads, size).items():
                 if name in names:
                     sink(slice(0, size), name, gradient)
@@ -66,10 +74,47 @@ class HooksEngine:
         return outputs
 
     def __str__(self) -> str:
-        if self._others is None:
-            return self.name
-        by = f"{self._others.name} for {len(self._other_names)} of {len(self._other_names) + len(self._handled)}"
-        return f"{self.name}, {by} parameters ({_first(self._reasons)})"
+        said = [self.name]
+        own = [layer for layer in self._layers if layer.rule is None]
+        if own:
+            said.append(f"{len(own)} modules without a rule by themselves (e.g. {own[0].name})")
+        if self._others is not None:
+            total = len(self._other_names) + len(self._handled)
+            by = f"{self._others.name} for {len(self._other_names)} of {total} parameters"
+            said.append(f"{by} ({_first(self._reasons)})")
+        return ", ".join(said)
+
+
+def _is_known(layer: Layer, grads: Sequence[Tensor | None]) -> bool:
+    """Tell whether a layer is understood; if not, no gradient may reach it."""
+    if not layer.known and any(grad is not None and bool(grad.any()) for grad in grads):
+        raise NotPrepared(f"no gradient reached {layer.name} on the first examples, but one does now")
+    return layer.known
+
+
+class _Lengths:
+    """Sees that the rows of layers' outputs are those of whole examples, as they were when the layers were tried.
+
+    Rows may be examples × positions, and a batch have more positions than another; but so it is then for all layers.
+    Rows that were sent to a layer by their values, as to an expert, give themselves away by another number.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._ratios: set[Fraction] | None = None
+
+    def check(self, layer: Layer, grad: Tensor | None) -> None:
+        if not layer.positions or grad is None or layer.batch_axis == "second" or not self._size:
+            return
+        rows, left = divmod(len(grad), self._size)
+        possible = {Fraction(rows, positions) for positions in layer.positions if positions > 1}
+        if left == 0 and (rows == 1 and 1 in layer.positions):
+            return
+        if possible and self._ratios is not None:
+            possible &= self._ratios
+        if left or not possible:
+            raise EngineUnsuitable(f"the rows of {layer.name} are not those of whole examples in every batch")
+        self._ratios = possible
 
 
 def _engine_for(function: ModelFunction, batch: Any, size: int) -> Engine:

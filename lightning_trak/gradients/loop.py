@@ -34,7 +34,7 @@ class LoopEngine:
         if size == 1:
             return outputs[0]
         together = function.output(batch).detach()
-        check_same(torch.cat(outputs) if outputs else together, together)
+        check_same(torch.cat(outputs) if outputs else together, together, function.tolerance)
         return together
 
     def __str__(self) -> str:
@@ -72,4 +72,5 @@ def batch_gradient(
         return output.detach()
 
     outputs = function.call(differentiate, batch, parameters=parameters)
-    return outputs, [value.grad for value in parameters.values()]
+    grads = [value.grad for value in parameters.values()]
+    return outputs, [grad.to_dense() if grad is not None and grad.is_sparse else grad for grad in grads]

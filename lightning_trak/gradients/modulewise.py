@@ -21,16 +21,18 @@ def module_gradients(
     kwargs: Mapping[str, Any],
     grads: Sequence[Tensor | None],
     size: int,
+    batched: Sequence[bool] | None = None,
 ) -> dict[str, Tensor]:
     """Run a module again on each example of the batch that it was called with, by `vmap`, else one after the other.
 
     Args:
-        module: any module whose tensors have the batch first; others are taken to be the same for all examples.
+        module: any module whose output has the batch first; arguments without it are the same for all examples.
         parameters: names of the parameters to differentiate by.
         args: its positional arguments.
         kwargs: its keyword arguments.
         grads: ∂f/∂output, each (b, ...), of all its outputs that are floating-point tensors; None where not used.
         size: b.
+        batched: which of the tensors among the arguments have the batch first; None for those of b rows.
 
     Returns:
         The gradients, (b, *shape) for each parameter.
@@ -46,7 +48,11 @@ def module_gradients(
     if any(grad.ndim == 0 or len(grad) != size for grad in used):
         raise EngineUnsuitable(f"an output of {type(module).__name__} has no batch axis in front")
     tensors = tensors_of((args, kwargs))
-    batched = [tensor.ndim > 0 and len(tensor) == size for tensor in tensors]
+    batched = rows_of_examples(tensors, size) if batched is None else batched
+    if [own for own, tensor in zip(batched, tensors, strict=False) if own and not _has_rows(tensor, size)] or (
+        len(batched) != len(tensors)
+    ):
+        raise EngineUnsuitable(f"{type(module).__name__} is called otherwise than on the first examples")
     values = dict(module.named_parameters())
     chosen = {name: values[name].detach() for name in parameters}
 
@@ -71,6 +77,15 @@ def module_gradients(
             raise
         except Exception:
             return _one_by_one(gradients, examples, used, size)
+
+
+def rows_of_examples(tensors: Sequence[Tensor], size: int) -> list[bool]:
+    """Tell which tensors have one row for each of ``size`` examples."""
+    return [_has_rows(tensor, size) for tensor in tensors]
+
+
+def _has_rows(tensor: Tensor, size: int) -> bool:
+    return tensor.ndim > 0 and len(tensor) == size
 
 
 def _one_by_one(gradients: Any, examples: list[Tensor], used: list[Tensor], size: int) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from lightning_trak.gradients.calls import layer_gradients, move_batch_first
 from lightning_trak.gradients.engine import EngineUnsuitable
 from lightning_trak.gradients.function import ModelFunction
 from lightning_trak.gradients.loop import batch_gradient
+from lightning_trak.gradients.modulewise import rows_of_examples
 from lightning_trak.gradients.rules import find_rule
 from lightning_trak.gradients.tracing import Call, Layer, Tracer
 
@@ -54,7 +55,7 @@ def plan_layers(function: ModelFunction, batch: Any, size: int) -> tuple[list[La
             reasons[name] = "used outside its module"
         elif name not in seen:
             reasons[name] = "its module is not called in the backward pass"
-        elif name in sums and not _close(sums[name], gradient):
+        elif name in sums and not close(sums[name], gradient, function.tolerance):
             reasons[name] = "its module's output is no function of one example"
     for layer in layers:
         layer.parameters = {local: name for local, name in layer.parameters.items() if name not in reasons}
@@ -93,29 +94,44 @@ class _Trial:
         """Set every layer's batch axis; in the place of those that have none, give their parameters a reason."""
         plain, weighted = self._gradients(layers, None), self._gradients(layers, self._weights)
         found: list[Layer | dict[str, str]] = []
+        shared: list[Layer] = []
         for layer in layers:
             pairs = list(zip(plain[id(layer)], weighted[id(layer)], strict=True))
             axis = next((axis for axis in _AXES if all(self._scales(*pair, axis) for pair in pairs)), None)
-            if layer.rule is None or layer.whole or axis is not None:
-                layer.batch_axis = axis or "first"
+            if layer.whole:
                 found.append(layer)
-            elif self._can_be_repeated(layer, plain[id(layer)]):
+            elif not any(bool(gradient.any()) for gradient, _ in pairs):
+                layer.known = False
+                found.append(layer)
+            elif layer.rule is None:
+                found.append(layer)
+            elif axis is not None:
+                layer.batch_axis = axis
+                layer.positions = {len(gradient) // self._size for gradient, _ in pairs}
+                found.append(layer)
+            elif self._can_be_repeated(layer, [gradient for gradient, _ in pairs], shared):
                 found.append(layer)
             else:
                 found.append(dict.fromkeys(layer.parameters.values(), "no axis of its layer's output is the batch"))
         return found
 
-    def _can_be_repeated(self, layer: Layer, gradients: Sequence[Tensor]) -> bool:
-        """Try to repeat a layer's output for every example, as for position embeddings; keeps it so if that works."""
-        layer.shared = "leading" if all(len(gradient) == 1 for gradient in gradients) else "missing"
-        try:
-            plain, weighted = (self._gradients([layer], weights) for weights in (None, self._weights))
-        except Exception:  # a model may do with the axis that was added whatever it likes
-            plain = weighted = {}
-        if id(layer) in plain and all(
-            self._scales(*pair, "first") for pair in zip(plain[id(layer)], weighted[id(layer)], strict=True)
-        ):
-            return True
+    def _can_be_repeated(self, layer: Layer, gradients: Sequence[Tensor], others: list[Layer]) -> bool:
+        """Try to repeat a layer's output for every example, as for position embeddings; keeps it so if that works.
+
+        Not where one of the ``others``, repeated already, comes before it: then the batch is there.
+        """
+        ways = [None] if others else []
+        for layer.shared in (*ways, "leading" if all(len(gradient) == 1 for gradient in gradients) else "missing"):
+            try:
+                plain, weighted = (self._gradients([*others, layer], weights) for weights in (None, self._weights))
+            except Exception:  # a model may do with the axis that was added whatever it likes
+                continue
+            pairs = list(zip(plain[id(layer)], weighted[id(layer)], strict=True))
+            if all(len(gradient) == self._size and self._scales(gradient, other, "first") for gradient, other in pairs):
+                layer.positions = {1}
+                if layer.shared is not None:
+                    others.append(layer)
+                return True
         layer.shared = None
         return False
 
@@ -126,10 +142,15 @@ class _Trial:
         def note(call: Call, grads: tuple[Tensor | None, ...]) -> None:
             found[id(call.layer)] += [grad for grad in grads if grad is not None][:1]
 
-        outputs, _ = Tracer(layers, note).run(self._function, self._batch, self._size, weights)
-        if not _close(outputs, self._outputs):
+        watched = {name for layer in layers for name in layer.parameters.values()}  # those are detached, and so cheap
+        names = [*watched] if watched >= self._function.parameters.keys() else []
+        outputs, _ = Tracer(layers, note).run(self._function, self._batch, self._size, weights, names)
+        if not self._close(outputs, self._outputs):
             raise EngineUnsuitable("the model's output changes when its layers are watched")
         return found
+
+    def _close(self, one: Tensor, other: Tensor) -> bool:
+        return close(one, other, self._function.tolerance)
 
     def _scales(self, plain: Tensor, weighted: Tensor, axis: str) -> bool:
         """Tell whether a gradient grows by the examples' weights along an axis."""
@@ -138,7 +159,7 @@ class _Trial:
         if axis != "second" and len(plain) % self._size:
             return False
         first, second = (move_batch_first(grad, axis, self._size).reshape(self._size, -1) for grad in (plain, weighted))
-        return _close(first * self._weights[:, None], second)
+        return self._close(first * self._weights[:, None].to(first), second)
 
     def weighted_sums(self, layers: list[Layer]) -> tuple[dict[str, Tensor], set[str], set[str]]:
         """Return Σᵢ vᵢ gᵢ of the parameters whose way is to be doubted, those seen at all, and those used elsewhere.
@@ -150,6 +171,10 @@ class _Trial:
         refused: list[Layer] = []
 
         def receive(call: Call, grads: tuple[Tensor | None, ...]) -> None:
+            if not call.layer.known:
+                seen.update(call.layer.parameters.values())
+                return
+            call.layer.batched[call.number] = rows_of_examples(call.tensors(), self._size)
             try:
                 gradients = layer_gradients(call, grads, self._size)
             except EngineUnsuitable:
@@ -158,12 +183,14 @@ class _Trial:
             seen.update(gradients)
             if call.layer.rule is None or call.layer.whole:
                 for name, gradient in gradients.items():
-                    total = torch.einsum("b,b...->...", self._weights, gradient.dense())
+                    total = gradient.weighted_sum(self._weights)
                     sums[name] = sums[name] + total if name in sums else total
 
         names = [name for layer in layers for name in layer.parameters.values()]
         tracer = Tracer(layers, receive)
-        _, outside = tracer.run(self._function, self._batch, self._size, names=list(dict.fromkeys(names)))
+        outputs, outside = tracer.run(self._function, self._batch, self._size, names=list(dict.fromkeys(names)))
+        if not self._close(outputs, self._outputs):
+            raise EngineUnsuitable("the model's output changes when outputs of layers are repeated")
         with_rule = [layer for layer in refused if layer.rule is not None]
         for layer in with_rule:
             layer.rule = None
@@ -172,8 +199,8 @@ class _Trial:
         return sums, seen, set(outside)
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    tolerance = 1e-3 if one.dtype in (torch.float32, torch.float64) else 0.05
-    finite = other[other.isfinite()]  # what is not is reported when it is featurized, with its row
+def close(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    """Tell whether two tensors are the same but for rounding, relative to the largest entry."""
+    finite, one = other[other.isfinite()], one.to(other.dtype)  # what is not is reported when it is featurized
     scale = finite.abs().max().item() if finite.numel() else 0.0
     return one.shape == other.shape and torch.allclose(one, other, 0, tolerance * scale + 1e-12, equal_nan=True)

@@ -32,6 +32,9 @@ class Layer:
             also be examples × positions.
         shared: whether it is called once for all examples, and its output must be repeated for each: ``"leading"`` if
             a batch axis of one is there, ``"missing"`` if none is; else None.
+        known: whether a gradient reached it when it was tried; else nothing was found out.
+        positions: how many rows an example had in the calls that were tried, where rows are examples × positions.
+        batched: of a module without a rule, which tensors among the arguments of each call had the batch first.
     """
 
     module: nn.Module
@@ -41,15 +44,27 @@ class Layer:
     whole: bool = False
     batch_axis: str = "first"
     shared: str | None = None
+    known: bool = True
+    positions: set[int] = field(default_factory=set)
+    batched: dict[int, list[bool]] = field(default_factory=dict)
 
 
 @dataclass
 class Call:
-    """One call of a layer: what went in, to be read when the gradients of what came out are there."""
+    """One call of a layer: what went in, to be read when the gradients of what came out are there.
+
+    Attributes:
+        layer: which one.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        number: how often the layer was called before, in this forward pass.
+        versions: of the tensors among the arguments.
+    """
 
     layer: Layer
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    number: int = 0
     versions: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -85,6 +100,7 @@ class Tracer:
         self._active = False
         self._size = 0
         self._anchor = torch.zeros(())
+        self._calls: dict[int, int] = {}
 
     def run(
         self, function: ModelFunction, batch: Any, size: int, weights: Tensor | None = None, names: Sequence[str] = ()
@@ -101,7 +117,7 @@ class Tracer:
         Returns:
             The outputs (b,), and those of ``names`` that are also used outside the layers.
         """
-        self._size = size
+        self._size, self._calls = size, {}
         own = {name: value.detach() for name, value in function.parameters.items()}
         leaves = {name: own[name].requires_grad_() for name in names}
 
@@ -132,7 +148,8 @@ class Tracer:
             return original(*args, **kwargs)
         with _detached(layer):
             result = original(*args, **kwargs)
-        call = Call(layer, args, kwargs)
+        number = self._calls[id(layer)] = self._calls.get(id(layer), -1) + 1
+        call = Call(layer, args, kwargs, number)
         hooked: list[Tensor] = []
         shapes: list[torch.Size] = []
 

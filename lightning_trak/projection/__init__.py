@@ -30,8 +30,10 @@ _BY_NAME: dict[str, Callable[[int], Projector]] = {
 }
 
 
-def check_projector(projector: str | Projector) -> None:
-    """Raise a ValueError or TypeError if ``projector`` is neither a known name nor a `Projector`."""
+def check_projector(projector: str | Projector, proj_dim: int) -> None:
+    """Raise a ValueError or TypeError if ``projector`` is neither a known name nor a `Projector`, or k not for it."""
+    if projector == "fast_jl":
+        FastJLProjector.check_proj_dim(proj_dim)
     if isinstance(projector, Projector) or projector == "auto" or projector in _BY_NAME:
         return
     expected = f"'auto', {', '.join(map(repr, _BY_NAME))} or a Projector"
@@ -47,7 +49,7 @@ def make_projector(projector: str | Projector, proj_dim: int, n_params: int) -> 
     >>> make_projector("auto", proj_dim=2048, n_params=10**6)
     FactoredProjector(proj_dim=2048)
     """
-    check_projector(projector)
+    check_projector(projector, proj_dim)
     if isinstance(projector, Projector):
         return projector
     if projector == "auto":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_trak.gradients.gradient import Gradient
 from lightning_trak.projection.philox import random_signs
-from lightning_trak.projection.projector import Projector
+from lightning_trak.projection.projector import Drawn, Projector
 from lightning_trak.projection.sparse import SparseProjector
 
 _LEFT, _RIGHT = 2, 3  # fourth word of the Philox counter; the sparse projection has 1, the dense one 0
@@ -21,7 +21,7 @@ class FactoredProjector(Projector):
     L, (O, r), and R, (I, r), have entries ±1/√r, independent and equally likely; an axis no longer than r is left as it
     is. S is the `SparseProjector`'s matrix. As E[L Lᵀ] = I, E[R Rᵀ] = I and E[S Sᵀ] = I, and the three are independent,
     E[P Pᵀ] = I. Where G = Σₜ gₜ aₜᵀ, LᵀGR = Σₜ (Lᵀgₜ)(Rᵀaₜ)ᵀ: the cost is that of two thin layers. Parameters of one
-    axis, and those no larger than r², go into S as they are.
+    axis, those of fewer than r rows and those no larger than r² go into S as they are.
 
     Row i of L is drawn from Philox at counter (start + i, j div 128, 2), start the parameter's place among all p, and
     that of R at (start + i, j div 128, 3). The idea of projecting the factors is that of Choe et al., "What is your
@@ -43,7 +43,7 @@ class FactoredProjector(Projector):
         super().__init__(proj_dim)
         self.rank = rank
         self._sparse = SparseProjector(proj_dim)
-        self._drawn: dict[tuple[int, int, int, int, torch.device], Tensor] = {}
+        self._drawn = Drawn()
 
     def add_(self, features: Tensor, gradients: Tensor, start: int, key: int) -> None:
         """Add entries as they are, by the sparse projection alone; see `Projector.add_`."""
@@ -52,7 +52,7 @@ class FactoredProjector(Projector):
     def add_gradient_(self, features: Tensor, gradient: Gradient, start: int, key: int) -> None:
         """Add LᵀGR; see `Projector.add_gradient_`."""
         shape = gradient.shape
-        if len(shape) < 2 or prod(shape) <= self.rank**2:
+        if len(shape) < 2 or shape[0] < self.rank or prod(shape) <= self.rank**2:
             super().add_gradient_(features, gradient, start, key)
             return
         left = self._matrix(start, shape[0], _LEFT, key, features.device)
@@ -63,10 +63,13 @@ class FactoredProjector(Projector):
         """Return L or R; those of one key are kept, since batch after batch needs them."""
         if rows <= self.rank:
             return None
-        if any(key != drawn for drawn, *_ in self._drawn):
-            self._drawn.clear()
-        where = (key, start, rows, side, device)
-        if where not in self._drawn:
-            signs = random_signs(start, start + rows, self.rank, key, side, device)
-            self._drawn[where] = signs * self.rank**-0.5
-        return self._drawn[where]
+        return self._drawn.get(
+            key,
+            (start, rows, side, device),
+            lambda: random_signs(start, start + rows, self.rank, key, side, device) * self.rank**-0.5,
+        )
+
+    def forget(self) -> None:
+        """Let go of the matrices, and of the buckets."""
+        self._drawn.forget()
+        self._sparse.forget()

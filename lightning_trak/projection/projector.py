@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
 
 from torch import Tensor
 
@@ -73,8 +74,32 @@ class Projector(ABC):
         """Return a projector that takes as much memory, and as little time as may be, to try a batch size with."""
         return self
 
+    def forget(self) -> None:  # noqa: B027 - optional
+        """Let go of what is kept from batch to batch of one key; there need not be anything."""
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(proj_dim={self.proj_dim})"
+
+
+class Drawn:
+    """Random numbers of one key, kept since batch after batch needs them, until another key is asked for."""
+
+    def __init__(self) -> None:
+        self._key: int | None = None
+        self._values: dict[Hashable, Tensor] = {}
+
+    def get(self, key: int, where: Hashable, draw: Callable[[], Tensor]) -> Tensor:
+        """Return what was drawn ``where``, or draw it."""
+        if key != self._key:
+            self.forget()
+            self._key = key
+        if where not in self._values:
+            self._values[where] = draw()
+        return self._values[where]
+
+    def forget(self) -> None:
+        """Let go of everything."""
+        self._values.clear()
 
 
 def projection_key(seed: int, checkpoint: str) -> int:

@@ -26,7 +26,7 @@ class RademacherProjector(Projector):
     "Database-friendly random projections", PODS 2001.
 
     Where the hardware multiplies bfloat16 faster than float32 (GPUs from Ampere on, with Triton; CPUs with AMX or
-    AVX-512-BF16), gradients are rounded to it. Signs are exact in it and sums float32, so a row of features then
+    AVX-512-BF16), gradients are rounded to it, and on CPUs every block's product. A row of features then
     differs from the exact one by about 0.2 % of its norm, at most 0.6 % in the mean square.
 
     >>> projector, features = RademacherProjector(proj_dim=4), torch.zeros(1, 4)

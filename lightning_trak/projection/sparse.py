@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.projection.philox import counters, philox4x32
-from lightning_trak.projection.projector import Projector
+from lightning_trak.projection.projector import Drawn, Projector
 
 _BLOCK = 2**18  # parameters whose buckets are drawn at once
 
@@ -28,7 +28,7 @@ class SparseProjector(Projector):
 
     def __init__(self, proj_dim: int = 2048) -> None:
         super().__init__(proj_dim)
-        self._drawn: dict[tuple[int, int, int, torch.device], Tensor] = {}
+        self._drawn = Drawn()
 
     def add_(self, features: Tensor, gradients: Tensor, start: int, key: int) -> None:
         """Add every gradient entry to its bucket; see `Projector.add_`."""
@@ -43,14 +43,16 @@ class SparseProjector(Projector):
         Two halves for the two signs make the sketch one scatter, with no signed copy of the gradients. The buckets of
         a model are as large as its weights twice over; those of one key are kept, since batch after batch needs them.
         """
-        if any(key != drawn for drawn, *_ in self._drawn):
-            self._drawn.clear()
-        found = self._drawn.get((key, start, stop, device))
-        if found is None:
+
+        def draw() -> Tensor:
             blocks = range(start, max(stop, start + 1), _BLOCK)  # one at least, be it empty
-            found = torch.cat([_draw(first, min(first + _BLOCK, stop), self.proj_dim, key, device) for first in blocks])
-            self._drawn[key, start, stop, device] = found
-        return found
+            return torch.cat([_draw(first, min(first + _BLOCK, stop), self.proj_dim, key, device) for first in blocks])
+
+        return self._drawn.get(key, (start, stop, device), draw)
+
+    def forget(self) -> None:
+        """Let go of the buckets."""
+        self._drawn.forget()
 
 
 def _draw(start: int, stop: int, proj_dim: int, key: int, device: torch.device) -> Tensor:

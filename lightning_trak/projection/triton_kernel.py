@@ -30,9 +30,14 @@ def available(device: torch.device) -> bool:
     >>> _INTERPRETED or not available(torch.device("cpu"))
     True
     """
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return False
     return _INTERPRETED or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= _AMPERE)
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def rademacher_add_(features: Tensor, gradients: Tensor, start: int, key: int, proj_dim: int) -> None:
@@ -69,7 +74,7 @@ def rademacher_add_(features: Tensor, gradients: Tensor, start: int, key: int, p
     block_b, block_q, block_k = _tile(b, k, wide)
     grid_b, grid_k = -(-b // block_b), -(-k // block_k)
     splits, length = _split(-(-q // block_q), grid_b * grid_k, processors)
-    partial = torch.empty(splits, b, k, device=features.device)
+    partial = torch.empty(splits, b, k, dtype=torch.float32, device=features.device)
     with torch.cuda.device_of(gradients):  # type: ignore[no-untyped-call]  # Triton launches on the current device
         _compiled()[(grid_k, grid_b, splits)](
             *(gradients, partial, *_words(start), *_words(key), b, k, q, gradients.stride(0), length),

@@ -21,32 +21,40 @@ def run() -> None:
         print("\n### GPU\n\nNot run: torch finds no CUDA device.")
         return
     header = ["what", "ratio", "seconds"]
-    print_table(f"GPU: {torch.cuda.get_device_name()}", header, (*_quickstart(), *_dense()))
+    print_table(f"GPU: {torch.cuda.get_device_name()}", header, (*quickstart("cuda"), *_dense()))
 
 
-def _quickstart() -> Iterator[list[str]]:
+def quickstart(
+    device: str, checkpoints: int = CHECKPOINTS, n_train: int = N_TRAIN, n_targets: int = N_TARGETS
+) -> Iterator[list[str]]:
     """ResNet-9, 20 checkpoints, 10 000 training pictures, 2 000 targets: featurized and scored."""
     model = MODELS["resnet9"]
-    module, train, targets = model.build(), model.loader(N_TRAIN), model.loader(N_TARGETS)
+    module, train, targets = model.build(), model.drawn_loader(n_train), model.drawn_loader(n_targets)
+    options = {"accelerator": device, "proj_dim": PROJ_DIM}
     with tempfile.TemporaryDirectory() as root:
-        paths = [Path(root) / f"{number}.pt" for number in range(CHECKPOINTS)]
+        paths = [Path(root) / f"{number}.pt" for number in range(checkpoints)]
         for path in paths:
-            torch.save({name: value + 1e-3 * torch.randn(()) * value for name, value in _floats(module)}, path)
-        whole = seconds(lambda: attribute(module, train, targets, root, paths, accelerator="cuda"))
-        yield [f"quickstart: {CHECKPOINTS} checkpoints, {N_TRAIN} + {N_TARGETS} pictures", "–", f"{whole:.1f}"]
+            weights = {name: value * 1.001 if value.is_floating_point() else value for name, value in _weights(module)}
+            module.load_state_dict(weights)
+            torch.save(weights, path)
+        whole = seconds(lambda: attribute(module, train, targets, root, paths, **options))
+        yield [f"quickstart: {checkpoints} checkpoints, {n_train} + {n_targets} pictures", "–", f"{whole:.1f}"]
     with tempfile.TemporaryDirectory() as root:
         path = Path(root) / "weights.pt"
         torch.save(module.state_dict(), path)
-        ours = seconds(lambda: attribute(module, train, targets, root, path, accelerator="cuda"))
-    module.cuda()
-    batches = [[part.cuda() for part in batch] for loader in (train, targets) for batch in loader]
-    plain_pass(module, batches)
-    plain = seconds(lambda: plain_pass(module, batches))
-    yield ["one checkpoint, against plain forward + backward", f"{ours / plain:.2f}", f"{ours:.1f}"]
+        ours = seconds(lambda: attribute(module, train, targets, root, path, **options))
+    module.to(device)
+
+    def plain() -> None:
+        for loader in (train, targets):
+            plain_pass(module, ([part.to(device) for part in batch] for batch in loader))
+
+    plain()
+    yield ["one checkpoint, against plain forward + backward", f"{ours / seconds(plain):.2f}", f"{ours:.1f}"]
 
 
-def _floats(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [(name, value) for name, value in module.state_dict().items() if value.is_floating_point()]
+def _weights(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return list(module.state_dict().items())
 
 
 def _dense() -> Iterator[list[str]]:

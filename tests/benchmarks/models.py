@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_trak import ClassificationMixin, TRAKMixin
 from tests.zoo_small import ResNet9
@@ -52,9 +52,6 @@ class LanguageModel(TRAKMixin, L.LightningModule):
     def model_output(self, batch: Any) -> Tensor:
         likelihood = self.log_likelihood(batch)
         return (likelihood - torch.log(-torch.expm1(likelihood))).mean(1)
-
-    def output_to_loss(self, model_output: Tensor) -> Tensor:
-        return F.softplus(-model_output)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return -self.log_likelihood(batch).mean()
@@ -99,6 +96,12 @@ class Model:
         torch.manual_seed(0)
         return self.make().eval()
 
+    def drawn_loader(self, n: int) -> DataLoader[Any]:
+        """Return a loader of ``n`` pictures that are drawn beforehand, so that drawing them takes no time."""
+        examples = Examples(self.example, n)
+        columns = zip(*(examples[index] for index in range(n)), strict=True)
+        return DataLoader(TensorDataset(*map(torch.stack, columns)), self.batch_size)
+
     def loader(self, n: int) -> DataLoader[Any]:
         """Return a loader of ``n`` examples."""
         return DataLoader(Examples(self.example, n), self.batch_size)
@@ -119,26 +122,26 @@ def resnet9() -> L.LightningModule:
     return Classifier(ResNet9(64))
 
 
-def vit() -> L.LightningModule:
+def vit(layers: int = 12) -> L.LightningModule:
     """ViT-S/16 for pictures of 224×224."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    config = ViTConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536)
+    config = ViTConfig(hidden_size=384, num_hidden_layers=layers, num_attention_heads=6, intermediate_size=1536)
     return Classifier(ViTForImageClassification(config))
 
 
-def bert() -> L.LightningModule:
+def bert(layers: int = 12) -> L.LightningModule:
     """BERT-base."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    return Classifier(BertForSequenceClassification(BertConfig()))
+    return Classifier(BertForSequenceClassification(BertConfig(num_hidden_layers=layers)))
 
 
-def gpt2() -> L.LightningModule:
+def gpt2(layers: int = 12) -> L.LightningModule:
     """GPT-2 small."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return LanguageModel(GPT2LMHeadModel(GPT2Config()))
+    return LanguageModel(GPT2LMHeadModel(GPT2Config(n_layer=layers)))
 
 
 def _picture(channels: int, size: int, classes: int) -> Callable[[torch.Generator], Any]:

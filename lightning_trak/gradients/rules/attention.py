@@ -92,9 +92,14 @@ def _attend(
     return heads.detach().transpose(0, 1), tuple(part.transpose(0, 1) for part in grads)
 
 
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    views = (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())
+    return views or (one.shape == other.shape and torch.equal(one, other))
+
+
 def _joined(grads: tuple[Tensor, ...], inputs: list[Tensor]) -> Gradient:
     """Gradients of the three projections stacked: for three inputs, three times as many positions."""
-    if inputs[0] is inputs[1] is inputs[2] or all(torch.equal(inputs[0], other) for other in inputs[1:]):
+    if all(_is_same(inputs[0], other) for other in inputs[1:]):
         return OuterGradient(torch.cat(grads, dim=-1), inputs[0])
     size = grads[0].shape[-1]
     blocks = [pad(part, (place * size, (2 - place) * size)) for place, part in enumerate(grads)]

@@ -70,6 +70,11 @@ def layer_rule(*layers: type[nn.Module] | str, whole: bool = False) -> Callable[
     >>> find_rule(Scale()).rule is scale
     True
     """
+    wrong = [layer for layer in layers if not isinstance(layer, str) and not _is_module_type(layer)]
+    if wrong or not layers:
+        raise TypeError(
+            f"layer_rule takes types of modules, as in @layer_rule(torch.nn.Linear); got {wrong or 'none'}."
+        )
 
     def register(rule: Rule) -> Rule:
         for layer in layers:
@@ -77,6 +82,10 @@ def layer_rule(*layers: type[nn.Module] | str, whole: bool = False) -> Callable[
         return rule
 
     return register
+
+
+def _is_module_type(layer: Any) -> bool:
+    return isinstance(layer, type) and issubclass(layer, nn.Module)
 
 
 def find_rule(layer: nn.Module) -> Registered | None:
