@@ -50,11 +50,11 @@ CASES = (
     Case("resnet9", "vmap", "sparse"),
     Case("resnet9", "loop", "sparse"),
     Case("vit"),
-    Case("vit", projector="sparse", n_train=128),
+    Case("vit", projector="sparse", n_train=64),
     Case("bert"),
-    Case("bert", projector="sparse", n_train=96),
-    Case("gpt2"),
-    Case("gpt2", projector="sparse", n_train=96),
+    Case("bert", projector="sparse", n_train=64, n_targets=16),
+    Case("gpt2", n_train=192),
+    Case("gpt2", projector="sparse", n_train=64, n_targets=16),
 )
 
 
