@@ -34,7 +34,7 @@ from lightning_trak.callback import (
 from lightning_trak.data import check_loader
 from lightning_trak.gradients.function import check_fit
 from lightning_trak.progress import progress
-from lightning_trak.scores import Extremes, TrainFeatures, extreme_scores, n_blocks, precondition, scores
+from lightning_trak.scores import Extremes, Scores, TrainFeatures, extreme_scores, n_blocks, precondition, scores
 from lightning_trak.store import FeatureStore
 from lightning_trak.weights import load_weights, read_checkpoint, weights_digest
 
@@ -102,7 +102,9 @@ def attribute(
         damping=callback.damping,
         curvature=callback.curvature,
     )
-    attribution = Attribution(result, info)
+    attribution = (
+        Attribution(result, info) if isinstance(result, Extremes) else Attribution(result.mean, info, result.spread)
+    )
     if name is not None:
         attribution.save(store.scores_dir(name))
     return attribution
@@ -317,7 +319,7 @@ def _solve(
 
 def _score(
     trainer: pl.Trainer, trains: list[TrainFeatures], solved: list[Tensor], top_k: int | None
-) -> Tensor | Extremes:
+) -> Scores | Extremes:
     n_train, device = len(trains[0].features), _scoring_device(trainer)
     with progress(trainer, "Scoring", n_blocks(n_train, len(solved[0]))) as advance:
         if top_k is None:

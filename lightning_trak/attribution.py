@@ -8,14 +8,15 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_trak.metrics import spearman
 from lightning_trak.plot import plot_extremes
-from lightning_trak.scores import Extremes, Ranked, rank
+from lightning_trak.scores import Extremes, Ranked, Spread, rank
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,6 +45,18 @@ class AttributionInfo:
     curvature: bool
 
 
+class Convergence(NamedTuple):
+    """How well halves of the checkpoints agree.
+
+    Attributes:
+        checkpoints: how many were cut into halves.
+        agreement: rank correlation of the halves' scores.
+    """
+
+    checkpoints: list[int]
+    agreement: list[float]
+
+
 class Attribution:
     """Scores of every training example for every target.
 
@@ -54,6 +67,7 @@ class Attribution:
     Args:
         scores: τ, (n, m); or, to hold only the best and worst of each target, `Extremes`.
         info: how they came about.
+        spread: how they vary from checkpoint to checkpoint, where that is known.
 
     >>> info = AttributionInfo(3, 1, ("a1b2",), "sparse", 2048, 0.3, True)
     >>> attribution = Attribution(torch.tensor([[0.5], [-1.0], [2.0]]), info)
@@ -63,8 +77,9 @@ class Attribution:
     (tensor([[2, 0]]), tensor([[-1.]]))
     """
 
-    def __init__(self, scores: Tensor | Extremes, info: AttributionInfo) -> None:
+    def __init__(self, scores: Tensor | Extremes, info: AttributionInfo, spread: Spread | None = None) -> None:
         self._scores = scores
+        self._spread = spread
         self.info = info
 
     @property
@@ -77,6 +92,47 @@ class Attribution:
                 " them. For all scores call trainer.attribute(...) without top_k."
             )
         return self._scores
+
+    @property
+    def standard_error(self) -> Tensor:
+        """Of every score, (n, m): its standard deviation over checkpoints divided by the root of their number.
+
+        Checkpoints of one run are alike, so it tells how much the scores would change with other checkpoints of such a
+        run, not with another run.
+        """
+        return self._known_spread().standard_error
+
+    def convergence(self, splits: int = 20, seed: int = 0) -> Convergence:
+        """Say whether the checkpoints are enough: how well two halves of them agree, for more and more checkpoints.
+
+        Checkpoints are drawn at random and cut into halves; agreement is Spearman's rank correlation of the halves'
+        scores over training examples, averaged over targets and ``splits``. Where it has stopped to rise, more
+        checkpoints of the same kind will not help.
+
+        Args:
+            splits: for each number of checkpoints.
+            seed: chooses them.
+
+        Returns:
+            ``checkpoints``, even numbers, and ``agreement`` for each.
+        """
+        sample = self._known_spread().sample
+        generator = torch.Generator().manual_seed(seed)
+        numbers = list(range(2, len(sample) + 1, 2))
+        agreement = []
+        for number in numbers:
+            drawn = [torch.randperm(len(sample), generator=generator)[:number] for _ in range(splits)]
+            halves = [(sample[half[::2]].mean(0), sample[half[1::2]].mean(0)) for half in drawn]
+            agreement.append(torch.stack([spearman(*pair).mean() for pair in halves]).mean().item())
+        return Convergence(numbers, agreement)
+
+    def _known_spread(self) -> Spread:
+        if self._spread is None:
+            raise AttributeError(
+                "How scores vary over checkpoints is known only where trainer.attribute(...) averaged over two"
+                f" checkpoints or more, without top_k; here are {len(self.info.checkpoints)}."
+            )
+        return self._spread
 
     def top(self, k: int = 5) -> Ranked:
         """Return the most helpful training examples of every target, the best first.
@@ -152,18 +208,20 @@ class Attribution:
             fields = json.loads((folder / "attribution.json").read_text())
             info = AttributionInfo(**{**fields, "checkpoints": tuple(fields["checkpoints"])})
             names = ["scores"] if (folder / "scores.npy").exists() else ["top", "top_values", "bottom", "bottom_values"]
-            arrays = [torch.from_numpy(np.load(folder / f"{name}.npy", allow_pickle=False)) for name in names]
+            arrays = [_load(folder, name) for name in names]
+            varies = (folder / "standard_error.npy").exists()
+            spread = Spread(_load(folder, "standard_error"), _load(folder, "sample")) if varies else None
         except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
             raise ValueError(f"The attribution in '{path}' is damaged: {error}. Compute it again.") from error
         if len(arrays) == 1:
             if tuple(arrays[0].shape) != (info.n_train, info.n_targets):
                 raise ValueError(f"The attribution in '{path}' is damaged: scores have shape {tuple(arrays[0].shape)}.")
-            return cls(arrays[0], info)
+            return cls(arrays[0], info, spread)
         return cls(Extremes(Ranked(arrays[0], arrays[1]), Ranked(arrays[2], arrays[3])), info)
 
     def _arrays(self) -> dict[str, Tensor]:
         if isinstance(self._scores, Tensor):
-            return {"scores": self._scores}
+            return {"scores": self._scores} | ({} if self._spread is None else vars(self._spread))
         top, bottom = self._scores.top, self._scores.bottom
         return {
             "top": top.indices,
@@ -191,3 +249,7 @@ class Attribution:
             f" projector={info.projector!r}, proj_dim={info.proj_dim}, damping={info.damping:g},"
             f" curvature={info.curvature})"
         )
+
+
+def _load(folder: Path, name: str) -> Tensor:
+    return torch.from_numpy(np.load(folder / f"{name}.npy", allow_pickle=False))

@@ -102,11 +102,19 @@ def factor(kernel: Tensor, damping: float) -> CholeskyFactor:
     # Features are float32, so a kernel is known to about k·ε of its largest entries: beyond that it is singular.
     if int(info) or bool(pivots.min() ** 2 < 1e-7 * pivots.max() ** 2):
         raise ValueError(
-            f"The kernel H, ({len(kernel)}, {len(kernel)}), is singular or nearly so with damping={damping:g}: there"
-            " are too few or too similar training examples for so many features. Set TRAKCallback(damping=0.3), or a"
-            " proj_dim well below the number of training examples."
+            f"The kernel H, ({len(kernel)}, {len(kernel)}), is singular or nearly so with damping={damping:g}"
+            f" ({_diagnosis(damped)}): there are too few or too similar training examples for so many features. Set"
+            " TRAKCallback(damping=0.3), or a proj_dim well below the number of training examples."
         )
     return CholeskyFactor(lower)
+
+
+def _diagnosis(kernel: Tensor) -> str:
+    """Say how far a kernel is from what can be solved with; effective is the rank (Σλ)² / Σλ² of its eigenvalues λ."""
+    eigenvalues = torch.linalg.eigvalsh(kernel).clamp(min=0)
+    condition = eigenvalues.max() / eigenvalues.min()
+    rank = eigenvalues.sum() ** 2 / eigenvalues.square().sum()
+    return f"condition number {condition.item():.2g}, effective rank {rank.item():.1f}"
 
 
 def solve(state: CholeskyFactor, vectors: Tensor) -> Tensor:

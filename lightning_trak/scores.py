@@ -15,6 +15,7 @@ from lightning_trak.gram import factor, full_precision, gram, solve
 
 _BLOCK_ROWS = 4096
 _BLOCK_SCORES = 2**26  # at most so many at once: 256 MiB
+_SAMPLED = 64  # training examples whose scores are kept for every checkpoint
 _CPU = torch.device("cpu")
 
 Array = npt.NDArray[Any]
@@ -53,6 +54,26 @@ class Ranked(NamedTuple):
 
     indices: Tensor
     values: Tensor
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How scores vary from checkpoint to checkpoint.
+
+    Attributes:
+        standard_error: of the mean over checkpoints, (n, m).
+        sample: the scores of some training examples, evenly spaced, at each checkpoint, (checkpoints, r, m).
+    """
+
+    standard_error: Tensor
+    sample: Tensor
+
+
+class Scores(NamedTuple):
+    """Scores averaged over checkpoints, (n, m), and how they vary; None for a single checkpoint."""
+
+    mean: Tensor
+    spread: Spread | None
 
 
 @dataclass(frozen=True)
@@ -95,7 +116,7 @@ def scores(
     solved: Sequence[Tensor],
     advance: Callable[[], object] = lambda: None,
     device: torch.device = _CPU,
-) -> Tensor:
+) -> Scores:
     """Average φ(z)ᵀ H⁻¹ φ(zᵢ) qᵢ over checkpoints, each with its own q.
 
     Args:
@@ -105,13 +126,24 @@ def scores(
         device: where blocks are multiplied.
 
     Returns:
-        τ, (n, m), float32, on the CPU.
+        τ, (n, m), float32, on the CPU; and how it varies from checkpoint to checkpoint, unless there is one only.
     """
-    total = torch.zeros(len(trains[0].features), len(solved[0]))
-    for rows in _blocks(*total.shape):
-        total[rows] = _score_block(trains, solved, rows, device)
+    n, m, checkpoints = len(trains[0].features), len(solved[0]), len(trains)
+    mean, error = torch.zeros(n, m), torch.zeros(n, m)
+    sampled = torch.linspace(0, n - 1, min(n, _SAMPLED)).round().long()
+    sample = torch.zeros(checkpoints, len(sampled), m)
+    for rows in _blocks(n, m):
+        here = (sampled >= rows.start) & (sampled < rows.stop)
+        total = squares = torch.zeros(rows.stop - rows.start, m, device=device)
+        for number, block in enumerate(_blocks_of_checkpoints(trains, solved, rows, device)):
+            difference = block - total
+            total = total + difference / (number + 1)  # Welford's recurrence: no difference of large sums of squares
+            squares = squares + difference * (block - total)
+            sample[number, here] = block[sampled[here] - rows.start].cpu()
+        mean[rows] = total
+        error[rows] = (squares / max(1, checkpoints * (checkpoints - 1))).sqrt()
         advance()
-    return total
+    return Scores(mean, Spread(error, sample) if checkpoints > 1 else None)
 
 
 def extreme_scores(
@@ -151,11 +183,20 @@ def _score_block(
 ) -> Tensor:
     """Return scores averaged over checkpoints, (r, m)."""
     total = torch.zeros(rows.stop - rows.start, len(solved[0]), device=device)
-    with full_precision():
-        for train, x in zip(trains, solved, strict=True):
-            features, loss_grad, _ = train.block(rows, device)
-            total.addmm_(features * loss_grad[:, None], x.to(device).T, alpha=1 / len(trains))
-    return total
+    for block in _blocks_of_checkpoints(trains, solved, rows, device):
+        total += block
+    return total / len(trains)
+
+
+def _blocks_of_checkpoints(
+    trains: Sequence[TrainFeatures], solved: Sequence[Tensor], rows: slice, device: torch.device
+) -> Iterator[Tensor]:
+    """Yield the scores of some rows at each checkpoint, (r, m)."""
+    for train, x in zip(trains, solved, strict=True):
+        features, loss_grad, _ = train.block(rows, device)
+        with full_precision():
+            block = (features * loss_grad[:, None]) @ x.to(device).T
+        yield block
 
 
 def _keep(kept: Ranked, first: int, values: Tensor, k: int, largest: bool) -> Ranked:

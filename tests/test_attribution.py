@@ -11,7 +11,7 @@ import torch
 
 from lightning_trak import Attribution
 from lightning_trak.attribution import AttributionInfo
-from lightning_trak.scores import Extremes, Ranked
+from lightning_trak.scores import Extremes, Ranked, Spread
 
 mpl.use("Agg")
 
@@ -150,3 +150,35 @@ def test_what_cannot_be_drawn(full, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
         full.plot()
+
+
+def ensemble(checkpoints, noise, n=60, m=4):
+    """Every checkpoint's scores are the same but for noise of its own."""
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(n, m, generator=generator) + noise * torch.randn(checkpoints, n, m, generator=generator)
+    info = AttributionInfo(n, m, tuple(map(str, range(checkpoints))), "sparse", 8, 0.3, True)
+    return Attribution(sample.mean(0), info, Spread(sample.std(0) / checkpoints**0.5, sample))
+
+
+def test_convergence_of_independent_checkpoints():
+    """Halves of c checkpoints with noise σ correlate as 1 / (1 + σ² / (c/2)), in ranks a little less."""
+    found = ensemble(12, noise=1.5).convergence()
+    assert found.checkpoints == [2, 4, 6, 8, 10, 12]
+    expected = [1 / (1 + 1.5**2 / (c / 2)) for c in found.checkpoints]
+    assert found.agreement == pytest.approx(expected, abs=0.06)
+    assert ensemble(5, noise=0.0).convergence().agreement == pytest.approx([1, 1])
+
+
+def test_spread_is_saved(tmp_path):
+    attribution = ensemble(3, noise=1.0)
+    attribution.save(tmp_path / "saved")
+    loaded = Attribution.load(tmp_path / "saved")
+    assert torch.equal(loaded.standard_error, attribution.standard_error)
+    assert loaded.convergence() == attribution.convergence()
+
+
+def test_spread_that_is_not_known():
+    attribution = Attribution(torch.zeros(3, 2), AttributionInfo(3, 2, ("a",), "sparse", 8, 0.3, True))
+    for ask in (lambda: attribution.standard_error, attribution.convergence):
+        with pytest.raises(AttributeError, match="two checkpoints or more, without top_k; here are 1"):
+            ask()

@@ -79,8 +79,11 @@ def test_kernels_that_cannot_be_solved():
     with pytest.raises(ValueError, match=r"singular.*damping=0.*damping=0.3"):
         factor(phi.T @ phi, 0)
     nearly = torch.diag(torch.tensor([1.0, 1e-9], dtype=torch.float64))
-    with pytest.raises(ValueError, match="singular or nearly so"):
+    with pytest.raises(ValueError, match=r"singular or nearly so .*condition number 1e\+09, effective rank 1.0"):
         factor(nearly, 0)
+    four = torch.diag(torch.tensor([1.0, 1, 1, 1, 0, 0], dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"condition number inf, effective rank 4.0"):
+        factor(four, 0)
     with pytest.raises(ValueError, match="mean diagonal of 0"):
         factor(torch.zeros(2, 2, dtype=torch.float64), 0.3)
     with pytest.raises(ValueError, match="mean diagonal of nan"):
@@ -108,7 +111,8 @@ def test_scores_against_numpy_loops(monkeypatch, curvature, block, checkpoints, 
     calls = []
     got = scores(trains, solved, lambda: calls.append(1), torch.device(device))
     expected = scores_reference(trains, targets, 0.2, curvature)
-    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(got.mean.numpy(), expected, rtol=1e-4, atol=1e-6)
+    check_spread(got.spread, trains, targets, curvature)
     assert len(calls) == n_blocks(23, 6) == -(-23 // block)
     extremes = extreme_scores(trains, solved, 7, device=torch.device(device))
     for ranked, largest in ((extremes.top, True), (extremes.bottom, False)):
@@ -117,12 +121,35 @@ def test_scores_against_numpy_loops(monkeypatch, curvature, block, checkpoints, 
         np.testing.assert_allclose(ranked.values.numpy(), values.T.numpy(), rtol=1e-4, atol=1e-6)
 
 
+def check_spread(spread, trains, targets, curvature):
+    """Against each checkpoint's scores by themselves."""
+    if len(trains) == 1:
+        assert spread is None
+        return
+    alone = np.stack(
+        [scores_reference([train], [phi], 0.2, curvature) for train, phi in zip(trains, targets, strict=True)]
+    )
+    expected = alone.std(0, ddof=1) / len(trains) ** 0.5
+    np.testing.assert_allclose(spread.standard_error.numpy(), expected, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(spread.sample.numpy(), alone, rtol=1e-4, atol=1e-6)
+
+
+def test_sample_is_spread_over_the_train_set(monkeypatch):
+    monkeypatch.setattr("lightning_trak.scores._SAMPLED", 3)
+    monkeypatch.setattr("lightning_trak.scores._BLOCK_ROWS", 4)
+    trains, solved = [random_train(23, 5, seed) for seed in range(2)], [torch.randn(6, 5) for _ in range(2)]
+    sample = scores(trains, solved).spread.sample
+    for number in range(2):
+        whole = scores(trains[number : number + 1], solved[number : number + 1]).mean
+        torch.testing.assert_close(sample[number], whole[[0, 11, 22]])
+
+
 def test_many_targets_make_small_blocks(monkeypatch):
     train, solved = random_train(23, 5), torch.randn(6, 5)
-    whole = scores([train], [solved])
+    whole = scores([train], [solved]).mean
     monkeypatch.setattr("lightning_trak.scores._BLOCK_SCORES", 20)
     assert n_blocks(23, 6) == 8
-    torch.testing.assert_close(scores([train], [solved]), whole)
+    torch.testing.assert_close(scores([train], [solved]).mean, whole)
     assert torch.equal(extreme_scores([train], [solved], 4).top.indices, whole.topk(4, dim=0).indices.T)
     assert n_blocks(23, 10**6) == 23
 
@@ -170,6 +197,6 @@ def test_against_traker_on_identical_gradients(tmp_path):
     loss_grad, curvature = LossTerms(model)(function.call, (x, y), result.outputs)
     train = TrainFeatures(result.features.numpy(), loss_grad.numpy(), curvature.numpy())
     solved = precondition(train, featurizer((z, target_y), 20).features, damping=0, curvature=False)
-    ours = scores([train], [solved])
+    ours = scores([train], [solved]).mean
     assert theirs.shape == (200, 20)
     assert min(spearmanr(np.asarray(theirs)[:, j], ours[:, j]).statistic for j in range(20)) > 0.999

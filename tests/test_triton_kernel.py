@@ -82,6 +82,34 @@ def test_interpreted():
     assert (done.returncode, done.stdout) == (0, "all agree\n"), done.stderr
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize(("capability", "wide", "rows"), [(80, False, 128), (90, True, 128)])
+def test_compiles_without_a_gpu(capability, wide, rows):
+    """To machine code, within the 227 KB of shared memory that a block may have (99 KB where tiles are not wide)."""
+    program = f"""if True:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from lightning_trak.projection import triton_kernel
+        kernel = triton_kernel._compiled()
+        tile = dict(zip(("BLOCK_B", "BLOCK_Q", "BLOCK_K"), triton_kernel._tile({rows}, 2048, {wide})))
+        constants = {{**tile, "FAR": False, "INTERPRETED": False}}
+        names = kernel.arg_names
+        types = {{name: "constexpr" if name in constants else "i32" for name in names}}
+        types.update(gradients="*fp32", partial="*fp32")
+        places = {{(names.index(name),): value for name, value in constants.items()}}
+        source = ASTSource(fn=kernel, signature=types, constexprs=places)
+        warps = 8 if tile["BLOCK_B"] == 128 else 4
+        options = {{"num_warps": warps, "num_stages": 2}}
+        compiled = triton.compile(source, target=GPUTarget("cuda", {capability}, 32), options=options)
+        assert compiled.asm["cubin"]
+        print(compiled.metadata.shared)"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= (227 if wide else 99) * 1024
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("shape", [*SHAPES, (256, 100_003, 2048, 2**32 - 5000)])
 def test_compiled(shape):
