@@ -80,7 +80,7 @@ def factor(kernel: Tensor, damping: float) -> CholeskyFactor:
     Relative damping means the same whatever the scale of the gradients and the size of the train set.
 
     Args:
-        kernel: H, (k, k), symmetric, positive semi-definite.
+        kernel: H, (k, k), symmetric, positive semi-definite; it is damped in place, as a copy would be large.
         damping: λ ≥ 0.
 
     Raises:
@@ -96,14 +96,14 @@ def factor(kernel: Tensor, damping: float) -> CholeskyFactor:
             f"The kernel H has a mean diagonal of {scale.item():.3g}: all gradients or all curvatures vanish or are not"
             " finite. Attribute checkpoints whose training loss is not exactly zero, or use curvature=False."
         )
-    damped = kernel + damping * scale * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
-    lower, info = torch.linalg.cholesky_ex(damped)
+    kernel.diagonal().add_(damping * scale)
+    lower, info = torch.linalg.cholesky_ex(kernel)
     pivots = lower.diagonal()
     # Features are float32, so a kernel is known to about k·ε of its largest entries: beyond that it is singular.
     if int(info) or bool(pivots.min() ** 2 < 1e-7 * pivots.max() ** 2):
         raise ValueError(
             f"The kernel H, ({len(kernel)}, {len(kernel)}), is singular or nearly so with damping={damping:g}"
-            f" ({_diagnosis(damped)}): there are too few or too similar training examples for so many features. Set"
+            f" ({_diagnosis(kernel)}): there are too few or too similar training examples for so many features. Set"
             " TRAKCallback(damping=0.3), or a proj_dim well below the number of training examples."
         )
     return CholeskyFactor(lower)

@@ -13,7 +13,7 @@ Matrix = Tensor | None
 """A matrix to multiply with; None for the identity."""
 
 
-_DENSE_BYTES = 2**28  # of per-sample gradients that are added up at once
+_DENSE_BYTES = 2**24  # of per-sample gradients that are added up at once
 
 
 class Gradient(ABC):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 import tempfile
@@ -44,7 +43,7 @@ def _measure(what: str, key: str) -> Iterator[str]:
     with silence(), tempfile.TemporaryDirectory() as root:
         small = MODELS["digits"]
         trainer(root, accelerator="cpu", fast_dev_run=1).fit(small.build().train(), small.loader(2))  # lazy imports
-        before = _resident()
+        before = _resident("VmRSS")
         if what == "train":
             loader = model.loader(STEPS * model.batch_size)
             own = trainer(root, accelerator="cpu", max_epochs=1, enable_checkpointing=False)
@@ -54,11 +53,13 @@ def _measure(what: str, key: str) -> Iterator[str]:
             torch.save(model.build().state_dict(), checkpoint)
             train, targets = model.loader(STEPS * model.batch_size), model.loader(model.batch_size)
             attribute(model.build(), train, targets, root, checkpoint)
-        yield str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+        yield str(_resident("VmHWM") - before)
 
 
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def _resident(field: str) -> int:
+    """Return the resident memory now (VmRSS) or at its peak (VmHWM); getrusage would count the parent's too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 if __name__ == "__main__":
