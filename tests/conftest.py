@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import lightning as L
+import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_trak as lt
+from lightning_trak.gradients.rules.registry import _RULES
 
 
 def make_data(n: int, seed: int = 0) -> TensorDataset:
@@ -71,6 +73,25 @@ class Blobs(L.LightningDataModule):
 
     def test_dataloader(self):
         return DataLoader(self.test_set, 3, num_workers=self.num_workers)
+
+
+class Shift(torch.nn.Module):
+    """A layer without a rule, until a test registers one under `_restored_rules`."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        return x + self.shift
+
+
+@pytest.fixture
+def _restored_rules():
+    before = dict(_RULES)
+    yield
+    _RULES.clear()
+    _RULES.update(before)
 
 
 def make_trainer(root, *callbacks, **kwargs) -> L.Trainer:

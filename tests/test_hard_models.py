@@ -235,6 +235,7 @@ def test_two_layers_in_a_row_that_all_examples_share(leading):
     assert_right(function, engine, x)
 
 
+@pytest.mark.usefixtures("_restored_rules")
 def test_an_output_that_is_not_used():
     class Two(nn.Module):
         def __init__(self):
@@ -260,6 +261,7 @@ def test_a_rule_takes_types():
         layer_rule()
 
 
+@pytest.mark.usefixtures("_restored_rules")
 def test_a_rule_that_fails_is_an_error_that_names_the_layer():
     class Own(nn.Module):
         def __init__(self):

@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 from lightning_trak.featurize import Featurizer
 from lightning_trak.gradients import EngineChoice, EngineUnsuitable, HooksEngine, ModelFunction, VmapEngine, layer_rule
 from lightning_trak.gradients.batch import map_tensors
-from lightning_trak.gradients.rules.registry import _RULES
 from lightning_trak.projection import SparseProjector
 from tests.test_gradients import collect, reference
 
@@ -195,14 +194,6 @@ def test_modules_are_as_before_after_an_error():
         run(model, torch.randn(4, 5))
     assert "forward" not in vars(model.one)
     assert isinstance(model.one.weight, nn.Parameter)
-
-
-@pytest.fixture
-def _restored_rules():
-    before = dict(_RULES)
-    yield
-    _RULES.clear()
-    _RULES.update(before)
 
 
 @pytest.mark.usefixtures("_restored_rules")

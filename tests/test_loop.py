@@ -15,8 +15,7 @@ from torch import nn
 from lightning_trak import FeatureStore, TRAKCallback
 from lightning_trak.entry import CheckpointEntry
 from lightning_trak.gradients import ENGINES, EngineUnsuitable, HooksEngine, layer_rule
-from lightning_trak.gradients.rules.registry import _RULES
-from tests.conftest import Blobs, Classifier, make_trainer
+from tests.conftest import Blobs, Classifier, Shift, make_trainer
 
 N, M = 40, 7
 
@@ -494,27 +493,10 @@ def test_an_engine_that_gives_up_when_it_is_measured(tmp_path, run, wrap, memory
 # ------------------------------------------------------------------------------------ the check of the first batch
 
 
-class Shift(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.shift = nn.Parameter(torch.zeros(3))
-
-    def forward(self, x):
-        return x + self.shift
-
-
 class Shifted(Classifier):
     def __init__(self):
         super().__init__()
         self.net.append(Shift())
-
-
-@pytest.fixture
-def _restored_rules():
-    before = dict(_RULES)
-    yield
-    _RULES.clear()
-    _RULES.update(before)
 
 
 RULES = {

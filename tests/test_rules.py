@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_trak.gradients import DenseGradient, HooksEngine, LayerCall, ModelFunction, layer_rule
 from lightning_trak.gradients.rules import find_rule
-from lightning_trak.gradients.rules.registry import _RULES
+from tests.conftest import Shift
 
 SIZES = st.sampled_from([0, 1, 2, 3])
 
@@ -269,23 +269,6 @@ def test_recurrent_that_the_rule_refuses_is_right_all_the_same():
     torch.manual_seed(0)
     layer = nn.LSTM(3, 4, proj_size=2, batch_first=True)
     check(Net(randomised(layer), lambda layer, x: layer(x)[0]), torch.randn(3, 4, 3).double(), rules=False)
-
-
-class Shift(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.shift = nn.Parameter(torch.zeros(3))
-
-    def forward(self, x):
-        return x + self.shift
-
-
-@pytest.fixture
-def _restored_rules():
-    before = dict(_RULES)
-    yield
-    _RULES.clear()
-    _RULES.update(before)
 
 
 @pytest.mark.usefixtures("_restored_rules")

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_trak.gradients.engine import EngineUnsuitable
 from lightning_trak.gradients.gradient import DenseGradient, Gradient
 from lightning_trak.gradients.modulewise import module_gradients
-from lightning_trak.gradients.rules import LayerCall
+from lightning_trak.gradients.rules import LayerCall, Rule
 from lightning_trak.gradients.tracing import Call, Layer, detached_arguments, repeated
 
 
@@ -57,11 +57,15 @@ def _apply(layer: Layer, call: LayerCall) -> Any:
         raise
     except Exception as error:
         what = f"The rule for {type(layer.module).__name__} fails with {type(error).__name__}: {error}"
-        if rule.__module__.startswith("lightning_trak."):
+        if _is_ours(rule):
             raise EngineUnsuitable(what) from error
         raise WrongRule(
             f"{what}. Its input is {tuple(call.input.shape)}, its output {tuple(call.grad.shape)}."
         ) from error
+
+
+def _is_ours(rule: Rule | None) -> bool:
+    return rule is not None and rule.__module__.startswith("lightning_trak.")
 
 
 def _input(args: Sequence[Any], kwargs: Any) -> Tensor:
@@ -80,7 +84,7 @@ def _checked(gradient: Gradient | Tensor, layer: Layer, local: str, size: int) -
     owner, _, short = local.rpartition(".")
     expected = getattr(layer.module.get_submodule(owner), short).shape
     if (gradient.size, gradient.shape) != (size, expected):
-        kind = EngineUnsuitable if getattr(layer.rule, "__module__", "").startswith("lightning_trak.") else WrongRule
+        kind = EngineUnsuitable if _is_ours(layer.rule) else WrongRule
         raise kind(
             f"The rule for {type(layer.module).__name__} returned gradients of {local} of shape"
             f" {(gradient.size, *gradient.shape)}; expected {(size, *expected)}, the batch first."
