@@ -57,12 +57,13 @@ class Adaptation:
         self._prepared: tuple[str | None, Engine | None] = (None, None)
 
     def prepare(self, function: ModelFunction, digest: str | None) -> None:
-        """Choose the engine, and keep it for the checkpoint of this digest."""
+        """Choose the engine for a function that was observed, and keep it for the checkpoint of this digest."""
         self._prepared = digest, self._choose(function)
 
     def engine(self, function: ModelFunction, digest: str, key: int, device: torch.device) -> Engine:
         """Return the engine for a checkpoint, prepared at its weights; find the batch size that the memory allows."""
         (prepared, found), self._prepared = self._prepared, (None, None)
+        function.observe(self._read(self._first))
         engine = found if found is not None and prepared == digest else self._choose(function)
         try:
             self._measure(function, engine, key, device)
@@ -98,12 +99,14 @@ class Adaptation:
         torch.cuda.empty_cache()
         self._tell(f"out of memory; going on with batches of {self.batch_size} examples.")
 
+    @property
+    def _first(self) -> range:
+        """The examples to try things on."""
+        return range(min(_PREPARED, max(2, self.batch_size), self._n_examples))
+
     def _choose(self, function: ModelFunction) -> Engine:
         """Choose the engine at these weights; say which, if that has not been said."""
-        rows = range(min(_PREPARED, max(2, self.batch_size), self._n_examples))
-        batch = self._read(rows)
-        function.observe(batch)
-        engine = self._choice.choose(function, batch, len(rows))
+        engine = self._choice.choose(function, self._read(self._first), len(self._first))
         report = f"{self._choice.report(engine)} ({self._examples} examples)."
         if report != self._reported:
             self._tell(report)

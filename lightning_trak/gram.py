@@ -80,7 +80,7 @@ def factor(kernel: Tensor, damping: float) -> CholeskyFactor:
     Relative damping means the same whatever the scale of the gradients and the size of the train set.
 
     Args:
-        kernel: H, (k, k), symmetric, positive semi-definite; it is damped in place, as a copy would be large.
+        kernel: H, (k, k), symmetric, positive semi-definite; it is overwritten, as a copy would be large.
         damping: λ ≥ 0.
 
     Raises:
@@ -97,27 +97,26 @@ def factor(kernel: Tensor, damping: float) -> CholeskyFactor:
             " finite. Attribute checkpoints whose training loss is not exactly zero, or use curvature=False."
         )
     kernel.diagonal().add_(damping * scale)
-    lower, info = torch.linalg.cholesky_ex(kernel)
-    pivots = lower.diagonal()
+    diagonal, norm = kernel.diagonal().clone(), torch.linalg.matrix_norm(kernel)
+    columns = kernel.mT  # the same, in the order of LAPACK
+    info = torch.empty((), dtype=torch.int32, device=kernel.device)
+    lower, info = torch.linalg.cholesky_ex(columns, out=(columns, info))
+    pivots = lower.diagonal().square()
     # Features are float32, so a kernel is known to about k·ε of its largest entries: beyond that it is singular.
-    if int(info) or bool(pivots.min() ** 2 < 1e-7 * pivots.max() ** 2):
+    if int(info) or bool(pivots.min() < 1e-7 * pivots.max()):
+        least = 0.0 if int(info) else pivots.min()  # no eigenvalue is larger than the least, or less than the greatest
+        condition, rank = diagonal.max() / least, (diagonal.sum() / norm) ** 2
         raise ValueError(
             f"The kernel H, ({len(kernel)}, {len(kernel)}), is singular or nearly so with damping={damping:g}"
-            f" ({_diagnosis(kernel)}): there are too few or too similar training examples for so many features. Set"
-            " TRAKCallback(damping=0.3), or a proj_dim well below the number of training examples."
+            f" (condition number ≥ {condition.item():.2g}, effective rank {rank.item():.1f}): there are too few"
+            " or too similar training examples for so many features. Set TRAKCallback(damping=0.3), or a proj_dim well"
+            " below the number of training examples."
         )
     return CholeskyFactor(lower)
 
 
-def _diagnosis(kernel: Tensor) -> str:
-    """Say how far a kernel is from what can be solved with; effective is the rank (Σλ)² / Σλ² of its eigenvalues λ."""
-    eigenvalues = torch.linalg.eigvalsh(kernel).clamp(min=0)
-    condition = eigenvalues.max() / eigenvalues.min()
-    rank = eigenvalues.sum() ** 2 / eigenvalues.square().sum()
-    return f"condition number {condition.item():.2g}, effective rank {rank.item():.1f}"
-
-
 def solve(state: CholeskyFactor, vectors: Tensor) -> Tensor:
     """Return (H + λ·mean(diag H)·I)⁻¹ x for every row x of ``vectors``, (m, k) → (m, k), in their own precision."""
-    solved = torch.cholesky_solve(vectors.to(state.lower.dtype).T, state.lower).T
+    half = torch.linalg.solve_triangular(state.lower, vectors.to(state.lower.dtype).T, upper=False)
+    solved = torch.linalg.solve_triangular(state.lower.mT, half, upper=True).T  # cholesky_solve would copy the factor
     return solved.to(vectors.dtype).contiguous()

@@ -129,9 +129,14 @@ def scores(
         τ, (n, m), float32, on the CPU; and how it varies from checkpoint to checkpoint, unless there is one only.
     """
     n, m, checkpoints = len(trains[0].features), len(solved[0]), len(trains)
-    mean, error = torch.zeros(n, m), torch.zeros(n, m)
+    mean = torch.zeros(n, m)
+    if checkpoints == 1:
+        for rows in _blocks(n, m):
+            mean[rows] = _score_block(trains, solved, rows, device)
+            advance()
+        return Scores(mean, None)
     sampled = torch.linspace(0, n - 1, min(n, _SAMPLED)).round().long()
-    sample = torch.zeros(checkpoints, len(sampled), m)
+    spread = Spread(torch.zeros(n, m), torch.zeros(checkpoints, len(sampled), m))
     for rows in _blocks(n, m):
         here = (sampled >= rows.start) & (sampled < rows.stop)
         total = squares = torch.zeros(rows.stop - rows.start, m, device=device)
@@ -139,11 +144,11 @@ def scores(
             difference = block - total
             total = total + difference / (number + 1)  # Welford's recurrence: no difference of large sums of squares
             squares = squares + difference * (block - total)
-            sample[number, here] = block[sampled[here] - rows.start].cpu()
+            spread.sample[number, here] = block[sampled[here] - rows.start].cpu()
         mean[rows] = total
-        error[rows] = (squares / max(1, checkpoints * (checkpoints - 1))).sqrt()
+        spread.standard_error[rows] = (squares / (checkpoints * (checkpoints - 1))).sqrt()
         advance()
-    return Scores(mean, Spread(error, sample) if checkpoints > 1 else None)
+    return Scores(mean, spread)
 
 
 def extreme_scores(
@@ -183,9 +188,9 @@ def _score_block(
 ) -> Tensor:
     """Return scores averaged over checkpoints, (r, m)."""
     total = torch.zeros(rows.stop - rows.start, len(solved[0]), device=device)
-    for block in _blocks_of_checkpoints(trains, solved, rows, device):
-        total += block
-    return total / len(trains)
+    for number, block in enumerate(_blocks_of_checkpoints(trains, solved, rows, device)):
+        total += (block - total) / (number + 1)  # as in `scores`, to the bit
+    return total
 
 
 def _blocks_of_checkpoints(

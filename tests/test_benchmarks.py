@@ -80,7 +80,7 @@ def test_gpu_job_small_and_on_the_cpu():
     assert float(one[1]) >= 0
 
 
-@pytest.mark.parametrize("key", ["vit", "bert", "gpt2"])
+@pytest.mark.parametrize("key", ["vit", "bert", "bert_lora", "gpt2"])
 def test_transformers_of_one_layer(key, monkeypatch, table):
     model = MODELS[key]
     monkeypatch.setitem(MODELS, key, replace(model, make=partial(model.make, layers=1), batch_size=2))

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_trak.featurize import Featurizer
 from lightning_trak.gradients import (
@@ -20,6 +21,7 @@ from lightning_trak.gradients import (
 )
 from lightning_trak.memory import peak_bytes
 from lightning_trak.projection import FactoredProjector, IdentityProjector, SparseProjector
+from tests.benchmarks.models import LowRank
 
 
 def mean_row(m, x):
@@ -302,3 +304,32 @@ def test_modules_are_as_before_after_an_error_in_the_backward_pass():
 def test_memory_with_a_sparse_matrix():
     adjacency = torch.eye(5).to_sparse()
     assert peak_bytes(lambda: adjacency @ torch.ones(5, 3), torch.device("cpu")) >= 60
+
+
+def operations(run):
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def test_adapters_on_a_frozen_backbone_cost_what_adapters_cost():
+    """Counted in multiplications: as many as training them takes, and less than two thirds of training it all."""
+
+    def output(m, x):
+        return m.head(x + m.two(torch.relu(m.one(x)))).mean((1, 2))
+
+    def build():
+        return Model(output, one=nn.Linear(96, 384), two=nn.Linear(384, 96), head=nn.Linear(96, 2))
+
+    def training(model):
+        return operations(lambda: model.model_output(x).sum().backward())
+
+    x = torch.randn(16, 40, 96)
+    adapted = build().requires_grad_(False)
+    adapted.one, adapted.two = LowRank(adapted.one, 4), LowRank(adapted.two, 4)
+    function = function_of(adapted)
+    assert set(function.parameters) == {f"{part}.{side}.weight" for part in ("one", "two") for side in ("down", "up")}
+    engine = EngineChoice("auto").choose(function, x[:4], 4)
+    ours = operations(lambda: engine(function, x, len(x), lambda rows, name, gradient: gradient.dense()))
+    assert ours <= 1.001 * training(adapted) < 2 / 3 * training(build())
+    assert_right(function, engine, x)

@@ -224,10 +224,21 @@ class ConvGradient(Gradient):
         if right is None or prod(self.shape[2:]) == 1 == max(self.stride):
             columns = self._columns()[:, 0]
             return columns if right is None else right.to(columns.dtype).T @ columns
+        return self._convolve(self.inputs, right.T.reshape(-1, *self.shape[1:])).flatten(2)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Let a convolution's own backward pass add up; see `Gradient.weighted_sum`."""
+        kernel = weights.new_zeros(self.shape).requires_grad_()
+        with torch.enable_grad():
+            outputs = self._convolve(self.inputs.to(weights), kernel)
+        grads = self.grads * weights.view(-1, *[1] * (self.grads.ndim - 1))
+        return torch.autograd.grad(outputs, kernel, grads.to(outputs))[0]
+
+    def _convolve(self, inputs: Tensor, kernel: Tensor) -> Tensor:
+        """Convolve, at the positions that have an output gradient."""
         convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[len(self.stride) - 1]
-        kernel = right.to(self.inputs.dtype).T.reshape(-1, *self.shape[1:])
-        projected = convolve(self.inputs, kernel, None, self.stride, self.padding, self.dilation)
-        return _leading(projected, self.grads.shape[2:]).flatten(2)
+        outputs = convolve(inputs, kernel.to(inputs), None, self.stride, self.padding, self.dilation, self.groups)
+        return _leading(outputs, self.grads.shape[2:])
 
     def _columns(self) -> Tensor:
         """Return the unfolded inputs, (b, groups, C / groups · kernel, positions)."""

@@ -53,6 +53,7 @@ CASES = (
     Case("vit", projector="sparse", n_train=64),
     Case("bert"),
     Case("bert", projector="sparse", n_train=64, n_targets=16),
+    Case("bert_lora"),
     Case("gpt2", n_train=192),
     Case("gpt2", projector="sparse", n_train=64, n_targets=16),
 )

@@ -28,7 +28,7 @@ class Timed(TRAKCallback):
         self.featurizing += time.perf_counter() - start
 
 
-def run(key: str = "resnet9", n: int = 640, epochs: int = 2, repeats: int = 3) -> None:
+def run(key: str = "resnet9", n: int = 640, epochs: int = 5, repeats: int = 3) -> None:
     """Print the table."""
     header = ["model", "fit without the callback, s", "fit with it, less featurization, s", "overhead, %"]
     print_table("Overhead of fit, featurize_on='fit_end'", header, _rows(key, n, epochs, repeats))

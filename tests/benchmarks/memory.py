@@ -38,7 +38,7 @@ def _peak(what: str, key: str) -> int:
 def _measure(what: str, key: str) -> Iterator[str]:
     """In the process of its own: do it, and say by how much memory grew."""
     model = MODELS[key]
-    if key in ("vit", "bert", "gpt2"):
+    if key in ("vit", "bert", "bert_lora", "gpt2"):
         import transformers.models.auto  # noqa: F401
     with silence(), tempfile.TemporaryDirectory() as root:
         small = MODELS["digits"]

@@ -137,6 +137,29 @@ def bert(layers: int = 12) -> L.LightningModule:
     return Classifier(BertForSequenceClassification(BertConfig(num_hidden_layers=layers)))
 
 
+class LowRank(nn.Module):
+    """LoRA: a frozen linear layer and a product of two thin ones beside it."""
+
+    def __init__(self, frozen: nn.Linear, rank: int = 8) -> None:
+        super().__init__()
+        self.frozen = frozen.requires_grad_(False)
+        self.down = nn.Linear(frozen.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, frozen.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.frozen(x) + self.up(self.down(x))
+
+
+def bert_lora(layers: int = 12) -> L.LightningModule:
+    """BERT-base, frozen, with LoRA of rank 8 on its queries and values."""
+    module = bert(layers)
+    module.requires_grad_(False)
+    for block in module.network.bert.encoder.layer:
+        attention = block.attention.self
+        attention.query, attention.value = LowRank(attention.query), LowRank(attention.value)
+    return module
+
+
 def gpt2(layers: int = 12) -> L.LightningModule:
     """GPT-2 small."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -175,5 +198,6 @@ MODELS = {
     "resnet9": Model("ResNet-9, 32×32", resnet9, _picture(3, 32, 2), 32),
     "vit": Model("ViT-S/16, 224×224", vit, _named_picture, 16),
     "bert": Model(f"BERT-base, {SEQUENCE} tokens", bert, _sentence, 16),
+    "bert_lora": Model(f"LoRA on BERT-base, {SEQUENCE} tokens", bert_lora, _sentence, 16),
     "gpt2": Model(f"GPT-2 small, {SEQUENCE} tokens", gpt2, _text, 16),
 }
