@@ -135,9 +135,7 @@ def main() -> None:
     figure.savefig(arguments.output / "digits.png", dpi=150)
     print(f"\nThe picture is in {arguments.output / 'digits.png'}.")
 
-    # How much every training example raises the output on itself: high for what had to be learnt by heart.
-    on_themselves = trainer.attribute(dataloaders=data.train_dataloader())
-    print_mislabels(on_themselves.scores.diagonal(), data)
+    print_mislabels(trainer.attribute_self(), data)
 
 
 if __name__ == "__main__":

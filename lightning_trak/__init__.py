@@ -7,6 +7,7 @@ The way of the data, and the module that is each stage::
     module, tasks     what a module tells: model output f, loss L(f), Q = −∂L/∂f, w = ∂²L/∂f²
     callback          from Lightning's checkpoint saving to the stages
     attribute         the stages in order
+    _scoring          the last of them, from stored features to scores
     _loop, _plan      the featurization loop inside Lightning, and what it is to compute
     _checkpoints      what is done with one checkpoint of the store
     data, weights     examples by row; checkpoints by digest
@@ -27,14 +28,14 @@ The way of the data, and the module that is each stage::
 
 Only module, tasks, callback, attribute and _loop may import Lightning; every other stage is usable without it.
 
-Importing the package registers ``lightning.pytorch.Trainer.attribute``.
+Importing the package registers ``lightning.pytorch.Trainer.attribute`` and ``.attribute_self``.
 """
 
 from __future__ import annotations
 
 import lightning.pytorch as _pl
 
-from lightning_trak.attribute import attribute
+from lightning_trak.attribute import attribute, attribute_self
 from lightning_trak.attribution import Attribution
 from lightning_trak.callback import TRAKCallback
 from lightning_trak.counterfactual import Counterfactuals, counterfactuals
@@ -60,6 +61,7 @@ __all__ = [
     "TRAKCallback",
     "TRAKMixin",
     "attribute",
+    "attribute_self",
     "counterfactuals",
     "evaluate",
     "layer_rule",
@@ -67,3 +69,4 @@ __all__ = [
 ]
 
 _pl.Trainer.attribute = attribute
+_pl.Trainer.attribute_self = attribute_self

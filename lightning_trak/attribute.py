@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_trak._checkpoints import (
-    add_checkpoint,
-    check_features,
-    featurize_checkpoint,
-    featurize_targets,
-    naming,
-)
+from lightning_trak._checkpoints import add_checkpoint, check_features, featurize_checkpoint
 from lightning_trak._loop import attached
 from lightning_trak._plan import Plan
+from lightning_trak._scoring import Scoring
 from lightning_trak.attribution import Attribution, AttributionInfo
 from lightning_trak.callback import (
     TRAIN_REMEDY,
@@ -33,8 +28,7 @@ from lightning_trak.callback import (
 )
 from lightning_trak.data import check_loader
 from lightning_trak.gradients.function import check_fit
-from lightning_trak.progress import progress
-from lightning_trak.scores import Extremes, Scores, TrainFeatures, extreme_scores, n_blocks, precondition, scores
+from lightning_trak.scores import Extremes
 from lightning_trak.store import FeatureStore
 from lightning_trak.weights import load_weights, read_checkpoint, weights_digest
 
@@ -74,13 +68,58 @@ def attribute(
         MisconfigurationException: if trainer, model, loaders and store do not fit together; the remedy is named.
         ValueError: if data, weights or stored features are not what they should be.
     """
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k must be a positive integer or None, got {top_k!r}.")
+    with _featurized(trainer, model, dataloaders, datamodule, ckpt_path) as (scoring, data):
+        result, n_targets = scoring.targets(data.targets(), top_k)
+    info = AttributionInfo(
+        n_train=scoring.store.n_train,
+        n_targets=n_targets,
+        checkpoints=tuple(scoring.digests),
+        projector=scoring.plan.projector.name,
+        proj_dim=scoring.plan.proj_dim,
+        damping=scoring.damping,
+        curvature=scoring.curvature,
+    )
+    attribution = (
+        Attribution(result, info) if isinstance(result, Extremes) else Attribution(result.mean, info, result.spread)
+    )
+    if name is not None:
+        attribution.save(scoring.store.scores_dir(name))
+    return attribution
+
+
+def attribute_self(
+    trainer: pl.Trainer,
+    model: pl.LightningModule | None = None,
+    datamodule: pl.LightningDataModule | None = None,
+    ckpt_path: CkptPath = None,
+) -> Tensor:
+    """Score how much every training example raised the model output on itself: its self-influence.
+
+    It is high for examples that had to be learnt by heart since nothing else in the train set speaks for them:
+    mislabelled and unusual ones. Feldman and Zhang, "What neural networks memorize and why", NeurIPS 2020. No n × n
+    matrix is made.
+
+    Also a method: ``trainer.attribute_self(...)``. See `attribute` for arguments and errors.
+
+    Returns:
+        The diagonal of what `attribute` would give with the train set as targets, (n,).
+    """
+    with _featurized(trainer, model, None, datamodule, ckpt_path) as (scoring, _):
+        return scoring.self_influence()
+
+
+@contextmanager
+def _featurized(
+    trainer: pl.Trainer, model: Any, dataloaders: Any, datamodule: pl.LightningDataModule | None, ckpt_path: CkptPath
+) -> Iterator[tuple[Scoring, Loaders]]:
+    """Open the store, and featurize the train set wherever that is still to be done."""
     callback = find_callback(trainer)
     model = _model(trainer, model)
     check_supported(trainer, model)
     if isinstance(dataloaders, pl.LightningDataModule):
         dataloaders, datamodule = None, dataloaders
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"top_k must be a positive integer or None, got {top_k!r}.")
     fitted = callback.train_loader if datamodule in (None, trainer.datamodule) else None
     datamodule = datamodule or trainer.datamodule
     fresh = model._trainer is None
@@ -91,23 +130,7 @@ def attribute(
         store, plan = _open_store(trainer, model, callback, data, create=ckpt_path is not None)
         digests = _select(trainer, store, ckpt_path)
         _featurize_missing(trainer, model, store, plan, data, digests)
-        trains, solved = _solve(trainer, model, store, plan, data, digests, callback)
-        result = _score(trainer, trains, solved, top_k)
-    info = AttributionInfo(
-        n_train=store.n_train,
-        n_targets=len(solved[0]),
-        checkpoints=tuple(digests),
-        projector=plan.projector.name,
-        proj_dim=plan.proj_dim,
-        damping=callback.damping,
-        curvature=callback.curvature,
-    )
-    attribution = (
-        Attribution(result, info) if isinstance(result, Extremes) else Attribution(result.mean, info, result.spread)
-    )
-    if name is not None:
-        attribution.save(store.scores_dir(name))
-    return attribution
+        yield Scoring(trainer, model, store, plan, digests, callback.damping, callback.curvature), data
 
 
 class Loaders:
@@ -288,45 +311,3 @@ def _featurize_missing(
             check_features(loop, store[digest])
     for number, digest in enumerate(missing, 1):
         featurize_checkpoint(loop, store[digest], f"{number}/{len(missing)}")
-
-
-def _solve(
-    trainer: pl.Trainer,
-    model: pl.LightningModule,
-    store: FeatureStore,
-    plan: Plan,
-    data: Loaders,
-    digests: list[str],
-    callback: TRAKCallback,
-) -> tuple[list[TrainFeatures], list[Tensor]]:
-    """Featurize the targets at every checkpoint and solve with its kernel."""
-    loop = plan.loop(trainer, model, data.targets(), "target")
-    device = _scoring_device(trainer)
-    trains, solved = [], []
-    for number, digest in enumerate(digests, 1):
-        entry = store[digest]
-        entry.verify()
-        if number == 1:
-            loop.preflight(load_weights(entry.weights_path, digest), digest)
-        targets = featurize_targets(loop, entry, f"{number}/{len(digests)}").to(device)
-        train = TrainFeatures(entry.features, entry.loss_grad, entry.curvature)
-        with naming(entry):
-            x = precondition(train, targets, damping=callback.damping, curvature=callback.curvature)
-        solved.append(x.cpu())  # those of all checkpoints would fill the device
-        trains.append(train)
-    return trains, solved
-
-
-def _score(
-    trainer: pl.Trainer, trains: list[TrainFeatures], solved: list[Tensor], top_k: int | None
-) -> Scores | Extremes:
-    n_train, device = len(trains[0].features), _scoring_device(trainer)
-    with progress(trainer, "Scoring", n_blocks(n_train, len(solved[0]))) as advance:
-        if top_k is None:
-            return scores(trains, solved, lambda: advance(1), device)
-        return extreme_scores(trains, solved, min(top_k, n_train), lambda: advance(1), device)
-
-
-def _scoring_device(trainer: pl.Trainer) -> torch.device:
-    device = trainer.strategy.root_device
-    return device if device.type == "cuda" else torch.device("cpu")  # others lack float64

@@ -47,7 +47,9 @@ class TRAKCallback(pl.Callback):
             ``"fit_end"``: once per run, the checkpoints that the run kept.
         parameters: the attributed parameters: None for all trainable ones, else names or glob patterns.
         damping: λ, added to H relative to its mean diagonal.
-        curvature: True: H = Φᵀ diag(w) Φ, a Newton step. False: H = Φᵀ Φ, as in the TRAK paper.
+        curvature: True: H = Φᵀ diag(w) Φ, a Newton step. False: H = Φᵀ Φ; with ``damping=0`` this is the estimator of
+            the TRAK paper (its Equation 17) and of its reference implementation, which also average Q over checkpoints
+            apart from H⁻¹. That suits finished runs only, not the checkpoints of one run.
         seed: chooses the projections.
         batch_size: for featurization; None for that of the loader, or fewer where the memory would not be enough.
 

@@ -120,3 +120,13 @@ def solve(state: CholeskyFactor, vectors: Tensor) -> Tensor:
     half = torch.linalg.solve_triangular(state.lower, vectors.to(state.lower.dtype).T, upper=False)
     solved = torch.linalg.solve_triangular(state.lower.mT, half, upper=True).T  # cholesky_solve would copy the factor
     return solved.to(vectors.dtype).contiguous()
+
+
+def quadratic_form(state: CholeskyFactor, vectors: Tensor) -> Tensor:
+    """Return xᵀ (H + λ·mean(diag H)·I)⁻¹ x for every row x of ``vectors``, (m, k) → (m,): ‖L⁻¹x‖², so one solve does.
+
+    >>> quadratic_form(factor(2 * torch.eye(2, dtype=torch.float64), damping=0.5), torch.tensor([[3.0, 6.0]]))
+    tensor([15.])
+    """
+    half = torch.linalg.solve_triangular(state.lower, vectors.to(state.lower.dtype).T, upper=False)
+    return half.square().sum(0).to(vectors.dtype)

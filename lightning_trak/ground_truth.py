@@ -91,6 +91,8 @@ class Evaluation:
         ceiling: the LDS that perfect scores would have; None where subsets were trained once only.
         random: the LDS of random scores.
         per_target: the LDS of every target, (m,).
+        slope: of actual against predicted outputs over subsets, about the mean of every target; 1 for scores of the
+            right size. A part α of the train set has α times its curvature, so predicted is the sum of scores / α.
     """
 
     lds: float
@@ -98,6 +100,7 @@ class Evaluation:
     ceiling: float | None
     random: float
     per_target: Tensor
+    slope: float
 
     def __str__(self) -> str:
         ceiling = "unknown (repeats=1)" if self.ceiling is None else f"{self.ceiling:.3f}"
@@ -107,7 +110,8 @@ class Evaluation:
             ("perfect scores", ceiling),
             ("random scores", f"{self.random:.3f}"),
         )
-        return "\n".join(["LDS", *(f"  {name:<15} {value}" for name, value in rows)])
+        table = "\n".join(["LDS", *(f"  {name:<15} {value}" for name, value in rows)])
+        return f"{table}\nactual change / predicted change: {self.slope:.2f}"
 
 
 def evaluate(attribution: Attribution | Tensor, ground_truth: GroundTruth, seed: int = 0) -> Evaluation:
@@ -138,7 +142,14 @@ def evaluate(attribution: Attribution | Tensor, ground_truth: GroundTruth, seed:
         ceiling=ground_truth.noise_ceiling(),
         random=linear_datamodeling_score(random, masks, outputs).item(),
         per_target=metric.per_target(),
+        slope=_slope(predicted_outputs(scores, masks) / masks.float().mean(), outputs),
     )
+
+
+def _slope(predicted: Tensor, actual: Tensor) -> float:
+    """Return the slope of the regression of actual on predicted values, (s, m), about the mean of every target."""
+    predicted, actual = predicted - predicted.mean(0), actual - actual.mean(0)
+    return ((predicted * actual).sum() / predicted.square().sum()).item()
 
 
 def run_name(subset: int, repeat: int) -> str:

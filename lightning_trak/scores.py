@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_trak.gram import factor, full_precision, gram, solve
+from lightning_trak.gram import CholeskyFactor, factor, full_precision, gram, quadratic_form, solve
 
 _BLOCK_ROWS = 4096
 _BLOCK_SCORES = 2**26  # at most so many at once: 256 MiB
@@ -100,15 +100,45 @@ def precondition(train: TrainFeatures, targets: Tensor, *, damping: float, curva
     Returns:
         H⁻¹ φ(z), (m, k).
     """
+    return solve(_factor(train, damping, curvature, targets.device), targets)
+
+
+def self_influence(train: TrainFeatures, *, damping: float, curvature: bool, device: torch.device = _CPU) -> Tensor:
+    """Score every training example for itself at one checkpoint: φ(zᵢ)ᵀ H⁻¹ φ(zᵢ) qᵢ.
+
+    See `precondition` and `scores` for the arguments. No n × n matrix is made.
+
+    Returns:
+        The diagonal of the scores with the train set as targets, (n,), float32, on the CPU.
+
+    >>> import numpy as np
+    >>> train = TrainFeatures(np.eye(3, 2, dtype="f4"), np.ones(3, "f4"), np.ones(3, "f4"))
+    >>> self_influence(train, damping=0, curvature=True)
+    tensor([1., 1., 0.])
+    """
+    state, result = _factor(train, damping, curvature, device), torch.zeros(len(train.features))
+    for rows in _blocks(len(result)):
+        features, loss_grad, _ = train.block(rows, device)
+        result[rows] = (quadratic_form(state, features) * loss_grad).cpu()
+    return result
+
+
+def with_mean_loss_grad(trains: Sequence[TrainFeatures]) -> list[TrainFeatures]:
+    """Give every checkpoint the Q averaged over all of them, apart from H⁻¹, as the TRAK paper does (Eq. 17)."""
+    mean = np.stack([train.loss_grad for train in trains]).mean(0)
+    return [replace(train, loss_grad=mean) for train in trains]
+
+
+def _factor(train: TrainFeatures, damping: float, curvature: bool, device: torch.device) -> CholeskyFactor:
+    """Accumulate the kernel of one checkpoint, damp and factor it."""
     n, k = train.features.shape
     if damping == 0 and n <= k:
         raise ValueError(
             f"With damping=0 the kernel H, ({k}, {k}), of n={n} training examples is singular, and scores would be"
             " meaningless. Set TRAKCallback(damping=0.3), or a proj_dim well below n."
         )
-    blocks = (train.block(rows, targets.device) for rows in _blocks(n))
-    kernel = gram((features, w if curvature else None) for features, _, w in blocks)
-    return solve(factor(kernel, damping), targets)
+    blocks = (train.block(rows, device) for rows in _blocks(n))
+    return factor(gram((features, w if curvature else None) for features, _, w in blocks), damping)
 
 
 def scores(

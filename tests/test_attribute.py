@@ -115,6 +115,48 @@ def test_whole_attribution_against_a_float64_reference(tmp_path, run, projector,
     np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
+def test_the_estimator_of_the_paper(tmp_path, run):
+    """Without curvature and damping, Q is averaged over checkpoints apart from φᵀ H⁻¹ φ: its Equation 17."""
+    root, _, _, data = run
+    paths = sorted((root / "files").iterdir())
+    trak = TRAKCallback(tmp_path / "store", projector="rademacher", proj_dim=12, curvature=False, damping=0)
+    trainer = make_trainer(tmp_path, trak)
+    scores = trainer.attribute(Classifier(), datamodule=data, ckpt_path=paths).scores
+    inner, loss_grad = np.zeros((40, 7)), np.zeros(40)
+    own = np.zeros(40)
+    for path, digest in zip(paths, FeatureStore(tmp_path / "store").digests, strict=True):
+        model = Classifier.load_from_checkpoint(path)
+        names = [name for name, _ in model.named_parameters()]
+        p = sum(parameter.numel() for parameter in model.parameters())
+        matrix = projection_matrix(make_projector("rademacher", 12, p), projection_key(0, digest), p)
+        train, probabilities = features_float64(model, make_data(40), names, matrix)
+        targets, _ = features_float64(model, make_data(7, 2), names, matrix)
+        inverse = np.linalg.inv(train.T @ train)
+        inner += train @ inverse @ targets.T / len(paths)
+        own += np.diag(train @ inverse @ train.T) / len(paths)
+        loss_grad += (1 - probabilities) / len(paths)
+    expected = inner * loss_grad[:, None]
+    np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    found = trainer.attribute_self(Classifier(), datamodule=data, ckpt_path=paths)
+    np.testing.assert_allclose(found.numpy(), own * loss_grad, rtol=1e-3, atol=1e-5)
+
+
+def test_self_influence_is_the_diagonal_of_the_scores(tmp_path, run):
+    root, trainer, module, data = run
+    before = snapshot(trainer, module)
+    found = trainer.attribute_self()
+    assert_same(before, snapshot(trainer, module))
+    whole = trainer.attribute(dataloaders=DataLoader(make_data(40), 8)).scores
+    torch.testing.assert_close(found, whole.diagonal(), rtol=1e-4, atol=1e-6)
+    paths = sorted((root / "files").iterdir())
+    one = fresh(root).attribute_self(Classifier(), datamodule=data, ckpt_path=paths[0])
+    alone = fresh(root).attribute(Classifier(), DataLoader(make_data(40), 8), data, paths[0]).scores
+    torch.testing.assert_close(one, alone.diagonal(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(lt.attribute_self(trainer, ckpt_path=paths[0]), one)
+    with pytest.raises(FileNotFoundError, match="no feature store"):
+        fresh(tmp_path).attribute_self(Classifier(), datamodule=data)
+
+
 def snapshot(trainer, module):
     """Everything of model, trainer and callbacks that a user could notice."""
     return {
@@ -487,8 +529,9 @@ def logistic_data(n, d=4, seed=0):
     return x, torch.where(x.sum(1) + noise > 0, 1.0, -1.0).double()
 
 
-def test_scores_are_the_change_that_leaving_an_example_out_makes(tmp_path):
-    """For a convex model at its optimum a score is f(all) − f(without the example), sign and magnitude."""
+@pytest.fixture
+def logistic(tmp_path):
+    """A convex model at its optimum, attributed without damping; data, targets and θ."""
     x, sign = logistic_data(400)
     targets, target_sign = logistic_data(6, seed=1)
     theta = fit_logistic(x, sign)
@@ -506,6 +549,23 @@ def test_scores_are_the_change_that_leaving_an_example_out_makes(tmp_path):
 
     trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store", damping=0))
     attribution = trainer.attribute(Logistic(4), datamodule=Data(), ckpt_path=tmp_path / "theta.pt")
+    return attribution, x, sign, targets, target_sign, theta
+
+
+def test_scores_of_a_convex_model_are_calibrated(logistic):
+    """They predict what training on a random half gives: its order, and its size."""
+    attribution, x, sign, targets, target_sign, _ = logistic
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.stack([torch.randperm(400, generator=generator) < 200 for _ in range(60)])
+    outputs = torch.stack([target_sign * (targets @ fit_logistic(x[mask], sign[mask])) for mask in masks])
+    evaluation = lt.evaluate(attribution, lt.GroundTruth(masks, outputs[:, None].float()))
+    assert evaluation.lds > 0.95
+    assert 0.85 < evaluation.slope < 1.15
+
+
+def test_scores_are_the_change_that_leaving_an_example_out_makes(logistic):
+    """For a convex model at its optimum a score is f(all) − f(without the example), sign and magnitude."""
+    attribution, x, sign, targets, target_sign, theta = logistic
     chosen = {int(row) for row in torch.cat([attribution.top(2).indices, attribution.bottom(2).indices], 1).flatten()}
     predicted, actual = [], []
     for row in sorted(chosen):

@@ -61,10 +61,11 @@ def test_scoring(table):
 
 
 def test_fit(table):
-    ((name, without, beyond, _),) = table(fit.run, "digits", 64, 1, 1)
+    ((name, without, beyond, own),) = table(fit.run, "digits", 64, 1, 1)
     assert name == "digits CNN"
     assert float(without) > 0
     assert float(beyond) > 0
+    assert 0 < float(own.split()[0]) < float(beyond)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run it on")

@@ -219,8 +219,12 @@ def test_evaluation_as_a_table():
     info = AttributionInfo(50, 30, ("a",), "sparse", 8, 0.3, True)
     evaluation = evaluate(Attribution(scores, info), truth)
     lines = str(evaluation).splitlines()
-    assert [line.split("  ")[1] for line in lines[1:]] == ["scores", "perfect scores", "random scores"]
+    assert [line.split("  ")[1] for line in lines[1:4]] == ["scores", "perfect scores", "random scores"]
     assert f"{evaluation.lds:.3f}" in lines[1]
+    predicted = truth.masks.double() @ scores.double() / truth.masks.double().mean()
+    centred = [(values - values.mean(0)).flatten() for values in (predicted, truth.outputs.double())]
+    assert evaluation.slope == pytest.approx(np.polyfit(*centred, 1)[0], rel=1e-3)
+    assert lines[4] == f"actual change / predicted change: {evaluation.slope:.2f}"
     assert "unknown (repeats=1)" in lines[2]
     with pytest.raises(ValueError, match=r"scores must be \(n, m\) and masks \(s, n\)"):
         evaluate(scores[:-1], truth)

@@ -20,7 +20,7 @@ from lightning_trak.gradients import ModelFunction, VmapEngine
 from lightning_trak.gram import factor, gram, solve
 from lightning_trak.module import LossTerms
 from lightning_trak.projection import IdentityProjector
-from lightning_trak.scores import TrainFeatures, extreme_scores, n_blocks, precondition, scores
+from lightning_trak.scores import TrainFeatures, extreme_scores, n_blocks, precondition, scores, self_influence
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -119,6 +119,17 @@ def test_scores_against_numpy_loops(monkeypatch, curvature, block, checkpoints, 
         values, indices = torch.tensor(expected).topk(7, dim=0, largest=largest)
         assert torch.equal(ranked.indices, indices.T)
         np.testing.assert_allclose(ranked.values.numpy(), values.T.numpy(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("curvature", [True, False])
+@pytest.mark.parametrize("block", [4, 4096])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_self_influence_is_the_diagonal(monkeypatch, curvature, block, device):
+    monkeypatch.setattr("lightning_trak.scores._BLOCK_ROWS", block)
+    train = random_train(23, 5, 1)
+    got = self_influence(train, damping=0.2, curvature=curvature, device=torch.device(device))
+    expected = scores_reference([train], [np.asarray(train.features, dtype=np.float64)], 0.2, curvature)
+    np.testing.assert_allclose(got.numpy(), np.diag(expected), rtol=1e-4, atol=1e-6)
 
 
 def check_spread(spread, trains, targets, curvature):

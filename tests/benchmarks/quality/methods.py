@@ -1,0 +1,173 @@
+"""The methods that are compared: each turns checkpoint files into scores, (n, m)."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_trak import RegressionMixin, TRAKCallback
+from tests.benchmarks.measuring import trainer
+from tests.benchmarks.quality.tasks import TASKS
+
+LAMBDAS = tuple(10.0**power for power in range(-3, 5))
+
+
+def ours(key: str, files: Sequence[Path], **options: Any) -> Tensor:
+    """Attribute with `TRAKCallback(**options)`, in a new store."""
+    task = TASKS[key]
+    with tempfile.TemporaryDirectory() as root:
+        own = trainer(root, TRAKCallback(f"{root}/trak", **options), accelerator="cpu")
+        return own.attribute(task.make_module(), datamodule=task.data(), ckpt_path=list(files)).scores
+
+
+def paper(key: str, files: Sequence[Path]) -> Tensor:
+    """Attribute with the estimator of the TRAK paper, and half as many features as there are training examples."""
+    return ours(key, files, curvature=False, damping=0, proj_dim=fewer_features(key))
+
+
+def fewer_features(key: str) -> int:
+    """Return at most n / 2 features, a power of two: without damping more than n make no sense."""
+    n = len(TASKS[key].data().train_set)
+    return 2 ** ((n // 2).bit_length() - 1)
+
+
+def traker(key: str, files: Sequence[Path]) -> Tensor:
+    """Attribute with the reference implementation and its defaults: k = 2048, λ = 0."""
+    return _traker_scores(key, files, 2048, 0.0)
+
+
+def traker_tuned(key: str, files: Sequence[Path]) -> list[Tensor]:
+    """Attribute with the reference implementation at every λ of `LAMBDAS`; the best is to be picked afterwards."""
+    return [_traker_scores(key, files, fewer_features(key), strength) for strength in LAMBDAS]
+
+
+def ekfac(key: str, files: Sequence[Path]) -> Tensor:
+    """Attribute with kronfluence's EK-FAC, with its heuristic damping; averaged over checkpoints."""
+    return torch.stack([_ekfac(key, file) for file in files]).mean(0)
+
+
+def _traker_scores(key: str, files: Sequence[Path], proj_dim: int, strength: float) -> Tensor:
+    """Combine what the reference implementation computes of each checkpoint as its ``finalize_scores`` does."""
+    from trak.score_computers import BasicScoreComputer
+
+    computer = BasicScoreComputer(torch.float32, torch.device("cpu"), logging_level=logging.ERROR, lambda_reg=strength)
+    total, loss_grads = torch.zeros(()), torch.zeros(())
+    for file in files:
+        train, targets, loss_grad = _traker_features(key, file, proj_dim)
+        total = total + computer.get_x_xtx_inv(train, computer.get_xtx(train)) @ targets.T
+        loss_grads = loss_grads + loss_grad
+    return total * loss_grads / len(files) ** 2
+
+
+@lru_cache(maxsize=256)
+def _traker_features(key: str, file: Path, proj_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Featurize train set and targets at one checkpoint with the reference implementation."""
+    from trak import TRAKer
+    from trak.projectors import BasicProjector, ProjectionType
+
+    task, data = TASKS[key], TASKS[key].data()
+    module = Wrapped(task.make_module()).eval()
+    module.module.load_state_dict(torch.load(file, weights_only=True)["state_dict"])
+    dimension = sum(parameter.numel() for parameter in module.parameters())
+    with tempfile.TemporaryDirectory() as root, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        projector = BasicProjector(dimension, proj_dim, 0, ProjectionType.rademacher, torch.device("cpu"))
+        own = TRAKer(
+            module, _output(task.make_module()), len(data.train_set), save_dir=root, device="cpu", projector=projector,
+            proj_dim=proj_dim, use_half_precision=False, logging_level=logging.ERROR,
+        )  # fmt: skip
+        own.load_checkpoint(module.state_dict(), model_id=0)
+        own.featurize(data.train_set.tensors, num_samples=len(data.train_set))
+        own.saver.model_ids[0]["is_finalized"] = 1  # it is finished by hand, for every λ
+        own.start_scoring_checkpoint("targets", module.state_dict(), 0, len(data.targets))
+        own.score(data.targets.tensors, num_samples=len(data.targets))
+        store = own.saver.current_store
+        return tuple(torch.tensor(store[name][:]) for name in ("grads", "targets_grads", "out_to_loss"))
+
+
+class Wrapped(nn.Module):
+    """Gives a LightningModule the ``forward`` that the reference implementation calls: its model output."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.module.model_output((x, y))
+
+
+def _output(module: Any) -> Any:
+    """Return the task in the form of the reference implementation."""
+    from trak.modelout_functions import AbstractModelOutput
+
+    class Output(AbstractModelOutput):
+        @staticmethod
+        def get_output(model: Any, weights: Any, buffers: Any, x: Tensor, y: Tensor) -> Tensor:
+            return torch.func.functional_call(model, (weights, buffers), (x[None], y[None])).sum()
+
+        def get_out_to_loss_grad(self, model: Any, weights: Any, buffers: Any, batch: Any) -> Tensor:
+            output = torch.func.functional_call(model, (weights, buffers), tuple(batch)).detach()
+            if isinstance(module, RegressionMixin):
+                return 2 * (batch[1] - output)[:, None]
+            return (-output).sigmoid()[:, None]
+
+    return Output()
+
+
+def _ekfac(key: str, file: Path) -> Tensor:
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import FactorArguments, ScoreArguments
+
+    task, data = TASKS[key], TASKS[key].data()
+    module = task.make_module()
+    module.load_state_dict(torch.load(file, weights_only=True)["state_dict"])
+    influence = _influence(isinstance(module, RegressionMixin))
+    with tempfile.TemporaryDirectory() as root, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)  # labels are sampled for the Fisher matrix
+        analyzer = Analyzer(
+            "ekfac", prepare_model(module.network.eval(), influence), influence, cpu=True, disable_tqdm=True,
+            output_dir=root, log_level=logging.ERROR,
+        )  # fmt: skip
+        batch = {"per_device_batch_size": 200}
+        analyzer.fit_all_factors("factors", data.train_set, factor_args=FactorArguments(strategy="ekfac"), **batch)
+        scores = analyzer.compute_pairwise_scores(
+            "scores", "factors", data.targets, data.train_set, 100, per_device_train_batch_size=200,
+            score_args=ScoreArguments(damping_factor=None),
+        )  # fmt: skip
+    return scores["all_modules"].T
+
+
+def _influence(regression: bool) -> Any:
+    """Return the task in the form of kronfluence; it measures −f, since its scores are for losses."""
+    from kronfluence.task import Task as InfluenceTask
+
+    class Influence(InfluenceTask):
+        def compute_train_loss(self, batch: Any, model: Any, sample: bool = False) -> Tensor:
+            x, y = batch
+            prediction = model(x)
+            if regression:
+                prediction = prediction.squeeze(1)
+                y = torch.normal(prediction.detach(), 0.5**0.5) if sample else y
+                return (prediction - y).square().sum()
+            y = torch.multinomial(prediction.detach().softmax(1), 1).squeeze(1) if sample else y
+            return F.cross_entropy(prediction, y, reduction="sum")
+
+        def compute_measurement(self, batch: Any, model: Any) -> Tensor:
+            x, y = batch
+            prediction = model(x)
+            if regression:
+                return -prediction.sum()
+            others = prediction.scatter(1, y[:, None], -torch.inf).logsumexp(1)
+            return (others - prediction.gather(1, y[:, None]).squeeze(1)).sum()
+
+    return Influence()
