@@ -18,7 +18,8 @@ The way of the data, and the module that is each stage::
     adaptation        which engine, and how many examples at a time
     memory            how much there is, and how much a computation takes
     store, entry      FeatureStore, the directory of checkpoints, and each checkpoint's features
-    gram, scores      kernel and scores
+    gram, damping     the kernel, and how much to damp it
+    scores            scores
     attribution, plot what the user gets back
     metrics           the linear datamodeling score
     retrain           the user's training, repeated on parts of the train set

@@ -37,7 +37,7 @@ class Scoring:
         store: has the train features.
         plan: how targets are featurized.
         digests: of the checkpoints to average over.
-        damping: λ.
+        damping: λ, or ``"auto"``.
         curvature: whether H is weighted; see `TRAKCallback`.
     """
 
@@ -46,7 +46,7 @@ class Scoring:
     store: FeatureStore
     plan: Plan
     digests: list[str]
-    damping: float
+    damping: float | str
     curvature: bool
 
     def targets(self, loader: DataLoader[Any], top_k: int | None) -> tuple[Scores | Extremes, int]:

@@ -32,7 +32,7 @@ class AttributionInfo:
         checkpoints: digests of the checkpoints averaged over.
         projector: name of the projection.
         proj_dim: k.
-        damping: λ.
+        damping: λ, or ``"auto"`` where it was chosen at every checkpoint.
         curvature: whether H was weighted with the loss's curvature.
     """
 
@@ -41,7 +41,7 @@ class AttributionInfo:
     checkpoints: tuple[str, ...]
     projector: str
     proj_dim: int
-    damping: float
+    damping: float | str
     curvature: bool
 
 
@@ -246,7 +246,7 @@ class Attribution:
         info = self.info
         return (
             f"Attribution(n_train={info.n_train}, n_targets={info.n_targets}, checkpoints={len(info.checkpoints)},"
-            f" projector={info.projector!r}, proj_dim={info.proj_dim}, damping={info.damping:g},"
+            f" projector={info.projector!r}, proj_dim={info.proj_dim}, damping={info.damping!r},"
             f" curvature={info.curvature})"
         )
 

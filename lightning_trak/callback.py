@@ -46,7 +46,8 @@ class TRAKCallback(pl.Callback):
         featurize_on: ``"save"``: every distinct set of weights as it is saved, also those that are deleted later;
             ``"fit_end"``: once per run, the checkpoints that the run kept.
         parameters: the attributed parameters: None for all trainable ones, else names or glob patterns.
-        damping: λ, added to H relative to its mean diagonal.
+        damping: λ, added to H relative to its mean diagonal; ``"auto"``: chosen at every checkpoint by leave-one-out
+            cross-validation on the linearised model.
         curvature: True: H = Φᵀ diag(w) Φ, a Newton step. False: H = Φᵀ Φ; with ``damping=0`` this is the estimator of
             the TRAK paper (its Equation 17) and of its reference implementation, which also average Q over checkpoints
             apart from H⁻¹. That suits finished runs only, not the checkpoints of one run.
@@ -69,7 +70,7 @@ class TRAKCallback(pl.Callback):
         gradients: str = "auto",
         featurize_on: str = "save",
         parameters: str | Sequence[str] | None = None,
-        damping: float = 0.3,
+        damping: float | str = "auto",
         curvature: bool = True,
         seed: int = 0,
         batch_size: int | None = None,
@@ -78,8 +79,8 @@ class TRAKCallback(pl.Callback):
         check_projector(projector, proj_dim)
         _check_choice("gradients", gradients, ("auto", *ENGINES))
         _check_choice("featurize_on", featurize_on, ("save", "fit_end"))
-        if not isinstance(damping, (int, float)) or not 0 <= damping < float("inf"):
-            raise ValueError(f"damping must be a finite number of at least 0, got {damping!r}.")
+        if damping != "auto" and (not isinstance(damping, (int, float)) or not 0 <= damping < float("inf")):
+            raise ValueError(f"damping must be 'auto' or a finite number of at least 0, got {damping!r}.")
         if not isinstance(curvature, bool):
             raise TypeError(f"curvature must be True or False, got {curvature!r}.")
         if isinstance(seed, bool) or not isinstance(seed, int):

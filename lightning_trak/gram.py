@@ -109,8 +109,8 @@ def factor(kernel: Tensor, damping: float) -> CholeskyFactor:
         raise ValueError(
             f"The kernel H, ({len(kernel)}, {len(kernel)}), is singular or nearly so with damping={damping:g}"
             f" (condition number ≥ {condition.item():.2g}, effective rank {rank.item():.1f}): there are too few"
-            " or too similar training examples for so many features. Set TRAKCallback(damping=0.3), or a proj_dim well"
-            " below the number of training examples."
+            " or too similar training examples for so many features. Set TRAKCallback(damping='auto'), or a proj_dim"
+            " well below the number of training examples."
         )
     return CholeskyFactor(lower)
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lightning_trak.damping import EXAMPLES, choose_damping
 from lightning_trak.gram import CholeskyFactor, factor, full_precision, gram, quadratic_form, solve
 
 _BLOCK_ROWS = 4096
@@ -41,6 +42,14 @@ class TrainFeatures:
         """Return Φ, Q and w of some rows; on the CPU they are views."""
         arrays = (self.features[rows], self.loss_grad[rows], self.curvature[rows])
         features, loss_grad, curvature = (torch.from_numpy(np.asarray(array)).to(device) for array in arrays)
+        return features, loss_grad, curvature
+
+    def sample(self, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Return Φ, Q and w of at most ``size`` rows, evenly spaced."""
+        rows = np.unique(np.linspace(0, len(self.features) - 1, size).round().astype(int))
+        features, loss_grad, curvature = (
+            torch.from_numpy(array[rows]).to(device) for array in (self.features, self.loss_grad, self.curvature)
+        )
         return features, loss_grad, curvature
 
 
@@ -84,7 +93,7 @@ class Extremes:
     bottom: Ranked
 
 
-def precondition(train: TrainFeatures, targets: Tensor, *, damping: float, curvature: bool) -> Tensor:
+def precondition(train: TrainFeatures, targets: Tensor, *, damping: float | str, curvature: bool) -> Tensor:
     """Solve H x = φ(z) for every target at one checkpoint.
 
     H = Φᵀ diag(w) Φ is the Gauss–Newton Hessian of the training loss in feature space, and the score the predicted
@@ -94,7 +103,7 @@ def precondition(train: TrainFeatures, targets: Tensor, *, damping: float, curva
     Args:
         train: the train set's features.
         targets: φ(z), (m, k).
-        damping: λ, relative to the mean diagonal of H.
+        damping: λ, relative to the mean diagonal of H; ``"auto"`` for `choose_damping`.
         curvature: whether to weight by w.
 
     Returns:
@@ -103,7 +112,9 @@ def precondition(train: TrainFeatures, targets: Tensor, *, damping: float, curva
     return solve(_factor(train, damping, curvature, targets.device), targets)
 
 
-def self_influence(train: TrainFeatures, *, damping: float, curvature: bool, device: torch.device = _CPU) -> Tensor:
+def self_influence(
+    train: TrainFeatures, *, damping: float | str, curvature: bool, device: torch.device = _CPU
+) -> Tensor:
     """Score every training example for itself at one checkpoint: φ(zᵢ)ᵀ H⁻¹ φ(zᵢ) qᵢ.
 
     See `precondition` and `scores` for the arguments. No n × n matrix is made.
@@ -129,16 +140,21 @@ def with_mean_loss_grad(trains: Sequence[TrainFeatures]) -> list[TrainFeatures]:
     return [replace(train, loss_grad=mean) for train in trains]
 
 
-def _factor(train: TrainFeatures, damping: float, curvature: bool, device: torch.device) -> CholeskyFactor:
+def _factor(train: TrainFeatures, damping: float | str, curvature: bool, device: torch.device) -> CholeskyFactor:
     """Accumulate the kernel of one checkpoint, damp and factor it."""
     n, k = train.features.shape
     if damping == 0 and n <= k:
         raise ValueError(
             f"With damping=0 the kernel H, ({k}, {k}), of n={n} training examples is singular, and scores would be"
-            " meaningless. Set TRAKCallback(damping=0.3), or a proj_dim well below n."
+            " meaningless. Set TRAKCallback(damping='auto'), or a proj_dim well below n."
         )
     blocks = (train.block(rows, device) for rows in _blocks(n))
-    return factor(gram((features, w if curvature else None) for features, _, w in blocks), damping)
+    kernel = gram((features, w if curvature else None) for features, _, w in blocks)
+    if isinstance(damping, str):
+        features, loss_grad, w = train.sample(EXAMPLES, device)
+        scale = kernel.diagonal().mean()
+        damping = choose_damping(features, loss_grad, w if curvature else torch.ones_like(w), scale)
+    return factor(kernel, damping)
 
 
 def scores(

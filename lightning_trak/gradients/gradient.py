@@ -14,6 +14,7 @@ Matrix = Tensor | None
 
 
 _DENSE_BYTES = 2**24  # of per-sample gradients that are added up at once
+_SUMMED = 8  # examples of a convolution whose gradients are added up at once
 
 
 class Gradient(ABC):
@@ -227,12 +228,15 @@ class ConvGradient(Gradient):
         return self._convolve(self.inputs, right.T.reshape(-1, *self.shape[1:])).flatten(2)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        """Let a convolution's own backward pass add up; see `Gradient.weighted_sum`."""
+        """Let a convolution's own backward pass add up, of a few examples at a time; see `Gradient.weighted_sum`."""
         kernel = weights.new_zeros(self.shape).requires_grad_()
-        with torch.enable_grad():
-            outputs = self._convolve(self.inputs.to(weights), kernel)
-        grads = self.grads * weights.view(-1, *[1] * (self.grads.ndim - 1))
-        return torch.autograd.grad(outputs, kernel, grads.to(outputs))[0]
+        total, scaled = weights.new_zeros(self.shape), weights.view(-1, *[1] * (self.grads.ndim - 1))
+        for start in range(0, self.size, _SUMMED):
+            part = slice(start, start + _SUMMED)
+            with torch.enable_grad():
+                outputs = self._convolve(self.inputs[part].to(weights), kernel)
+            total += torch.autograd.grad(outputs, kernel, (self.grads[part] * scaled[part]).to(outputs))[0]
+        return total
 
     def _convolve(self, inputs: Tensor, kernel: Tensor) -> Tensor:
         """Convolve, at the positions that have an output gradient."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 import warnings
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,23 @@ def traker_tuned(key: str, files: Sequence[Path]) -> list[Tensor]:
 
 def ekfac(key: str, files: Sequence[Path]) -> Tensor:
     """Attribute with kronfluence's EK-FAC, with its heuristic damping; averaged over checkpoints."""
-    return torch.stack([_ekfac(key, file) for file in files]).mean(0)
+    scores: list[Tensor] = [_kept(file, "ekfac", partial(_ekfac, key, file)) for file in files]
+    return torch.stack(scores).mean(0)
+
+
+def cost(files: Sequence[Path], kind: str) -> float:
+    """Return the seconds that the methods whose results are kept spent on some checkpoints."""
+    return sum(torch.load(file.with_suffix(f".{kind}"), weights_only=True)["seconds"] for file in files)
+
+
+def _kept(file: Path, kind: str, compute: Callable[[], Any]) -> Any:
+    """Compute something for a checkpoint, unless it is kept beside it from another cell of the table."""
+    path = file.with_suffix(f".{kind}")
+    if not path.exists():
+        start = time.perf_counter()
+        result = compute()
+        torch.save({"result": result, "seconds": time.perf_counter() - start}, path)
+    return torch.load(path, weights_only=True)["result"]
 
 
 def _traker_scores(key: str, files: Sequence[Path], proj_dim: int, strength: float) -> Tensor:
@@ -62,13 +79,13 @@ def _traker_scores(key: str, files: Sequence[Path], proj_dim: int, strength: flo
     computer = BasicScoreComputer(torch.float32, torch.device("cpu"), logging_level=logging.ERROR, lambda_reg=strength)
     total, loss_grads = torch.zeros(()), torch.zeros(())
     for file in files:
-        train, targets, loss_grad = _traker_features(key, file, proj_dim)
+        kept = _kept(file, f"traker{proj_dim}", partial(_traker_features, key, file, proj_dim))
+        train, targets, loss_grad = kept
         total = total + computer.get_x_xtx_inv(train, computer.get_xtx(train)) @ targets.T
         loss_grads = loss_grads + loss_grad
     return total * loss_grads / len(files) ** 2
 
 
-@lru_cache(maxsize=256)
 def _traker_features(key: str, file: Path, proj_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Featurize train set and targets at one checkpoint with the reference implementation."""
     from trak import TRAKer
@@ -110,6 +127,9 @@ def _output(module: Any) -> Any:
     from trak.modelout_functions import AbstractModelOutput
 
     class Output(AbstractModelOutput):
+        def __init__(self) -> None:
+            super().__init__()
+
         @staticmethod
         def get_output(model: Any, weights: Any, buffers: Any, x: Tensor, y: Tensor) -> Tensor:
             return torch.func.functional_call(model, (weights, buffers), (x[None], y[None])).sum()
@@ -140,11 +160,11 @@ def _ekfac(key: str, file: Path) -> Tensor:
         )  # fmt: skip
         batch = {"per_device_batch_size": 200}
         analyzer.fit_all_factors("factors", data.train_set, factor_args=FactorArguments(strategy="ekfac"), **batch)
-        scores = analyzer.compute_pairwise_scores(
+        analyzer.compute_pairwise_scores(
             "scores", "factors", data.targets, data.train_set, 100, per_device_train_batch_size=200,
             score_args=ScoreArguments(damping_factor=None),
         )  # fmt: skip
-    return scores["all_modules"].T
+        return analyzer.load_pairwise_scores("scores")["all_modules"].T
 
 
 def _influence(regression: bool) -> Any:

@@ -190,7 +190,7 @@ def _cnn() -> L.LightningModule:
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
         nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10),
     )  # fmt: skip
-    return Classifier(network, _sgd(lr=0.05, momentum=0.9))
+    return Classifier(network, _sgd(lr=0.02, momentum=0.9))
 
 
 def _noisy_mlp() -> L.LightningModule:
