@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.benchmarks import features, fit, gpu, memory, scoring
+from tests.benchmarks import features, fit, gpu, memory, quality, scoring
 from tests.benchmarks.measuring import silence
 from tests.benchmarks.models import MODELS
 
@@ -88,3 +88,30 @@ def test_transformers_of_one_layer(key, monkeypatch, table):
     ((name, *_, size),) = table(features.run, (features.Case(key, n_train=4, n_targets=2),))
     assert name == model.name
     assert size == "4 + 2"
+
+
+def test_quality(table, monkeypatch, tmp_path):
+    """Every method on two cells of the smallest task, with next to no ground truth."""
+    monkeypatch.setattr(
+        quality, "CELLS", [cell for cell in quality.CELLS if cell.name in ("last of 1 run", "5 of 1 run")]
+    )
+    first, second = table(quality.run, ("diabetes",), 4, 1, tmp_path, tmp_path / "lds.png")
+    assert first[:2] == ["diabetes, MLP regression", "last of 1 run"]
+    assert second[:2] == ["diabetes, MLP regression", "5 of 1 run"]
+    for row in (first, second):
+        assert len(row) == 2 + len(quality.METHODS) + 2
+        assert all(re.fullmatch(r"-?\d\.\d{3} \(±\d\.\d{3}\)", cell) for cell in row[2:-2])
+        assert row[-1] == "–"
+    assert (tmp_path / "lds.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("key", quality.TASKS)
+def test_tasks_of_the_quality_benchmark(key):
+    """Train set and targets are there, and a module's loss goes with its model output."""
+    task = quality.TASKS[key]
+    data, module = task.data(), task.make_module().eval()
+    assert len(data.train_set) >= 300
+    assert len(data.targets) >= 100
+    batch = data.train_set[:20]
+    mean = module.output_to_loss(module.model_output(batch), batch).mean()
+    torch.testing.assert_close(module.training_step(batch, 0), mean, rtol=1e-4, atol=1e-6)

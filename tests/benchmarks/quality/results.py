@@ -1,0 +1,33 @@
+"""What the methods reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lightning_trak.ground_truth import Evaluation
+
+
+@dataclass
+class Result:
+    """What a method reached in a cell of the table.
+
+    Attributes:
+        evaluation: its LDS.
+        seconds: of training and attribution.
+    """
+
+    evaluation: Evaluation
+    seconds: float
+
+
+@dataclass
+class Table:
+    """The results of a task.
+
+    Attributes:
+        ceiling: the LDS of perfect scores.
+        results: by cell and method.
+    """
+
+    ceiling: float | None
+    results: dict[tuple[str, str], Result] = field(default_factory=dict)
