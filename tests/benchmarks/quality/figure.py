@@ -20,7 +20,7 @@ def draw(tables: dict[str, Table], path: Path) -> None:
         for name, style in SHOWN.items():
             results = [result for (_, method), result in table.results.items() if method == name]
             points = sorted((result.seconds, result.evaluation.lds) for result in results)
-            panel.plot(*zip(*points, strict=True), style, label=name, markersize=4)
+            panel.plot([x for x, _ in points], [y for _, y in points], style, label=name, markersize=4)
         if table.ceiling is not None:
             panel.axhline(table.ceiling, color="0.7", linewidth=1)
         panel.set(title=TASKS[key].name, xscale="log", xlabel="seconds of training and attribution", ylim=(0, None))
