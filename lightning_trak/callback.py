@@ -49,8 +49,8 @@ class TRAKCallback(pl.Callback):
         damping: λ, added to H relative to its mean diagonal; ``"auto"``: chosen at every checkpoint by leave-one-out
             cross-validation on the linearised model.
         curvature: True: H = Φᵀ diag(w) Φ, a Newton step. False: H = Φᵀ Φ; with ``damping=0`` this is the estimator of
-            the TRAK paper (its Equation 17) and of its reference implementation, which also average Q over checkpoints
-            apart from H⁻¹. That suits finished runs only, not the checkpoints of one run.
+            the TRAK paper (without its soft thresholding) and, up to a factor for each checkpoint, of its reference
+            implementation; they average Q over checkpoints apart from H⁻¹, and so is it done then.
         seed: chooses the projections.
         batch_size: for featurization; None for that of the loader, or fewer where the memory would not be enough.
 

@@ -104,7 +104,7 @@ def factor(kernel: Tensor, damping: float) -> CholeskyFactor:
     pivots = lower.diagonal().square()
     # Features are float32, so a kernel is known to about k·ε of its largest entries: beyond that it is singular.
     if int(info) or bool(pivots.min() < 1e-7 * pivots.max()):
-        least = 0.0 if int(info) else pivots.min()  # no eigenvalue is larger than the least, or less than the greatest
+        least = 0.0 if int(info) else pivots.min()  # the least eigenvalue is at most that
         condition, rank = diagonal.max() / least, (diagonal.sum() / norm) ** 2
         raise ValueError(
             f"The kernel H, ({len(kernel)}, {len(kernel)}), is singular or nearly so with damping={damping:g}"

@@ -142,7 +142,7 @@ def evaluate(attribution: Attribution | Tensor, ground_truth: GroundTruth, seed:
         ceiling=ground_truth.noise_ceiling(),
         random=linear_datamodeling_score(random, masks, outputs).item(),
         per_target=metric.per_target(),
-        slope=_slope(predicted_outputs(scores, masks) / masks.float().mean(), outputs),
+        slope=_slope(predicted_outputs(scores, masks) / masks.float().mean(1, keepdim=True), outputs),
     )
 
 

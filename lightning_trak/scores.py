@@ -45,8 +45,8 @@ class TrainFeatures:
         return features, loss_grad, curvature
 
     def sample(self, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Return Φ, Q and w of at most ``size`` rows, evenly spaced."""
-        rows = np.unique(np.linspace(0, len(self.features) - 1, size).round().astype(int))
+        """Return Φ, Q and w of at most ``size`` rows, drawn at random, but the same every time."""
+        rows = np.sort(np.random.default_rng(0).permutation(len(self.features))[:size])
         features, loss_grad, curvature = (
             torch.from_numpy(array[rows]).to(device) for array in (self.features, self.loss_grad, self.curvature)
         )

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 import lightning_trak as lt
 from lightning_trak import Attribution, FeatureStore, TRAKCallback, attribute
+from lightning_trak.damping import choose_damping
 from lightning_trak.projection import make_projector, projection_key
 from tests.conftest import Blobs, Classifier, make_data, make_trainer
 
@@ -561,6 +562,16 @@ def test_scores_of_a_convex_model_are_calibrated(logistic):
     evaluation = lt.evaluate(attribution, lt.GroundTruth(masks, outputs[:, None].float()))
     assert evaluation.lds > 0.95
     assert 0.85 < evaluation.slope < 1.15
+
+
+def test_the_default_damping_is_small_at_an_optimum(logistic, tmp_path):
+    """Nothing is left there for cross-validation to predict, which must not lead to a large one."""
+    _, x, sign, *_ = logistic
+    theta = logistic[-1]
+    p = torch.sigmoid(sign * (x @ theta))
+    features, weights = x * sign[:, None], p * (1 - p)
+    scale = ((features**2).T @ weights).mean()
+    assert choose_damping(features.float(), (1 - p).float(), weights.float(), scale) == 0.3
 
 
 def test_scores_are_the_change_that_leaving_an_example_out_makes(logistic):

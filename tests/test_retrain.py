@@ -221,7 +221,7 @@ def test_evaluation_as_a_table():
     lines = str(evaluation).splitlines()
     assert [line.split("  ")[1] for line in lines[1:4]] == ["scores", "perfect scores", "random scores"]
     assert f"{evaluation.lds:.3f}" in lines[1]
-    predicted = truth.masks.double() @ scores.double() / truth.masks.double().mean()
+    predicted = truth.masks.double() @ scores.double() / truth.masks.double().mean(1, keepdim=True)
     centred = [(values - values.mean(0)).flatten() for values in (predicted, truth.outputs.double())]
     assert evaluation.slope == pytest.approx(np.polyfit(*centred, 1)[0], rel=1e-3)
     assert lines[4] == f"actual change / predicted change: {evaluation.slope:.2f}"
