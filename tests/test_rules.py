@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_trak.gradients import DenseGradient, HooksEngine, LayerCall, ModelFunction, layer_rule
+from lightning_trak.gradients import ConvGradient, DenseGradient, HooksEngine, LayerCall, ModelFunction, layer_rule
 from lightning_trak.gradients.rules import find_rule
 from tests.conftest import Shift
 
@@ -306,3 +306,17 @@ def test_rules_hold_for_a_layers_own_forward_alone():
     changed.forward = lambda x: x
     assert find_rule(changed) is None
     check(Net(randomised(Twice(3, 2))), torch.randn(3, 4, 3).double(), rules=False)
+
+
+@pytest.mark.parametrize("size", [1, 8, 19])
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"dilation": 2, "padding": 2}, {"groups": 2}])
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_weighted_sums_of_convolutions_are_those_of_the_gradients(size, options, axes):
+    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1](4, 6, 3, bias=False, **options)
+    inputs, weights = torch.randn(size, 4, *[7] * axes), torch.randn(size)
+    gradient = ConvGradient(
+        inputs, torch.randn_like(layer(inputs)), layer.weight.shape, stride=layer.stride, padding=layer.padding,
+        dilation=layer.dilation, groups=layer.groups,
+    )  # fmt: skip
+    expected = torch.tensordot(weights.double(), gradient.dense().double(), 1)
+    torch.testing.assert_close(gradient.weighted_sum(weights).double(), expected, rtol=1e-4, atol=1e-4)
