@@ -51,8 +51,9 @@ class Scoring:
 
     def targets(self, loader: DataLoader[Any], top_k: int | None) -> tuple[Scores | Extremes, int]:
         """Featurize targets, solve with the kernel of every checkpoint, and score; return also how many targets."""
-        solved = self._solve(loader)
-        trains, n_train, n_targets, device = self._trains(), self.store.n_train, len(solved[0]), self._device
+        trains = self._trains()
+        solved = self._solve(loader, trains)
+        n_train, n_targets, device = self.store.n_train, len(solved[0]), self._device
         with progress(self.trainer, "Scoring", n_blocks(n_train, n_targets)) as advance:
             if top_k is None:
                 return scores(trains, solved, lambda: advance(1), device), n_targets
@@ -63,31 +64,31 @@ class Scoring:
         total = torch.zeros(self.store.n_train)
         with progress(self.trainer, "Scoring", len(self.digests)) as advance:
             for digest, train in zip(self.digests, self._trains(), strict=True):
-                self.store[digest].verify()
                 with naming(self.store[digest]):
                     total += self_influence(train, damping=self.damping, curvature=self.curvature, device=self._device)
                 advance(1)
         return total / len(self.digests)
 
-    def _solve(self, loader: DataLoader[Any]) -> list[Tensor]:
+    def _solve(self, loader: DataLoader[Any], trains: list[TrainFeatures]) -> list[Tensor]:
         """Featurize the targets at every checkpoint and solve with its kernel."""
         loop, solved, total = self.plan.loop(self.trainer, self.model, loader, "target"), [], len(self.digests)
-        for number, digest in enumerate(self.digests, 1):
+        for number, (digest, train) in enumerate(zip(self.digests, trains, strict=True), 1):
             entry = self.store[digest]
-            entry.verify()
             if number == 1:
                 loop.preflight(load_weights(entry.weights_path, digest), digest)
             targets = featurize_targets(loop, entry, f"{number}/{total}").to(self._device)
-            train = TrainFeatures(entry.features, entry.loss_grad, entry.curvature)
             with naming(entry):
                 x = precondition(train, targets, damping=self.damping, curvature=self.curvature)
             solved.append(x.cpu())  # those of all checkpoints would fill the device
         return solved
 
     def _trains(self) -> list[TrainFeatures]:
-        """Return the train set's features at every checkpoint; the paper averages Q over checkpoints first."""
-        entries = [self.store[digest] for digest in self.digests]
-        trains = [TrainFeatures(entry.features, entry.loss_grad, entry.curvature) for entry in entries]
+        """Return the train set's verified features at every checkpoint; the paper averages Q over them first."""
+        trains = []
+        for digest in self.digests:
+            entry = self.store[digest]
+            entry.verify()
+            trains.append(TrainFeatures(entry.features, entry.loss_grad, entry.curvature))
         as_in_the_paper = not self.curvature and self.damping == 0
         return with_mean_loss_grad(trains) if as_in_the_paper else trains
 

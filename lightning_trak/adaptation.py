@@ -58,13 +58,14 @@ class Adaptation:
 
     def prepare(self, function: ModelFunction, digest: str | None) -> None:
         """Choose the engine for a function that was observed, and keep it for the checkpoint of this digest."""
-        self._prepared = digest, self._choose(function)
+        self._prepared = digest, self._choose(function, self._read(self._first))
 
     def engine(self, function: ModelFunction, digest: str, key: int, device: torch.device) -> Engine:
         """Return the engine for a checkpoint, prepared at its weights; find the batch size that the memory allows."""
         (prepared, found), self._prepared = self._prepared, (None, None)
-        function.observe(self._read(self._first))
-        engine = found if found is not None and prepared == digest else self._choose(function)
+        batch = self._read(self._first)
+        function.observe(batch)
+        engine = found if found is not None and prepared == digest else self._choose(function, batch)
         try:
             self._measure(function, engine, key, device)
             return engine
@@ -104,9 +105,9 @@ class Adaptation:
         """The examples to try things on."""
         return range(min(_PREPARED, max(2, self.batch_size), self._n_examples))
 
-    def _choose(self, function: ModelFunction) -> Engine:
+    def _choose(self, function: ModelFunction, batch: Any) -> Engine:
         """Choose the engine at these weights; say which, if that has not been said."""
-        engine = self._choice.choose(function, self._read(self._first), len(self._first))
+        engine = self._choice.choose(function, batch, len(self._first))
         report = f"{self._choice.report(engine)} ({self._examples} examples)."
         if report != self._reported:
             self._tell(report)

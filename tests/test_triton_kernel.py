@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -68,7 +67,7 @@ def check_empty():
     assert torch.equal(features, torch.ones(2, 8))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no Triton but on Linux")
 def test_interpreted():
     """In a process of its own: Triton chooses between compiler and interpreter when it is imported."""
     program = "from tests.test_triton_kernel import check_interpreted; check_interpreted(); print('all agree')"
@@ -82,7 +81,7 @@ def test_interpreted():
     assert (done.returncode, done.stdout) == (0, "all agree\n"), done.stderr
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no Triton but on Linux")
 @pytest.mark.parametrize(("capability", "wide", "rows"), [(80, False, 128), (90, True, 128)])
 def test_compiles_without_a_gpu(capability, wide, rows):
     """To machine code, within the 227 KB of shared memory that a block may have (99 KB where tiles are not wide)."""

@@ -43,12 +43,12 @@ def fewer_features(key: str) -> int:
 
 def traker(key: str, files: Sequence[Path]) -> Tensor:
     """Attribute with the reference implementation and its defaults: k = 2048, λ = 0."""
-    return _traker_scores(key, files, 2048, 0.0)
+    return _traker_scores(key, files, 2048, [0.0])[0]
 
 
 def traker_tuned(key: str, files: Sequence[Path]) -> list[Tensor]:
     """Attribute with the reference implementation at every λ of `LAMBDAS`; the best is to be picked afterwards."""
-    return [_traker_scores(key, files, fewer_features(key), strength) for strength in LAMBDAS]
+    return _traker_scores(key, files, fewer_features(key), LAMBDAS)
 
 
 def ekfac(key: str, files: Sequence[Path]) -> Tensor:
@@ -72,18 +72,20 @@ def _kept(file: Path, kind: str, compute: Callable[[], Any]) -> Any:
     return torch.load(path, weights_only=True)["result"]
 
 
-def _traker_scores(key: str, files: Sequence[Path], proj_dim: int, strength: float) -> Tensor:
+def _traker_scores(key: str, files: Sequence[Path], proj_dim: int, lambdas: Sequence[float]) -> list[Tensor]:
     """Combine what the reference implementation computes of each checkpoint as its ``finalize_scores`` does."""
     from trak.score_computers import BasicScoreComputer
 
-    computer = BasicScoreComputer(torch.float32, torch.device("cpu"), logging_level=logging.ERROR, lambda_reg=strength)
-    total, loss_grads = torch.zeros(()), torch.zeros(())
+    computer = BasicScoreComputer(torch.float32, torch.device("cpu"), logging_level=logging.ERROR)
+    totals, loss_grads = [torch.zeros(())] * len(lambdas), torch.zeros(())
     for file in files:
-        kept = _kept(file, f"traker{proj_dim}", partial(_traker_features, key, file, proj_dim))
-        train, targets, loss_grad = kept
-        total = total + computer.get_x_xtx_inv(train, computer.get_xtx(train)) @ targets.T
+        features = partial(_traker_features, key, file, proj_dim)
+        train, targets, loss_grad = _kept(file, f"traker{proj_dim}", features)
+        kernel = computer.get_xtx(train)
+        for number, computer.lambda_reg in enumerate(lambdas):
+            totals[number] = totals[number] + computer.get_x_xtx_inv(train, kernel) @ targets.T
         loss_grads = loss_grads + loss_grad
-    return total * loss_grads / len(files) ** 2
+    return [total * loss_grads / len(files) ** 2 for total in totals]
 
 
 def _traker_features(key: str, file: Path, proj_dim: int) -> tuple[Tensor, Tensor, Tensor]:

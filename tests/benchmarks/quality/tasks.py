@@ -6,6 +6,7 @@ import ast
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import ClassificationMixin, RegressionMixin
+from tests.benchmarks.models import digits_cnn
 
 PACKAGES = ("asyncio", "email", "importlib", "logging", "unittest", "xml")
 WORDS, LENGTH = 2000, 32
@@ -125,6 +127,11 @@ def _standard(values: Any) -> Tensor:
 
 
 def _docstring_data() -> Data:
+    return Data(*_docstring_examples(), n_train=800, n_targets=200, batch_size=40)
+
+
+@cache
+def _docstring_examples() -> tuple[Tensor, Tensor]:
     """Docstrings of the standard library: which package is it from? Words are hashed into a table of 2000."""
     texts, labels = [], []
     for label, package in enumerate(PACKAGES):
@@ -133,7 +140,7 @@ def _docstring_data() -> Data:
                 texts.append([1 + _hash(word) % (WORDS - 1) for word in words[:LENGTH]])
                 labels.append(label)
     tokens = torch.tensor([text + [0] * (LENGTH - len(text)) for text in texts])
-    return Data(tokens, torch.tensor(labels), n_train=800, n_targets=200, batch_size=40)
+    return tokens, torch.tensor(labels)
 
 
 def _docstrings(path: Path) -> list[list[str]]:
@@ -186,11 +193,7 @@ class TextTransformer(nn.Module):
 
 
 def _cnn() -> L.LightningModule:
-    network = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10),
-    )  # fmt: skip
-    return Classifier(network, _sgd(lr=0.02, momentum=0.9))
+    return Classifier(digits_cnn().network, _sgd(lr=0.02, momentum=0.9))
 
 
 def _noisy_mlp() -> L.LightningModule:
