@@ -19,6 +19,8 @@ The way of the data, and the module that is each stage::
     memory            how much there is, and how much a computation takes
     store, entry      FeatureStore, the directory of checkpoints, and each checkpoint's features
     gram, damping     the kernel, and how much to damp it
+    training_time     what that follows from, where it is known
+    tempering         Q and w of outputs that are less certain
     scores            scores
     attribution, plot what the user gets back
     metrics           the linear datamodeling score

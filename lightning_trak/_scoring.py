@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,12 +11,14 @@ from torch.utils.data import DataLoader
 
 from lightning_trak._checkpoints import featurize_targets, naming
 from lightning_trak._plan import Plan
+from lightning_trak.damping import EXAMPLES, choose_damping, training_damping
 from lightning_trak.progress import progress
 from lightning_trak.scores import (
     Extremes,
     Scores,
     TrainFeatures,
     extreme_scores,
+    kernel_scale,
     n_blocks,
     precondition,
     scores,
@@ -24,7 +26,25 @@ from lightning_trak.scores import (
     with_mean_loss_grad,
 )
 from lightning_trak.store import FeatureStore
+from lightning_trak.tempering import TEMPERATURE, is_logistic, tempered
+from lightning_trak.training_time import TrainingTime
 from lightning_trak.weights import load_weights
+
+
+class Scored(NamedTuple):
+    """Scores of targets, and what the estimator came to.
+
+    Attributes:
+        scores: of all training examples, or of the extreme ones.
+        n_targets: m.
+        dampings: λ at every checkpoint.
+        temperature: by which outputs were divided in Q and w.
+    """
+
+    scores: Scores | Extremes
+    n_targets: int
+    dampings: tuple[float, ...]
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -38,6 +58,7 @@ class Scoring:
         plan: how targets are featurized.
         digests: of the checkpoints to average over.
         damping: λ, or ``"auto"``.
+        temperature: of the outputs in Q and w, or ``"auto"``.
         curvature: whether H is weighted; see `TRAKCallback`.
     """
 
@@ -47,50 +68,93 @@ class Scoring:
     plan: Plan
     digests: list[str]
     damping: float | str
+    temperature: float | str
     curvature: bool
 
-    def targets(self, loader: DataLoader[Any], top_k: int | None) -> tuple[Scores | Extremes, int]:
-        """Featurize targets, solve with the kernel of every checkpoint, and score; return also how many targets."""
-        trains = self._trains()
-        solved = self._solve(loader, trains)
+    def targets(self, loader: DataLoader[Any], top_k: int | None) -> Scored:
+        """Featurize targets, solve with the kernel of every checkpoint, and score."""
+        trains, temperature = self._trains()
+        dampings = self._dampings(trains)
+        solved = self._solve(loader, trains, dampings)
         n_train, n_targets, device = self.store.n_train, len(solved[0]), self._device
+        result: Scores | Extremes
         with progress(self.trainer, "Scoring", n_blocks(n_train, n_targets)) as advance:
             if top_k is None:
-                return scores(trains, solved, lambda: advance(1), device), n_targets
-            return extreme_scores(trains, solved, min(top_k, n_train), lambda: advance(1), device), n_targets
+                result = scores(trains, solved, lambda: advance(1), device)
+            else:
+                result = extreme_scores(trains, solved, min(top_k, n_train), lambda: advance(1), device)
+        return Scored(result, n_targets, tuple(dampings), temperature)
 
     def self_influence(self) -> Tensor:
         """Score every training example for itself, (n,)."""
-        total = torch.zeros(self.store.n_train)
+        total, (trains, _) = torch.zeros(self.store.n_train), self._trains()
         with progress(self.trainer, "Scoring", len(self.digests)) as advance:
-            for digest, train in zip(self.digests, self._trains(), strict=True):
+            for digest, train, damping in zip(self.digests, trains, self._dampings(trains), strict=True):
                 with naming(self.store[digest]):
-                    total += self_influence(train, damping=self.damping, curvature=self.curvature, device=self._device)
+                    total += self_influence(train, damping=damping, curvature=self.curvature, device=self._device)
                 advance(1)
         return total / len(self.digests)
 
-    def _solve(self, loader: DataLoader[Any], trains: list[TrainFeatures]) -> list[Tensor]:
+    def _solve(self, loader: DataLoader[Any], trains: list[TrainFeatures], dampings: list[float]) -> list[Tensor]:
         """Featurize the targets at every checkpoint and solve with its kernel."""
         loop, solved, total = self.plan.loop(self.trainer, self.model, loader, "target"), [], len(self.digests)
-        for number, (digest, train) in enumerate(zip(self.digests, trains, strict=True), 1):
+        for number, (digest, train, damping) in enumerate(zip(self.digests, trains, dampings, strict=True), 1):
             entry = self.store[digest]
             if number == 1:
                 loop.preflight(load_weights(entry.weights_path, digest), digest)
             targets = featurize_targets(loop, entry, f"{number}/{total}").to(self._device)
             with naming(entry):
-                x = precondition(train, targets, damping=self.damping, curvature=self.curvature)
+                x = precondition(train, targets, damping=damping, curvature=self.curvature)
             solved.append(x.cpu())  # those of all checkpoints would fill the device
         return solved
 
-    def _trains(self) -> list[TrainFeatures]:
-        """Return the train set's verified features at every checkpoint; the paper averages Q over them first."""
+    def _dampings(self, trains: list[TrainFeatures]) -> list[float]:
+        """Return λ at every checkpoint."""
+        if not isinstance(self.damping, str):
+            return [self.damping] * len(trains)
+        trainings = self._trainings()
+        return [self._damping(train, trainings) for train in trains]
+
+    def _damping(self, train: TrainFeatures, trainings: list[TrainingTime]) -> float:
+        scale = kernel_scale(train, curvature=self.curvature, device=self._device)
+        if trainings and scale > 0:
+            return training_damping(trainings, self.store.n_train, scale)
+        features, loss_grad, w = train.sample(EXAMPLES, self._device)
+        return choose_damping(features, loss_grad, w if self.curvature else torch.ones_like(w), scale)
+
+    def _trainings(self) -> list[TrainingTime]:
+        """Return how long training went on until every checkpoint; nothing where that is not known of all."""
+        found = [self.store[digest].meta.get("training_time") for digest in self.digests]
+        known = [TrainingTime(**training) for training in found if training is not None]
+        return known if len(known) == len(found) and any(training.time for training in known) else []
+
+    def _trains(self) -> tuple[list[TrainFeatures], float]:
+        """Return the train set's verified features at every checkpoint, and the temperature of their Q and w.
+
+        The paper averages Q over checkpoints before all else.
+        """
         trains = []
         for digest in self.digests:
             entry = self.store[digest]
             entry.verify()
             trains.append(TrainFeatures(entry.features, entry.loss_grad, entry.curvature))
+        temperature = self._temperature(trains)
+        if temperature != 1:
+            trains = [tempered(train, temperature) for train in trains]
         as_in_the_paper = not self.curvature and self.damping == 0
-        return with_mean_loss_grad(trains) if as_in_the_paper else trains
+        return (with_mean_loss_grad(trains) if as_in_the_paper else trains), temperature
+
+    def _temperature(self, trains: list[TrainFeatures]) -> float:
+        logistic = all(is_logistic(train) for train in trains)
+        if isinstance(self.temperature, str):
+            fits_all = self.plan.n_params >= self.store.n_train
+            return TEMPERATURE if self.damping == "auto" and logistic and fits_all else 1.0
+        if self.temperature != 1 and not logistic:
+            raise ValueError(
+                f"TRAKCallback(temperature={self.temperature}) needs the loss softplus(−f), as that of"
+                " ClassificationMixin is: Q and w in the store are of another one. Use temperature='auto' or 1."
+            )
+        return float(self.temperature)
 
     @property
     def _device(self) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from lightning_trak.data import check_loader
 from lightning_trak.gradients.function import check_fit
 from lightning_trak.scores import Extremes
 from lightning_trak.store import FeatureStore
-from lightning_trak.weights import load_weights, read_checkpoint, weights_digest
+from lightning_trak.training_time import TrainingTime
+from lightning_trak.weights import load_weights, read_checkpoint, read_weights, weights_digest, weights_in
 
 CkptPath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 
@@ -71,7 +73,7 @@ def attribute(
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise ValueError(f"top_k must be a positive integer or None, got {top_k!r}.")
     with _featurized(trainer, model, dataloaders, datamodule, ckpt_path) as (scoring, data):
-        result, n_targets = scoring.targets(data.targets(), top_k)
+        result, n_targets, dampings, temperature = scoring.targets(data.targets(), top_k)
     info = AttributionInfo(
         n_train=scoring.store.n_train,
         n_targets=n_targets,
@@ -80,6 +82,8 @@ def attribute(
         proj_dim=scoring.plan.proj_dim,
         damping=scoring.damping,
         curvature=scoring.curvature,
+        dampings=dampings,
+        temperature=temperature,
     )
     attribution = (
         Attribution(result, info) if isinstance(result, Extremes) else Attribution(result.mean, info, result.spread)
@@ -92,6 +96,7 @@ def attribute(
 def attribute_self(
     trainer: pl.Trainer,
     model: pl.LightningModule | None = None,
+    *,
     datamodule: pl.LightningDataModule | None = None,
     ckpt_path: CkptPath = None,
 ) -> Tensor:
@@ -130,7 +135,8 @@ def _featurized(
         store, plan = _open_store(trainer, model, callback, data, create=ckpt_path is not None)
         digests = _select(trainer, store, ckpt_path)
         _featurize_missing(trainer, model, store, plan, data, digests)
-        yield Scoring(trainer, model, store, plan, digests, callback.damping, callback.curvature), data
+        regularized = {"damping": callback.damping, "temperature": callback.temperature}
+        yield Scoring(trainer, model, store, plan, digests, **regularized, curvature=callback.curvature), data
 
 
 class Loaders:
@@ -241,7 +247,7 @@ def _names_of_weights(store: Path, ckpt_path: CkptPath) -> set[str] | None:
     paths = [ckpt_path] if isinstance(ckpt_path, (str, os.PathLike)) else list(ckpt_path or [])
     given = [path for path in paths if path not in ("best", "last")]
     path = next(iter([*given, *store.glob("checkpoints/*/weights.pt")]), None)
-    return None if path is None else set(read_checkpoint(path))
+    return None if path is None else set(read_weights(path))
 
 
 def _open_store(
@@ -285,12 +291,14 @@ def _select(trainer: pl.Trainer, store: FeatureStore, ckpt_path: CkptPath) -> li
         raise ValueError("ckpt_path is an empty list; pass at least one checkpoint file, or None for all in the store.")
     digests = []
     for path in paths:
-        weights = read_checkpoint(path)
+        checkpoint = read_checkpoint(path)
+        weights, training = weights_in(checkpoint, path), TrainingTime.of_checkpoint(checkpoint)
         digest = weights_digest(weights)
         if digest not in digests:
             digests.append(digest)
         check_fit(trainer.lightning_module, weights)
-        add_checkpoint(store, digest, weights, {"file": os.path.basename(path)})
+        meta = {"file": os.path.basename(path), "training_time": training and asdict(training)}
+        add_checkpoint(store, digest, weights, meta)
     return digests
 
 

@@ -32,8 +32,10 @@ class AttributionInfo:
         checkpoints: digests of the checkpoints averaged over.
         projector: name of the projection.
         proj_dim: k.
-        damping: λ, or ``"auto"`` where it was chosen at every checkpoint.
+        damping: λ, or ``"auto"``, as it was asked for.
         curvature: whether H was weighted with the loss's curvature.
+        dampings: λ at every checkpoint.
+        temperature: by which model outputs were divided in Q and w.
     """
 
     n_train: int
@@ -43,6 +45,8 @@ class AttributionInfo:
     proj_dim: int
     damping: float | str
     curvature: bool
+    dampings: tuple[float, ...] = ()
+    temperature: float = 1.0
 
 
 class Convergence(NamedTuple):
@@ -206,7 +210,8 @@ class Attribution:
             raise FileNotFoundError(f"There is no saved attribution in '{path}' (no attribution.json).")
         try:
             fields = json.loads((folder / "attribution.json").read_text())
-            info = AttributionInfo(**{**fields, "checkpoints": tuple(fields["checkpoints"])})
+            lists = {name: tuple(fields.get(name, ())) for name in ("checkpoints", "dampings")}
+            info = AttributionInfo(**{**fields, **lists})
             names = ["scores"] if (folder / "scores.npy").exists() else ["top", "top_values", "bottom", "bottom_values"]
             arrays = [_load(folder, name) for name in names]
             varies = (folder / "standard_error.npy").exists()

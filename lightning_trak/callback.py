@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import lightning.pytorch as pl
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -21,6 +23,7 @@ from lightning_trak.data import check_loader
 from lightning_trak.gradients import ENGINES
 from lightning_trak.projection import Projector, check_projector
 from lightning_trak.store import FeatureStore
+from lightning_trak.training_time import TrainingTime
 from lightning_trak.weights import tensors_in, weights_digest
 
 TRAIN_REMEDY = "Or define featurize_dataloader() in the LightningDataModule or LightningModule."
@@ -46,8 +49,12 @@ class TRAKCallback(pl.Callback):
         featurize_on: ``"save"``: every distinct set of weights as it is saved, also those that are deleted later;
             ``"fit_end"``: once per run, the checkpoints that the run kept.
         parameters: the attributed parameters: None for all trainable ones, else names or glob patterns.
-        damping: λ, added to H relative to its mean diagonal; ``"auto"``: chosen at every checkpoint by leave-one-out
-            cross-validation on the linearised model.
+        damping: λ, added to H relative to its mean diagonal; ``"auto"``: from learning rate and steps where the
+            optimizer is SGD, so that a Newton step goes as far as training did; else chosen at every checkpoint by
+            leave-one-out cross-validation on the linearised model.
+        temperature: for classification, divides the outputs f in Q and w, which stand for models that were not trained
+            on all of the examples and are less certain; ``"auto"``: 1.3 with ``damping="auto"`` and no fewer
+            parameters than examples, else 1.
         curvature: True: H = Φᵀ diag(w) Φ, a Newton step. False: H = Φᵀ Φ; with ``damping=0`` this is the estimator of
             the TRAK paper (without its soft thresholding) and, up to a factor for each checkpoint, of its reference
             implementation; they average Q over checkpoints apart from H⁻¹, and so is it done then.
@@ -71,6 +78,7 @@ class TRAKCallback(pl.Callback):
         featurize_on: str = "save",
         parameters: str | Sequence[str] | None = None,
         damping: float | str = "auto",
+        temperature: float | str = "auto",
         curvature: bool = True,
         seed: int = 0,
         batch_size: int | None = None,
@@ -79,8 +87,10 @@ class TRAKCallback(pl.Callback):
         check_projector(projector, proj_dim)
         _check_choice("gradients", gradients, ("auto", *ENGINES))
         _check_choice("featurize_on", featurize_on, ("save", "fit_end"))
-        if damping != "auto" and (not isinstance(damping, (int, float)) or not 0 <= damping < float("inf")):
+        if damping != "auto" and (not _is_finite(damping) or damping < 0):
             raise ValueError(f"damping must be 'auto' or a finite number of at least 0, got {damping!r}.")
+        if temperature != "auto" and (not _is_finite(temperature) or temperature <= 0):
+            raise ValueError(f"temperature must be 'auto' or a finite number above 0, got {temperature!r}.")
         if not isinstance(curvature, bool):
             raise TypeError(f"curvature must be True or False, got {curvature!r}.")
         if isinstance(seed, bool) or not isinstance(seed, int):
@@ -94,6 +104,7 @@ class TRAKCallback(pl.Callback):
         self.featurize_on = featurize_on
         self.parameters = parameters
         self.damping = damping
+        self.temperature = temperature
         self.curvature = curvature
         self.seed = seed
         self.batch_size = batch_size
@@ -104,6 +115,7 @@ class TRAKCallback(pl.Callback):
         self._files: dict[str, str] = {}  # path of a checkpoint file → digest of its weights
         self._pending: dict[str, bool] = {}  # digest to featurize → whether this run added it
         self._featurized = 0
+        self._training: TrainingTime | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the wiring, and start to watch checkpoint files."""
@@ -129,11 +141,27 @@ class TRAKCallback(pl.Callback):
                 return  # nothing will be saved
             self._store = FeatureStore.create(self.store_path(trainer), plan.manifest(loader))
         self.train_loader, self._loop = loader, loop
+        if trainer.global_step == 0:
+            self._training = TrainingTime()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Featurize what was saved since the last training step."""
         if self.featurize_on == "save":
             self._featurize_pending()
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """Note how far the step goes."""
+        if self._training is not None:
+            self._training = self._training.after_step(optimizer.param_groups) if len(trainer.optimizers) == 1 else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the callback: how long training went on."""
+        return {"training_time": self._training and asdict(self._training)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint that training is resumed from."""
+        known = state_dict.get("training_time")
+        self._training = TrainingTime(**known) if known else None
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Featurize what is left, or with ``featurize_on="fit_end"`` all that the run kept."""
@@ -161,6 +189,7 @@ class TRAKCallback(pl.Callback):
             return
         added = digest not in self._store
         meta = {"epoch": checkpoint["epoch"], "global_step": checkpoint["global_step"], "file": os.path.basename(path)}
+        meta.update(self.state_dict())
         add_checkpoint(self._store, digest, weights, meta)
         self._pending.setdefault(digest, added)
 
@@ -266,6 +295,10 @@ def check_limit(name: str, limit: float, loader: DataLoader[Any]) -> None:
             " the limit (overfit_batches sets one too), or give the loader a torch.utils.data.Subset of the examples"
             " that count."
         )
+
+
+def _is_finite(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -1,15 +1,45 @@
-"""How much to damp the kernel: chosen by leave-one-out cross-validation on the linearised model."""
+"""How much to damp the kernel: from how long training went on; where that is unknown, by cross-validation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from lightning_trak.training_time import TrainingTime
+
+PART = 0.25  # of the training time
+LEAST = 1e-3  # with less a kernel of fewer examples than features cannot be solved with in float32
 
 CANDIDATES = (0.3, 1.0, 3.0, 10.0)
 EXAMPLES = 1000  # of the train set that are enough to choose with
 
 _LEAST = 1e-6  # of the largest weight
 _LEFT = 0.1  # of what noise would leave to explain
+
+
+def training_damping(trainings: Sequence[TrainingTime], n_train: int, scale: float) -> float:
+    """Return the damping with which a Newton step goes as far as training did.
+
+    Gradient flow on the mean loss of a linearised model, with kernel H / n, goes the part 1 − exp(−t s) of the way in a
+    direction of eigenvalue s. A ridge of strength 1 / t goes nearly as far, s / (s + 1 / t), and weight decay adds to
+    that strength (Ali, Kolter and Tibshirani, "A continuous-time view of early stopping for least squares regression",
+    AISTATS 2019, arXiv 1810.10082). It is the same at every checkpoint, that of a quarter of the longest time: on the
+    tasks of ``python -m tests.benchmarks quality`` the LDS is flat about it, and examples act from step to step, so
+    that most had less time than the whole.
+
+    Args:
+        trainings: of the checkpoints, at least one.
+        n_train: n.
+        scale: the mean diagonal of the kernel.
+
+    >>> training_damping([TrainingTime(time=4.0), TrainingTime(time=20.0)], n_train=100, scale=80.0)
+    0.25
+    """
+    strength = 1 / (PART * max(training.time for training in trainings))
+    decay = sum(training.weight_decay for training in trainings) / len(trainings)
+    return max(LEAST, n_train * (strength + decay) / scale)
 
 
 def choose_damping(features: Tensor, loss_grad: Tensor, weights: Tensor, scale: Tensor | float) -> float:
@@ -21,8 +51,9 @@ def choose_damping(features: Tensor, loss_grad: Tensor, weights: Tensor, scale: 
     Technometrics 1974); least is its mean absolute value. As λ·scale is the precision of the prior of a Bayesian
     regression, it hardly depends on how many examples it is chosen with.
 
-    Where training has come to its optimum, Φᵀq = 0, nothing is left to predict, and the least damping is taken. Copies
-    of examples in the train set make it look easier to predict than it is, and so the damping less.
+    Where training has come to its optimum, Φᵀq = 0, nothing is left to predict, and the least damping is taken: next to
+    none where there are more examples than features. Copies of examples in the train set make it look easier to predict
+    than it is, and so the damping less.
 
     On the tasks of ``python -m tests.benchmarks quality`` the best fixed damping is 0.3 on one and 10 on another. Tried
     too, and no better over all tasks: squared residuals, generalised cross-validation, the evidence of the Bayesian
@@ -48,7 +79,7 @@ def choose_damping(features: Tensor, loss_grad: Tensor, weights: Tensor, scale: 
     least = values / (values + CANDIDATES[0] * scale)
     explained = 1 - (response - vectors @ (least * rotated)).square().sum() / response.square().sum()
     if not explained > _LEFT * least.mean():  # of noise, as much is explained as there are parameters to an example
-        return CANDIDATES[0]
+        return LEAST if len(features) > features.shape[1] else CANDIDATES[0]
     errors = []
     for damping in CANDIDATES:
         shrinkage = values / (values + damping * scale)

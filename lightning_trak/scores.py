@@ -11,7 +11,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_trak.damping import EXAMPLES, choose_damping
 from lightning_trak.gram import CholeskyFactor, factor, full_precision, gram, quadratic_form, solve
 
 _BLOCK_ROWS = 4096
@@ -93,7 +92,7 @@ class Extremes:
     bottom: Ranked
 
 
-def precondition(train: TrainFeatures, targets: Tensor, *, damping: float | str, curvature: bool) -> Tensor:
+def precondition(train: TrainFeatures, targets: Tensor, *, damping: float, curvature: bool) -> Tensor:
     """Solve H x = φ(z) for every target at one checkpoint.
 
     H = Φᵀ diag(w) Φ is the Gauss–Newton Hessian of the training loss in feature space, and the score the predicted
@@ -103,7 +102,7 @@ def precondition(train: TrainFeatures, targets: Tensor, *, damping: float | str,
     Args:
         train: the train set's features.
         targets: φ(z), (m, k).
-        damping: λ, relative to the mean diagonal of H; ``"auto"`` for `choose_damping`.
+        damping: λ, relative to the mean diagonal of H.
         curvature: whether to weight by w.
 
     Returns:
@@ -112,9 +111,7 @@ def precondition(train: TrainFeatures, targets: Tensor, *, damping: float | str,
     return solve(_factor(train, damping, curvature, targets.device), targets)
 
 
-def self_influence(
-    train: TrainFeatures, *, damping: float | str, curvature: bool, device: torch.device = _CPU
-) -> Tensor:
+def self_influence(train: TrainFeatures, *, damping: float, curvature: bool, device: torch.device = _CPU) -> Tensor:
     """Score every training example for itself at one checkpoint: φ(zᵢ)ᵀ H⁻¹ φ(zᵢ) qᵢ.
 
     See `precondition` and `scores` for the arguments. No n × n matrix is made.
@@ -140,7 +137,7 @@ def with_mean_loss_grad(trains: Sequence[TrainFeatures]) -> list[TrainFeatures]:
     return [replace(train, loss_grad=mean) for train in trains]
 
 
-def _factor(train: TrainFeatures, damping: float | str, curvature: bool, device: torch.device) -> CholeskyFactor:
+def _factor(train: TrainFeatures, damping: float, curvature: bool, device: torch.device) -> CholeskyFactor:
     """Accumulate the kernel of one checkpoint, damp and factor it."""
     n, k = train.features.shape
     if damping == 0 and n <= k:
@@ -149,12 +146,22 @@ def _factor(train: TrainFeatures, damping: float | str, curvature: bool, device:
             " meaningless. Set TRAKCallback(damping='auto'), or a proj_dim well below n."
         )
     blocks = (train.block(rows, device) for rows in _blocks(n))
-    kernel = gram((features, w if curvature else None) for features, _, w in blocks)
-    if isinstance(damping, str):
-        features, loss_grad, w = train.sample(EXAMPLES, device)
-        scale = kernel.diagonal().mean()
-        damping = choose_damping(features, loss_grad, w if curvature else torch.ones_like(w), scale)
-    return factor(kernel, damping)
+    return factor(gram((features, w if curvature else None) for features, _, w in blocks), damping)
+
+
+def kernel_scale(train: TrainFeatures, *, curvature: bool, device: torch.device = _CPU) -> float:
+    """Return the mean diagonal of H, to which damping is relative, without H.
+
+    >>> import numpy as np
+    >>> kernel_scale(TrainFeatures(np.eye(3, 2, dtype="f4"), np.ones(3, "f4"), np.ones(3, "f4")), curvature=True)
+    1.0
+    """
+    trace, (n, k) = 0.0, train.features.shape
+    for rows in _blocks(n):
+        features, _, w = train.block(rows, device)
+        squares = features.square().sum(1)
+        trace += (squares @ w if curvature else squares.sum()).item()
+    return trace / k
 
 
 def scores(

@@ -69,8 +69,8 @@ def load_weights(path: Path, digest: str) -> Weights:
     return weights
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Weights:
-    """Read the weights in a Lightning ``.ckpt`` file or a plain state-dict file.
+def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """Read a Lightning ``.ckpt`` file; a plain state-dict file as if it were one that holds nothing else.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -88,8 +88,28 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Weights:
         ) from error
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"'{path}' is damaged or no checkpoint: {error}") from error
-    state_dict = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    weights = tensors_in(state_dict) if isinstance(state_dict, Mapping) else {}
+    if not isinstance(content, Mapping) or not isinstance(content.get("state_dict", content), Mapping):
+        raise ValueError(f"'{path}' holds no weights; expected a Lightning checkpoint or a state dict.")
+    return content if "state_dict" in content else {"state_dict": content}
+
+
+def read_weights(path: str | os.PathLike[str]) -> Weights:
+    """Read the weights in a file that `read_checkpoint` reads.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or holds none.
+    """
+    return weights_in(read_checkpoint(path), path)
+
+
+def weights_in(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> Weights:
+    """Return the weights of a checkpoint that was read from ``path``.
+
+    Raises:
+        ValueError: if it holds none.
+    """
+    weights = tensors_in(checkpoint["state_dict"])
     if not weights:
         raise ValueError(f"'{path}' holds no weights; expected a Lightning checkpoint or a state dict.")
     return weights

@@ -116,6 +116,56 @@ def test_whole_attribution_against_a_float64_reference(tmp_path, run, projector,
     np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "unknown"])
+def test_the_defaults_against_a_float64_reference(tmp_path, run, optimizer):
+    """Outputs divided by 1.3 in Q and w; damped as long as SGD trained, else as cross-validation says."""
+    root, _, _, data = run
+    paths = sorted((root / "files").iterdir())
+    for path in paths:
+        checkpoint = torch.load(path, weights_only=True)
+        options = {"lr": 0.1, "momentum": 0.5, "dampening": 0, "nesterov": False, "weight_decay": 0.02}
+        group = options if optimizer == "SGD" else {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0}
+        states = {"optimizer_states": [{"param_groups": [group]}], "global_step": 7, "lr_schedulers": []}
+        kept = {} if optimizer == "unknown" else states
+        torch.save({"state_dict": checkpoint["state_dict"], **kept}, tmp_path / path.name)
+    trak = TRAKCallback(tmp_path / "store", projector="sparse", proj_dim=24)
+    files = [tmp_path / path.name for path in paths]
+    attribution = make_trainer(tmp_path, trak).attribute(Classifier(), datamodule=data, ckpt_path=files)
+    expected, dampings = 0, []
+    for path, digest in zip(paths, FeatureStore(tmp_path / "store").digests, strict=True):
+        model = Classifier.load_from_checkpoint(path)
+        names = [name for name, _ in model.named_parameters()]
+        p = sum(parameter.numel() for parameter in model.parameters())
+        matrix = projection_matrix(make_projector("sparse", 24, p), projection_key(0, digest), p)
+        train, probabilities = features_float64(model, make_data(40), names, matrix)
+        targets, _ = features_float64(model, make_data(7, 2), names, matrix)
+        odds = np.log(probabilities / (1 - probabilities)) / 1.3
+        q, w = 1 / (1 + np.exp(odds)) / 1.3, 1 / (1 + np.exp(odds)) / (1 + np.exp(-odds)) / 1.3**2
+        scale = np.mean(np.diag(train.T @ np.diag(w) @ train))
+        if optimizer == "SGD":
+            dampings.append(40 * (4 / (7 * 0.2) + 0.02) / scale)
+        else:
+            tensors = [torch.tensor(array, dtype=torch.float32) for array in (train, q, w)]
+            dampings.append(choose_damping(*tensors, scale))
+        expected = expected + scores_float64(train, targets, q, w, dampings[-1]) / len(paths)
+    assert attribution.info.temperature == 1.3
+    np.testing.assert_allclose(attribution.info.dampings, dampings, rtol=1e-3)
+    np.testing.assert_allclose(attribution.scores.numpy(), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_temperature_needs_the_logistic_loss(tmp_path, run):
+    root, _, _, data = run
+    path = min((root / "files").iterdir())
+
+    class Squared(Classifier):
+        def output_to_loss(self, output, batch):
+            return (output - 1).square()
+
+    attributing = make_trainer(tmp_path, TRAKCallback(tmp_path / "store", temperature=2))
+    with pytest.raises(ValueError, match=r"temperature=2.*softplus"):
+        attributing.attribute(Squared(), datamodule=data, ckpt_path=path)
+
+
 def test_the_estimator_of_the_paper(tmp_path, run):
     """Without curvature and damping, Q is averaged over checkpoints apart from φᵀ H⁻¹ φ: its Equation 17."""
     root, _, _, data = run
@@ -564,14 +614,26 @@ def test_scores_of_a_convex_model_are_calibrated(logistic):
     assert 0.85 < evaluation.slope < 1.15
 
 
-def test_the_default_damping_is_small_at_an_optimum(logistic, tmp_path):
-    """Nothing is left there for cross-validation to predict, which must not lead to a large one."""
-    _, x, sign, *_ = logistic
-    theta = logistic[-1]
-    p = torch.sigmoid(sign * (x @ theta))
-    features, weights = x * sign[:, None], p * (1 - p)
-    scale = ((features**2).T @ weights).mean()
-    assert choose_damping(features.float(), (1 - p).float(), weights.float(), scale) == 0.3
+def test_the_defaults_are_calibrated_too(logistic, tmp_path):
+    """Of a model with fewer parameters than examples, at its optimum: little damping, and outputs as they are."""
+    _, x, sign, targets, target_sign, _ = logistic
+    loaders = [DataLoader(TensorDataset(a.float(), b.float()), 64) for a, b in ((x, sign), (targets, target_sign))]
+    trainer = make_trainer(tmp_path / "auto", TRAKCallback(tmp_path / "auto" / "store"))
+
+    class Data(L.LightningDataModule):
+        def train_dataloader(self):
+            return loaders[0]
+
+        def predict_dataloader(self):
+            return loaders[1]
+
+    attribution = trainer.attribute(Logistic(4), datamodule=Data(), ckpt_path=tmp_path / "theta.pt")
+    assert (attribution.info.dampings, attribution.info.temperature) == ((1e-3,), 1.0)
+    masks = torch.rand(60, 400, generator=torch.Generator().manual_seed(0)) < 0.5
+    outputs = torch.stack([target_sign * (targets @ fit_logistic(x[mask], sign[mask])) for mask in masks])
+    evaluation = lt.evaluate(attribution, lt.GroundTruth(masks, outputs[:, None].float()))
+    assert evaluation.lds > 0.95
+    assert 0.85 < evaluation.slope < 1.15
 
 
 def test_scores_are_the_change_that_leaving_an_example_out_makes(logistic):
@@ -622,7 +684,7 @@ def test_near_duplicates_of_training_digits_find_their_originals(tmp_path):
     L.seed_everything(0, verbose=False)
     rows = torch.randperm(800)[:30]
     blurred = images[rows] + 0.05 * torch.randn_like(images[rows])
-    trak = TRAKCallback(tmp_path / "store", proj_dim=512)
+    trak = TRAKCallback(tmp_path / "store", proj_dim=512, damping=0.1)  # little, as the README says for duplicates
     trainer = make_trainer(tmp_path, trak, ModelCheckpoint(tmp_path / "files", save_top_k=-1), max_epochs=5)
     trainer.fit(DigitsCNN(), DataLoader(TensorDataset(images, labels), 32, shuffle=True))
     top = trainer.attribute(dataloaders=DataLoader(TensorDataset(blurred, labels[rows]), 32)).top(5)

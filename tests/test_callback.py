@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
 from lightning_trak import FeatureStore, TRAKCallback
-from lightning_trak.weights import read_checkpoint, weights_digest
+from lightning_trak.weights import read_weights, weights_digest
 from tests.conftest import Blobs, Classifier, make_data, make_trainer
 
 
@@ -42,7 +42,7 @@ def fit(root, *callbacks, seed=0, module=None, data=None, ckpt_path=None, **kwar
 
 
 def digests_of(*paths):
-    return [weights_digest(read_checkpoint(path)) for path in paths]
+    return [weights_digest(read_weights(path)) for path in paths]
 
 
 def every_epoch(root, **kwargs):

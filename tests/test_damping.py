@@ -1,4 +1,4 @@
-"""The damping that cross-validation chooses: against leaving examples out one by one, and as a part of the scores."""
+"""The damping: that of cross-validation against leaving examples out one by one; that of training by its formula."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_trak.damping import CANDIDATES, choose_damping
-from lightning_trak.scores import TrainFeatures, precondition, scores, self_influence
+from lightning_trak.damping import CANDIDATES, choose_damping, training_damping
+from lightning_trak.scores import TrainFeatures, kernel_scale
+from lightning_trak.training_time import TrainingTime
 
 
 def problem(noise, n=40, k=12, seed=0, weighted=True):
@@ -60,38 +61,30 @@ def test_examples_without_curvature_do_not_decide():
     assert choose_damping(*tensors(*more), scale) == expected
 
 
+@pytest.mark.parametrize("noise", [1, 10, 20, 50])
+def test_a_sample_of_a_large_train_set_decides_as_the_whole_does(noise):
+    rng = np.random.default_rng(0)
+    features, weights = rng.normal(size=(1500, 200)) * 0.97 ** np.arange(200), rng.uniform(0.05, 1, size=1500)
+    response = features @ rng.normal(size=200) + noise / np.sqrt(weights) * rng.normal(size=1500)
+    scale = np.mean(np.diag((features.T * weights) @ features))
+    arrays = tensors(features, weights * response, weights)
+    sample = TrainFeatures(*(array.numpy() for array in arrays)).sample(500, torch.device("cpu"))
+    assert choose_damping(*sample, scale) == choose_damping(*arrays, scale)
+
+
+def test_training_damping_is_the_strength_of_training_relative_to_the_kernel():
+    """λ·mean(diag H) = n (1 / (t / 4) + weight decay), of the longest time."""
+    trainings = [TrainingTime(2.0, 0.5), TrainingTime(8.0, 0.5)]
+    assert training_damping(trainings, n_train=30, scale=5.0) * 5.0 == pytest.approx(30 * (1 / 2 + 0.5))
+
+
+def test_training_damping_is_never_so_small_that_nothing_can_be_solved():
+    assert training_damping([TrainingTime(1e9)], n_train=30, scale=5.0) == 1e-3
+
+
 @pytest.mark.parametrize("curvature", [True, False])
-@pytest.mark.parametrize("noise", [0.01, 3.0])
-def test_auto_is_the_damping_chosen(noise, curvature):
-    features, loss_grad, weights = problem(noise)
-    train, targets = (
-        TrainFeatures(*(array.astype(np.float32) for array in (features, loss_grad, weights))),
-        torch.eye(12),
-    )
-    used = weights if curvature else np.ones_like(weights)
-    scale = np.mean(np.diag((features.T * used) @ features))
-    damping = choose_damping(*tensors(features, loss_grad, used), scale)
-    auto = precondition(train, targets, damping="auto", curvature=curvature)
-    torch.testing.assert_close(auto, precondition(train, targets, damping=damping, curvature=curvature))
-    own = self_influence(train, damping="auto", curvature=curvature)
-    torch.testing.assert_close(
-        own,
-        scores(
-            [train], [precondition(train, torch.tensor(train.features), damping=damping, curvature=curvature)]
-        ).mean.diagonal(),
-    )
-
-
-def test_choice_does_not_depend_on_the_number_of_examples(monkeypatch):
-    """A sample of a large train set decides as the whole does."""
-    features, loss_grad, weights = problem(3.0, n=900)
+def test_kernel_scale_is_the_mean_diagonal(curvature):
+    features, loss_grad, weights = problem(1.0)
     train = TrainFeatures(*(array.astype(np.float32) for array in (features, loss_grad, weights)))
-    whole = precondition(train, torch.eye(12), damping="auto", curvature=True)
-    monkeypatch.setattr("lightning_trak.scores.EXAMPLES", 300)
-    torch.testing.assert_close(precondition(train, torch.eye(12), damping="auto", curvature=True), whole)
-
-
-def test_a_kernel_of_zeros_is_named():
-    train = TrainFeatures(np.zeros((5, 3), "f4"), np.zeros(5, "f4"), np.ones(5, "f4"))
-    with pytest.raises(ValueError, match="mean diagonal of 0"):
-        precondition(train, torch.eye(3), damping="auto", curvature=True)
+    kernel = (features.T * (weights if curvature else 1)) @ features
+    assert kernel_scale(train, curvature=curvature) == pytest.approx(np.mean(np.diag(kernel)), rel=1e-6)

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_trak.weights import (
     load_weights,
-    read_checkpoint,
+    read_weights,
     save_weights,
     select_parameters,
     tensors_in,
@@ -90,31 +90,31 @@ def test_read_checkpoint(tmp_path):
     torch.save({"state_dict": {**WEIGHTS, "extra": {"no": "tensor"}}, "epoch": 1}, tmp_path / "lightning.ckpt")
     torch.save(WEIGHTS, tmp_path / "plain.pt")
     digest = weights_digest(WEIGHTS)
-    assert weights_digest(read_checkpoint(tmp_path / "lightning.ckpt")) == digest
-    assert weights_digest(read_checkpoint(str(tmp_path / "plain.pt"))) == digest
+    assert weights_digest(read_weights(tmp_path / "lightning.ckpt")) == digest
+    assert weights_digest(read_weights(str(tmp_path / "plain.pt"))) == digest
 
 
 def test_files_that_are_no_checkpoints(tmp_path):
     path = tmp_path / "file.pt"
     with pytest.raises(FileNotFoundError, match="which is no file"):
-        read_checkpoint(path)
+        read_weights(path)
     with pytest.raises(FileNotFoundError, match="which is no file"):
-        read_checkpoint(tmp_path)
+        read_weights(tmp_path)
     for content in (b"", b"garbage"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="file.pt"):
-            read_checkpoint(path)
+            read_weights(path)
     torch.save(WEIGHTS, path)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match="is damaged or no checkpoint"):
-        read_checkpoint(path)
+        read_weights(path)
     torch.save({"state_dict": WEIGHTS, "hyper_parameters": argparse.Namespace(a=1)}, path)
     with pytest.raises(ValueError, match=r"weights_only=True\)(.|\n)*save its weights alone"):
-        read_checkpoint(path)
+        read_weights(path)
     for content in ({"epoch": 1}, [torch.zeros(1)], {"state_dict": {}}):
         torch.save(content, path)
         with pytest.raises(ValueError, match="holds no weights"):
-            read_checkpoint(path)
+            read_weights(path)
 
 
 def test_tensors_in_leaves_extra_state_out():

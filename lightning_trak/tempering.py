@@ -1,0 +1,53 @@
+"""Outputs that are less certain: Q and w as a model has them whose examples were not all trained on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from lightning_trak.scores import TrainFeatures
+
+TEMPERATURE = 1.3
+
+
+def is_logistic(train: TrainFeatures) -> bool:
+    """Say whether Q and w are those of L(f) = softplus(−f): w = Q (1 − Q).
+
+    >>> q = np.array([0.1, 0.5], dtype="f4")
+    >>> is_logistic(TrainFeatures(np.eye(2, dtype="f4"), q, q * (1 - q)))
+    True
+    >>> is_logistic(TrainFeatures(np.eye(2, dtype="f4"), q, np.full(2, 2, "f4")))  # the squared error
+    False
+    """
+    loss_grad = np.asarray(train.loss_grad)
+    if loss_grad.min() < 0 or loss_grad.max() > 1:
+        return False
+    return np.allclose(train.curvature, loss_grad * (1 - loss_grad), rtol=1e-2, atol=1e-4)
+
+
+def tempered(train: TrainFeatures, temperature: float) -> TrainFeatures:
+    """Return features with Q and w of L(f / T) in place of those of the logistic loss L(f).
+
+    A model with more parameters than examples gives each that it was trained on an output far above what it would have
+    where it was left out, and so a Q that is that of no model but this one. Averaged over models trained on parts of
+    the data, outputs are less certain; dividing them by a temperature makes them so (Guo et al., "On calibration of
+    modern neural networks", ICML 2017, arXiv 1706.04599).
+
+    Args:
+        train: features with the logistic loss, see `is_logistic`.
+        temperature: T > 0; above 1 for less certain outputs.
+
+    >>> train = tempered(TrainFeatures(np.eye(2, dtype="f4"), np.array([0.5, 0.1], "f4"), np.zeros(2, "f4")), 2.0)
+    >>> train.loss_grad, train.curvature
+    (array([0.25 , 0.125], dtype=float32), array([0.0625 , 0.046875], dtype=float32))
+    """
+    q = np.asarray(train.loss_grad, dtype=np.float64)
+    with np.errstate(divide="ignore"):  # f is infinite where Q is 0 or 1
+        output = np.log1p(-q) - np.log(q)
+    softened = 1 / (1 + np.exp(output / temperature))
+    return replace(
+        train,
+        loss_grad=(softened / temperature).astype(np.float32),
+        curvature=(softened * (1 - softened) / temperature**2).astype(np.float32),
+    )
