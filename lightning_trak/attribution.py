@@ -102,7 +102,8 @@ class Attribution:
         """Of every score, (n, m): its standard deviation over checkpoints divided by the root of their number.
 
         Checkpoints of one run are alike, so it tells how much the scores would change with other checkpoints of such a
-        run, not with another run.
+        run, not with another run. With the estimator of the paper, which averages Q over checkpoints apart, it leaves
+        out how Q varies.
         """
         return self._known_spread().standard_error
 

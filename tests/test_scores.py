@@ -20,7 +20,15 @@ from lightning_trak.gradients import ModelFunction, VmapEngine
 from lightning_trak.gram import factor, gram, solve
 from lightning_trak.module import LossTerms
 from lightning_trak.projection import IdentityProjector
-from lightning_trak.scores import TrainFeatures, extreme_scores, n_blocks, precondition, scores, self_influence
+from lightning_trak.scores import (
+    TrainFeatures,
+    extreme_scores,
+    n_blocks,
+    precondition,
+    scores,
+    self_influence,
+    with_mean_loss_grad,
+)
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -178,36 +186,54 @@ class Small(ClassificationMixin, nn.Module):
         return torch.cat([torch.zeros_like(logits[:, :1]), logits], 1)
 
 
-def test_against_traker_on_identical_gradients(tmp_path):
-    """The paper's estimator (no curvature, λ = 0) ranks as the reference implementation does, target by target."""
+@pytest.mark.parametrize("checkpoints", [1, 3])
+def test_against_traker_on_identical_gradients(tmp_path, checkpoints):
+    """The paper's estimator (no curvature, λ = 0) ranks as the reference implementation does, target by target.
+
+    That divides H⁻¹ by the mean of its entries, to fit into float16: so each of several checkpoints has a weight there.
+    """
+    generator = torch.Generator().manual_seed(1)
+    x, z = torch.randn(200, 3, generator=generator), torch.randn(20, 3, generator=generator)
+    y, target_y = torch.randint(0, 3, (200,), generator=generator), torch.randint(0, 3, (20,), generator=generator)
+    model = Small().eval()
+    states = [
+        {name: value + 0.5 * number * torch.randn(value.shape, generator=generator) for name, value in state.items()}
+        for number, state in enumerate([model.state_dict()] * checkpoints)
+    ]
+    theirs = traker_scores(tmp_path, model, states, (x, y), (z, target_y))
+    trains, solved = [], []
+    for state in states:
+        function = ModelFunction(model, state, [name for name, _ in model.named_parameters()])
+        featurizer = Featurizer(function, VmapEngine(), IdentityProjector(), key=0)
+        result = featurizer((x, y), 200)
+        loss_grad, curvature = LossTerms(model)(function.call, (x, y), result.outputs)
+        trains.append(TrainFeatures(result.features.numpy(), loss_grad.numpy(), curvature.numpy()))
+        targets = featurizer((z, target_y), 20).features
+        inverse = (result.features.T @ result.features).inverse()
+        solved.append(precondition(trains[-1], targets, damping=0, curvature=False) / inverse.abs().mean())
+    ours = scores(with_mean_loss_grad(trains), solved).mean
+    assert theirs.shape == (200, 20)
+    assert min(spearmanr(theirs[:, j], ours[:, j]).statistic for j in range(20)) > 0.999
+
+
+def traker_scores(path, model, states, train, targets):
+    """The scores of the reference implementation, (n, m), averaged over checkpoints."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from trak import TRAKer
         from trak.projectors import NoOpProjector
 
-        generator = torch.Generator().manual_seed(1)
-        x, z = torch.randn(200, 3, generator=generator), torch.randn(20, 3, generator=generator)
-        y, target_y = torch.randint(0, 3, (200,), generator=generator), torch.randint(0, 3, (20,), generator=generator)
-        model = Small().eval()
         traker = TRAKer(
-            model=model, task="image_classification", train_set_size=200, save_dir=str(tmp_path), device="cpu",
+            model=model, task="image_classification", train_set_size=len(train[0]), save_dir=str(path), device="cpu",
             projector=NoOpProjector(device="cpu"), proj_dim=sum(p.numel() for p in model.parameters()), lambda_reg=0.0,
             use_half_precision=False,
         )  # fmt: skip
-        traker.load_checkpoint(model.state_dict(), model_id=0)
-        for rows in torch.arange(200).split(50):
-            traker.featurize(batch=(x[rows], y[rows]), num_samples=len(rows))
+        for number, state in enumerate(states):
+            traker.load_checkpoint(state, model_id=number)
+            for rows in torch.arange(len(train[0])).split(50):
+                traker.featurize(batch=tuple(tensor[rows] for tensor in train), num_samples=len(rows))
         traker.finalize_features()
-        traker.start_scoring_checkpoint("test", model.state_dict(), model_id=0, num_targets=20)
-        traker.score(batch=(z, target_y), num_samples=20)
-        theirs = traker.finalize_scores("test")
-
-    function = ModelFunction(model, model.state_dict(), [name for name, _ in model.named_parameters()])
-    featurizer = Featurizer(function, VmapEngine(), IdentityProjector(), key=0)
-    result = featurizer((x, y), 200)
-    loss_grad, curvature = LossTerms(model)(function.call, (x, y), result.outputs)
-    train = TrainFeatures(result.features.numpy(), loss_grad.numpy(), curvature.numpy())
-    solved = precondition(train, featurizer((z, target_y), 20).features, damping=0, curvature=False)
-    ours = scores([train], [solved]).mean
-    assert theirs.shape == (200, 20)
-    assert min(spearmanr(np.asarray(theirs)[:, j], ours[:, j]).statistic for j in range(20)) > 0.999
+        for number, state in enumerate(states):
+            traker.start_scoring_checkpoint("test", state, model_id=number, num_targets=len(targets[0]))
+            traker.score(batch=targets, num_samples=len(targets[0]))
+        return np.asarray(traker.finalize_scores("test"))

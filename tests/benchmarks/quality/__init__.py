@@ -15,7 +15,7 @@ from tests.benchmarks.measuring import print_table, seconds
 from tests.benchmarks.quality import methods
 from tests.benchmarks.quality.figure import draw
 from tests.benchmarks.quality.results import Result, Table
-from tests.benchmarks.quality.runs import ground_truth, train_run, training_seconds
+from tests.benchmarks.quality.runs import check_folder, ground_truth, train_run, training_seconds
 from tests.benchmarks.quality.tasks import TASKS
 
 FIGURE = Path(__file__).with_name("lds.png")
@@ -29,20 +29,22 @@ class Method:
         score: returns scores, or several of which the best is taken.
         kept: what is kept of it for other cells, whose seconds then count.
         at_most: so many checkpoints.
+        installed: says whether it can be run.
     """
 
     score: Callable[[str, Sequence[Path]], Tensor | list[Tensor]]
     kept: Callable[[str], str] | None = None
     at_most: int = 1000
+    installed: Callable[[], bool] = lambda: True
 
 
 METHODS = {
     "ours": Method(methods.ours),
-    "ours, damping 1": Method(partial(methods.ours, damping=1.0)),
+    "ours, damping 0.3": Method(partial(methods.ours, damping=0.3)),
     "ours, as in the paper": Method(methods.paper),
-    "traker": Method(methods.traker, lambda key: "traker2048", at_most=10),
+    "traker": Method(methods.traker, lambda key: f"traker{methods.TRAKER_DIM}", at_most=methods.FEW),
     "traker, best λ": Method(methods.traker_tuned, lambda key: f"traker{methods.fewer_features(key)}"),
-    "EK-FAC": Method(methods.ekfac, lambda key: "ekfac"),
+    "EK-FAC": Method(methods.ekfac, lambda key: "ekfac", installed=methods.has_ekfac),
 }
 
 
@@ -87,7 +89,8 @@ def run(
     header = ["task", "checkpoints", *METHODS, "slope of ours", "perfect scores"]
     note = (
         "In brackets half the width of the bootstrap confidence interval of 95 %. 'traker' is that with its defaults,"
-        " λ = 0 and k = 2048 > n."
+        f" λ = 0 and k = 2048 > n. 'best λ' is that of {len(methods.LAMBDAS)} with the highest LDS in the cell."
+        + ("" if methods.has_ekfac() else " EK-FAC was not measured: the package kronfluence is not installed.")
     )
     rows = (row for key in keys for row in _rows(key, root, n_subsets, repeats, tables))
     print_table(f"LDS, {n_subsets} subsets of half the train set, {repeats} trainings each", header, rows, note)
@@ -95,6 +98,7 @@ def run(
 
 
 def _rows(key: str, root: Path, n_subsets: int, repeats: int, tables: dict[str, Table]) -> Iterator[list[str]]:
+    check_folder(key, root)
     truth = ground_truth(key, root, n_subsets, repeats)
     files = [train_run(key, root, seed) for seed in range(max(cell.runs for cell in CELLS))]
     table = tables[key] = Table(truth.noise_ceiling())
@@ -102,7 +106,7 @@ def _rows(key: str, root: Path, n_subsets: int, repeats: int, tables: dict[str, 
         chosen = [file for run in files[: cell.runs] for file in cell.chosen(run)]
         training = sum(training_seconds(key, root, seed) for seed in range(cell.runs))
         for name, method in METHODS.items():
-            if len(chosen) <= method.at_most:
+            if len(chosen) <= method.at_most and method.installed():
                 table.results[cell.name, name] = _measure(key, method, chosen, truth, training)
         results = [table.results.get((cell.name, name)) for name in METHODS]
         slope = table.results[cell.name, "ours"].evaluation.slope

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from lightning_trak import RegressionMixin, TRAKCallback
 from tests.benchmarks.measuring import trainer
 from tests.benchmarks.quality.tasks import TASKS
 
+FEW = 10
+TRAKER_DIM = 2048  # its default
 LAMBDAS = tuple(10.0**power for power in range(-3, 5))
 
 
@@ -43,12 +47,16 @@ def fewer_features(key: str) -> int:
 
 def traker(key: str, files: Sequence[Path]) -> Tensor:
     """Attribute with the reference implementation and its defaults: k = 2048, λ = 0."""
-    return _traker_scores(key, files, 2048, [0.0])[0]
+    return _traker_scores(key, files, TRAKER_DIM, [0.0])[0]
 
 
 def traker_tuned(key: str, files: Sequence[Path]) -> list[Tensor]:
-    """Attribute with the reference implementation at every λ of `LAMBDAS`; the best is to be picked afterwards."""
-    return _traker_scores(key, files, fewer_features(key), LAMBDAS)
+    """Attribute with the reference implementation at every λ of `LAMBDAS`; the best is to be picked afterwards.
+
+    With k < n; for few checkpoints, where it does not take hours, with its default of k = 2048 too.
+    """
+    tuned = _traker_scores(key, files, fewer_features(key), LAMBDAS)
+    return tuned if len(files) > FEW else tuned + _traker_scores(key, files, TRAKER_DIM, LAMBDAS)
 
 
 def ekfac(key: str, files: Sequence[Path]) -> Tensor:
@@ -62,13 +70,19 @@ def cost(files: Sequence[Path], kind: str) -> float:
     return sum(torch.load(file.with_suffix(f".{kind}"), weights_only=True)["seconds"] for file in files)
 
 
+def has_ekfac() -> bool:
+    """Say whether kronfluence is installed."""
+    return find_spec("kronfluence") is not None
+
+
 def _kept(file: Path, kind: str, compute: Callable[[], Any]) -> Any:
     """Compute something for a checkpoint, unless it is kept beside it from another cell of the table."""
     path = file.with_suffix(f".{kind}")
     if not path.exists():
-        start = time.perf_counter()
+        start, partial = time.perf_counter(), path.with_name(f"{path.name}.partial")
         result = compute()
-        torch.save({"result": result, "seconds": time.perf_counter() - start}, path)
+        torch.save({"result": result, "seconds": time.perf_counter() - start}, partial)
+        partial.replace(path)
     return torch.load(path, weights_only=True)["result"]
 
 
@@ -97,6 +111,7 @@ def _traker_features(key: str, file: Path, proj_dim: int) -> tuple[Tensor, Tenso
     module = Wrapped(task.make_module()).eval()
     module.module.load_state_dict(torch.load(file, weights_only=True)["state_dict"])
     dimension = sum(parameter.numel() for parameter in module.parameters())
+    model_id = int(hashlib.sha256(file.read_bytes()).hexdigest()[:6], 16)  # chooses the projection
     with tempfile.TemporaryDirectory() as root, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         projector = BasicProjector(dimension, proj_dim, 0, ProjectionType.rademacher, torch.device("cpu"))
@@ -104,10 +119,10 @@ def _traker_features(key: str, file: Path, proj_dim: int) -> tuple[Tensor, Tenso
             module, _output(task.make_module()), len(data.train_set), save_dir=root, device="cpu", projector=projector,
             proj_dim=proj_dim, use_half_precision=False, logging_level=logging.ERROR,
         )  # fmt: skip
-        own.load_checkpoint(module.state_dict(), model_id=0)
+        own.load_checkpoint(module.state_dict(), model_id=model_id)
         own.featurize(data.train_set.tensors, num_samples=len(data.train_set))
-        own.saver.model_ids[0]["is_finalized"] = 1  # it is finished by hand, for every λ
-        own.start_scoring_checkpoint("targets", module.state_dict(), 0, len(data.targets))
+        own.saver.model_ids[model_id]["is_finalized"] = 1  # it is finished by hand, for every λ
+        own.start_scoring_checkpoint("targets", module.state_dict(), model_id, len(data.targets))
         own.score(data.targets.tensors, num_samples=len(data.targets))
         store = own.saver.current_store
         return tuple(torch.tensor(store[name][:]) for name in ("grads", "targets_grads", "out_to_loss"))

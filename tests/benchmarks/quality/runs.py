@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +20,20 @@ from tests.benchmarks.measuring import silence, trainer
 from tests.benchmarks.quality.tasks import TASKS
 
 PROCESSES = 2
+
+
+def check_folder(key: str, root: Path) -> None:
+    """Raise if what ``root`` has of a task comes from other tasks or another torch than those of now."""
+    source = Path(sys.modules["tests.benchmarks.quality.tasks"].__file__ or "").read_bytes()
+    here, note = f"{hashlib.sha256(source).hexdigest()} torch {torch.__version__}", root / key / "made_with"
+    if not note.exists():
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(here)
+    if note.read_text() != here:
+        raise ValueError(
+            f"'{note.parent}' was made with other tasks, or with another version of torch. Delete it, or pass another"
+            " root."
+        )
 
 
 def ground_truth(key: str, root: Path, n_subsets: int, repeats: int) -> GroundTruth:
@@ -46,6 +62,7 @@ def train_run(key: str, root: Path, seed: int) -> list[Path]:
     """Train on the whole train set, a checkpoint an epoch; return the files. Kept like the ground truth."""
     task, folder = TASKS[key], root / key / f"run{seed}"
     if not (folder / "seconds").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
         L.seed_everything(seed, verbose=False)
         saving = ModelCheckpoint(folder, save_top_k=-1, filename="{epoch:03d}", enable_version_counter=False)
         own = trainer(root, saving, accelerator="cpu", max_epochs=task.epochs)
