@@ -22,6 +22,7 @@ Array = npt.NDArray[Any]
 def add_checkpoint(store: FeatureStore, digest: str, weights: Weights, meta: dict[str, Any]) -> None:
     """Put weights into the store, the file first: an entry without its weights is never there."""
     if digest in store:
+        store[digest].supplement(meta)
         return
     folder = store.folder(digest)
     with explained_os_errors(store.dirpath):

@@ -11,14 +11,21 @@ from torch.utils.data import DataLoader
 
 from lightning_trak._checkpoints import featurize_targets, naming
 from lightning_trak._plan import Plan
-from lightning_trak.damping import EXAMPLES, choose_damping, training_damping
+from lightning_trak.damping import (
+    CANDIDATES,
+    EXAMPLES,
+    LEAST_DAMPING,
+    choose_damping,
+    is_at_optimum,
+    training_damping,
+)
 from lightning_trak.progress import progress
 from lightning_trak.scores import (
     Extremes,
     Scores,
     TrainFeatures,
     extreme_scores,
-    kernel_scale,
+    moments,
     n_blocks,
     precondition,
     scores,
@@ -38,12 +45,14 @@ class Scored(NamedTuple):
         scores: of all training examples, or of the extreme ones.
         n_targets: m.
         dampings: λ at every checkpoint.
+        damping_rule: how they were chosen.
         temperature: by which outputs were divided in Q and w.
     """
 
     scores: Scores | Extremes
     n_targets: int
     dampings: tuple[float, ...]
+    damping_rule: str
     temperature: float
 
 
@@ -74,7 +83,7 @@ class Scoring:
     def targets(self, loader: DataLoader[Any], top_k: int | None) -> Scored:
         """Featurize targets, solve with the kernel of every checkpoint, and score."""
         trains, temperature = self._trains()
-        dampings = self._dampings(trains)
+        dampings, rule = self._dampings(trains)
         solved = self._solve(loader, trains, dampings)
         n_train, n_targets, device = self.store.n_train, len(solved[0]), self._device
         result: Scores | Extremes
@@ -83,13 +92,13 @@ class Scoring:
                 result = scores(trains, solved, lambda: advance(1), device)
             else:
                 result = extreme_scores(trains, solved, min(top_k, n_train), lambda: advance(1), device)
-        return Scored(result, n_targets, tuple(dampings), temperature)
+        return Scored(result, n_targets, tuple(dampings), rule, temperature)
 
     def self_influence(self) -> Tensor:
         """Score every training example for itself, (n,)."""
         total, (trains, _) = torch.zeros(self.store.n_train), self._trains()
         with progress(self.trainer, "Scoring", len(self.digests)) as advance:
-            for digest, train, damping in zip(self.digests, trains, self._dampings(trains), strict=True):
+            for digest, train, damping in zip(self.digests, trains, self._dampings(trains)[0], strict=True):
                 with naming(self.store[digest]):
                     total += self_influence(train, damping=damping, curvature=self.curvature, device=self._device)
                 advance(1)
@@ -108,25 +117,32 @@ class Scoring:
             solved.append(x.cpu())  # those of all checkpoints would fill the device
         return solved
 
-    def _dampings(self, trains: list[TrainFeatures]) -> list[float]:
-        """Return λ at every checkpoint."""
+    def _dampings(self, trains: list[TrainFeatures]) -> tuple[list[float], str]:
+        """Return λ at every checkpoint, and how it was chosen."""
         if not isinstance(self.damping, str):
-            return [self.damping] * len(trains)
-        trainings = self._trainings()
-        return [self._damping(train, trainings) for train in trains]
+            return [self.damping] * len(trains), "as given"
+        found = [self.store[digest].meta.get("training_time") for digest in self.digests]
+        known = [TrainingTime(**training) for training in found if training is not None and training["time"] > 0]
+        dampings = []
+        for digest, train, training in zip(self.digests, trains, found, strict=True):
+            with naming(self.store[digest]):
+                dampings.append(self._damping(train, known if training is not None else []))
+        if not known:
+            return dampings, "by cross-validation"
+        part = (
+            "" if None not in found else f" where it is known, by cross-validation at {found.count(None)} checkpoints"
+        )
+        return dampings, f"from the training time{part}"
 
     def _damping(self, train: TrainFeatures, trainings: list[TrainingTime]) -> float:
-        scale = kernel_scale(train, curvature=self.curvature, device=self._device)
-        if trainings and scale > 0:
-            return training_damping(trainings, self.store.n_train, scale)
+        sums = moments(train, curvature=self.curvature, device=self._device)
+        n, k = train.features.shape
+        if trainings and sums.weighted_scale > 0:
+            return training_damping(trainings, n, sums.weighted_scale)
+        if is_at_optimum(sums.gradient, sums.squares):
+            return LEAST_DAMPING if n > k else CANDIDATES[0]
         features, loss_grad, w = train.sample(EXAMPLES, self._device)
-        return choose_damping(features, loss_grad, w if self.curvature else torch.ones_like(w), scale)
-
-    def _trainings(self) -> list[TrainingTime]:
-        """Return how long training went on until every checkpoint; nothing where that is not known of all."""
-        found = [self.store[digest].meta.get("training_time") for digest in self.digests]
-        known = [TrainingTime(**training) for training in found if training is not None]
-        return known if len(known) == len(found) and any(training.time for training in known) else []
+        return choose_damping(features, loss_grad, w if self.curvature else torch.ones_like(w), sums.scale)
 
     def _trains(self) -> tuple[list[TrainFeatures], float]:
         """Return the train set's verified features at every checkpoint, and the temperature of their Q and w.
@@ -147,7 +163,8 @@ class Scoring:
     def _temperature(self, trains: list[TrainFeatures]) -> float:
         logistic = all(is_logistic(train) for train in trains)
         if isinstance(self.temperature, str):
-            fits_all = self.plan.n_params >= self.store.n_train
+            trainable = sum(value.numel() for value in self.model.parameters() if value.requires_grad)
+            fits_all = trainable >= self.store.n_train
             return TEMPERATURE if self.damping == "auto" and logistic and fits_all else 1.0
         if self.temperature != 1 and not logistic:
             raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -73,18 +74,22 @@ def attribute(
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise ValueError(f"top_k must be a positive integer or None, got {top_k!r}.")
     with _featurized(trainer, model, dataloaders, datamodule, ckpt_path) as (scoring, data):
-        result, n_targets, dampings, temperature = scoring.targets(data.targets(), top_k)
+        scored = scoring.targets(data.targets(), top_k)
     info = AttributionInfo(
         n_train=scoring.store.n_train,
-        n_targets=n_targets,
+        n_targets=scored.n_targets,
         checkpoints=tuple(scoring.digests),
         projector=scoring.plan.projector.name,
         proj_dim=scoring.plan.proj_dim,
         damping=scoring.damping,
         curvature=scoring.curvature,
-        dampings=dampings,
-        temperature=temperature,
+        dampings=scored.dampings,
+        damping_rule=scored.damping_rule,
+        temperature=scored.temperature,
     )
+    least, most = min(info.dampings), max(info.dampings)
+    rank_zero_info(f"TRAKCallback: damping {least:.2g} to {most:.2g}, {info.damping_rule}.")
+    result = scored.scores
     attribution = (
         Attribution(result, info) if isinstance(result, Extremes) else Attribution(result.mean, info, result.spread)
     )
@@ -135,8 +140,10 @@ def _featurized(
         store, plan = _open_store(trainer, model, callback, data, create=ckpt_path is not None)
         digests = _select(trainer, store, ckpt_path)
         _featurize_missing(trainer, model, store, plan, data, digests)
-        regularized = {"damping": callback.damping, "temperature": callback.temperature}
-        yield Scoring(trainer, model, store, plan, digests, **regularized, curvature=callback.curvature), data
+        yield (
+            Scoring(trainer, model, store, plan, digests, callback.damping, callback.temperature, callback.curvature),
+            data,
+        )
 
 
 class Loaders:

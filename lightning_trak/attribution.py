@@ -35,6 +35,7 @@ class AttributionInfo:
         damping: λ, or ``"auto"``, as it was asked for.
         curvature: whether H was weighted with the loss's curvature.
         dampings: λ at every checkpoint.
+        damping_rule: how they were chosen.
         temperature: by which model outputs were divided in Q and w.
     """
 
@@ -46,6 +47,7 @@ class AttributionInfo:
     damping: float | str
     curvature: bool
     dampings: tuple[float, ...] = ()
+    damping_rule: str = ""
     temperature: float = 1.0
 
 

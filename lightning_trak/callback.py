@@ -50,11 +50,11 @@ class TRAKCallback(pl.Callback):
             ``"fit_end"``: once per run, the checkpoints that the run kept.
         parameters: the attributed parameters: None for all trainable ones, else names or glob patterns.
         damping: λ, added to H relative to its mean diagonal; ``"auto"``: from learning rate and steps where the
-            optimizer is SGD, so that a Newton step goes as far as training did; else chosen at every checkpoint by
-            leave-one-out cross-validation on the linearised model.
+            optimizer is SGD, so that a Newton step goes as far as training did, on the mean of ``output_to_loss`` over
+            the batch; else chosen at every checkpoint by leave-one-out cross-validation on the linearised model.
         temperature: for classification, divides the outputs f in Q and w, which stand for models that were not trained
             on all of the examples and are less certain; ``"auto"``: 1.3 with ``damping="auto"`` and no fewer
-            parameters than examples, else 1.
+            trainable parameters than examples, else 1.
         curvature: True: H = Φᵀ diag(w) Φ, a Newton step. False: H = Φᵀ Φ; with ``damping=0`` this is the estimator of
             the TRAK paper (without its soft thresholding) and, up to a factor for each checkpoint, of its reference
             implementation; they average Q over checkpoints apart from H⁻¹, and so is it done then.
@@ -143,6 +143,8 @@ class TRAKCallback(pl.Callback):
         self.train_loader, self._loop = loader, loop
         if trainer.global_step == 0:
             self._training = TrainingTime()
+        elif self._training is not None and self._training.steps != trainer.global_step:
+            self._training = None  # of another run, while this one goes on from a file that does not say
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Featurize what was saved since the last training step."""
@@ -150,9 +152,14 @@ class TRAKCallback(pl.Callback):
             self._featurize_pending()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """Note how far the step goes."""
-        if self._training is not None:
-            self._training = self._training.after_step(optimizer.param_groups) if len(trainer.optimizers) == 1 else None
+        """Note how far the step goes; that of a clipped gradient, or of one among several optimizers, is unknown."""
+        known = len(trainer.optimizers) == 1 and not trainer.gradient_clip_val
+        self._training = self._training.after_step(optimizer) if self._training is not None and known else None
+
+    @property
+    def state_key(self) -> str:
+        """The name of its state in checkpoint files, that of derived callbacks too."""
+        return "TRAKCallback"
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the callback: how long training went on."""

@@ -9,14 +9,16 @@ from torch import Tensor
 
 from lightning_trak.training_time import TrainingTime
 
-PART = 0.25  # of the training time
-LEAST = 1e-3  # with less a kernel of fewer examples than features cannot be solved with in float32
+PART_OF_TIME = 0.25
+LEAST_DAMPING = 1e-3  # with less a kernel of fewer examples than features cannot be solved with in float32
 
 CANDIDATES = (0.3, 1.0, 3.0, 10.0)
 EXAMPLES = 1000  # of the train set that are enough to choose with
 
-_LEAST = 1e-6  # of the largest weight
-_LEFT = 0.1  # of what noise would leave to explain
+_LEAST_WEIGHT = 1e-6  # of the largest
+_AT_OPTIMUM = (
+    0.01  # so little is left of the gradient, relative to what those of the examples would add up to at random
+)
 
 
 def training_damping(trainings: Sequence[TrainingTime], n_train: int, scale: float) -> float:
@@ -37,9 +39,22 @@ def training_damping(trainings: Sequence[TrainingTime], n_train: int, scale: flo
     >>> training_damping([TrainingTime(time=4.0), TrainingTime(time=20.0)], n_train=100, scale=80.0)
     0.25
     """
-    strength = 1 / (PART * max(training.time for training in trainings))
+    strength = 1 / (PART_OF_TIME * max(training.time for training in trainings))
     decay = sum(training.weight_decay for training in trainings) / len(trainings)
-    return max(LEAST, n_train * (strength + decay) / scale)
+    return max(LEAST_DAMPING, n_train * (strength + decay) / scale)
+
+
+def is_at_optimum(gradient: Tensor, squares: float) -> bool:
+    """Say whether the gradients of the examples add up to next to nothing, as where training has come to its end.
+
+    Args:
+        gradient: Φᵀq, (k,), of the whole train set.
+        squares: Σ q² ‖φ‖², what the square of its norm would be if the signs of q were random.
+
+    >>> is_at_optimum(torch.zeros(2), 1.0), is_at_optimum(torch.ones(2), 2.0)
+    (True, False)
+    """
+    return gradient.square().sum().item() <= _AT_OPTIMUM * squares
 
 
 def choose_damping(features: Tensor, loss_grad: Tensor, weights: Tensor, scale: Tensor | float) -> float:
@@ -51,9 +66,8 @@ def choose_damping(features: Tensor, loss_grad: Tensor, weights: Tensor, scale: 
     Technometrics 1974); least is its mean absolute value. As λ·scale is the precision of the prior of a Bayesian
     regression, it hardly depends on how many examples it is chosen with.
 
-    Where training has come to its optimum, Φᵀq = 0, nothing is left to predict, and the least damping is taken: next to
-    none where there are more examples than features. Copies of examples in the train set make it look easier to predict
-    than it is, and so the damping less.
+    Where training has come to its optimum nothing is left to predict, see `is_at_optimum`. Copies of examples in the
+    train set make it look easier to predict than it is, and so the damping less.
 
     On the tasks of ``python -m tests.benchmarks quality`` the best fixed damping is 0.3 on one and 10 on another. Tried
     too, and no better over all tasks: squared residuals, generalised cross-validation, the evidence of the Bayesian
@@ -73,13 +87,9 @@ def choose_damping(features: Tensor, loss_grad: Tensor, weights: Tensor, scale: 
         return CANDIDATES[0]  # `factor` says what is wrong
     root = weights.double().sqrt()
     scaled = root[:, None] * features.double()
-    response = root * loss_grad / weights.clamp(min=_LEAST * weights.max().item())
+    response = root * loss_grad / weights.clamp(min=_LEAST_WEIGHT * weights.max().item())
     values, vectors = torch.linalg.eigh(scaled @ scaled.T)
     values, rotated = values.clamp(min=0), vectors.T @ response
-    least = values / (values + CANDIDATES[0] * scale)
-    explained = 1 - (response - vectors @ (least * rotated)).square().sum() / response.square().sum()
-    if not explained > _LEFT * least.mean():  # of noise, as much is explained as there are parameters to an example
-        return LEAST if len(features) > features.shape[1] else CANDIDATES[0]
     errors = []
     for damping in CANDIDATES:
         shrinkage = values / (values + damping * scale)

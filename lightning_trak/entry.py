@@ -85,6 +85,14 @@ class CheckpointEntry:
             self.meta = {**self.meta, "checksums": checksums}
             write_json(self.path / "meta.json", self.meta)
 
+    def supplement(self, meta: Mapping[str, Any]) -> None:
+        """Note what was not known of the checkpoint when it was added."""
+        new = {name: value for name, value in meta.items() if value is not None and self.meta.get(name) is None}
+        if new:
+            self.meta = {**self.meta, **new}
+            with explained_os_errors(self.path):
+                write_json(self.path / "meta.json", self.meta)
+
     def verify(self) -> None:
         """Raise a ValueError if a file of a complete entry is not what was written."""
         for name, expected in self.meta.get("checksums", {}).items():

@@ -97,7 +97,7 @@ def factor(kernel: Tensor, damping: float) -> CholeskyFactor:
             " finite. Attribute checkpoints whose training loss is not exactly zero, or use curvature=False."
         )
     kernel.diagonal().add_(damping * scale)
-    diagonal, norm = kernel.diagonal().clone(), torch.linalg.matrix_norm(kernel)
+    diagonal, rank = kernel.diagonal().clone(), effective_rank(kernel)
     columns = kernel.mT  # the same, in the order of LAPACK
     info = torch.empty((), dtype=torch.int32, device=kernel.device)
     lower, info = torch.linalg.cholesky_ex(columns, out=(columns, info))
@@ -105,14 +105,23 @@ def factor(kernel: Tensor, damping: float) -> CholeskyFactor:
     # Features are float32, so a kernel is known to about k·ε of its largest entries: beyond that it is singular.
     if int(info) or bool(pivots.min() < 1e-7 * pivots.max()):
         least = 0.0 if int(info) else pivots.min()  # the least eigenvalue is at most that
-        condition, rank = diagonal.max() / least, (diagonal.sum() / norm) ** 2
+        condition = diagonal.max() / least
         raise ValueError(
             f"The kernel H, ({len(kernel)}, {len(kernel)}), is singular or nearly so with damping={damping:g}"
-            f" (condition number ≥ {condition.item():.2g}, effective rank {rank.item():.1f}): there are too few"
+            f" (condition number ≥ {condition.item():.2g}, effective rank {rank:.1f}): there are too few"
             " or too similar training examples for so many features. Set TRAKCallback(damping='auto'), or a proj_dim"
             " well below the number of training examples."
         )
     return CholeskyFactor(lower)
+
+
+def effective_rank(kernel: Tensor) -> float:
+    """Return (tr H)² / ‖H‖², the number of equal eigenvalues that would have the same mean and mean square.
+
+    >>> effective_rank(torch.diag(torch.tensor([2.0, 2.0, 0.0])))
+    2.0
+    """
+    return ((kernel.diagonal().sum() / torch.linalg.matrix_norm(kernel)) ** 2).item()
 
 
 def solve(state: CholeskyFactor, vectors: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_trak.gram import CholeskyFactor, factor, full_precision, gram, quadratic_form, solve
+from lightning_trak.gram import CholeskyFactor, effective_rank, factor, full_precision, gram, quadratic_form, solve
 
 _BLOCK_ROWS = 4096
 _BLOCK_SCORES = 2**26  # at most so many at once: 256 MiB
@@ -140,28 +140,52 @@ def with_mean_loss_grad(trains: Sequence[TrainFeatures]) -> list[TrainFeatures]:
 def _factor(train: TrainFeatures, damping: float, curvature: bool, device: torch.device) -> CholeskyFactor:
     """Accumulate the kernel of one checkpoint, damp and factor it."""
     n, k = train.features.shape
-    if damping == 0 and n <= k:
-        raise ValueError(
-            f"With damping=0 the kernel H, ({k}, {k}), of n={n} training examples is singular, and scores would be"
-            " meaningless. Set TRAKCallback(damping='auto'), or a proj_dim well below n."
-        )
     blocks = (train.block(rows, device) for rows in _blocks(n))
-    return factor(gram((features, w if curvature else None) for features, _, w in blocks), damping)
+    kernel = gram((features, w if curvature else None) for features, _, w in blocks)
+    if damping == 0 and n <= k:
+        rank = effective_rank(kernel)
+        raise ValueError(
+            f"With damping=0 the kernel H, ({k}, {k}), of n={n} training examples is singular (condition number inf,"
+            f" effective rank {rank:.1f}), and scores would be meaningless. Set TRAKCallback(damping='auto'), or a"
+            " proj_dim well below n."
+        )
+    return factor(kernel, damping)
 
 
-def kernel_scale(train: TrainFeatures, *, curvature: bool, device: torch.device = _CPU) -> float:
-    """Return the mean diagonal of H, to which damping is relative, without H.
+class Moments(NamedTuple):
+    """Sums over the train set at one checkpoint, from which damping follows.
+
+    Attributes:
+        scale: the mean diagonal of H, to which damping is relative.
+        weighted_scale: that of Φᵀ diag(w) Φ, whether or not H is weighted.
+        gradient: Φᵀq, (k,).
+        squares: Σ q² ‖φ‖².
+    """
+
+    scale: float
+    weighted_scale: float
+    gradient: Tensor
+    squares: float
+
+
+def moments(train: TrainFeatures, *, curvature: bool, device: torch.device = _CPU) -> Moments:
+    """Add up what damping depends on, without H; see `precondition` for the arguments.
 
     >>> import numpy as np
-    >>> kernel_scale(TrainFeatures(np.eye(3, 2, dtype="f4"), np.ones(3, "f4"), np.ones(3, "f4")), curvature=True)
-    1.0
+    >>> train = TrainFeatures(np.eye(3, 2, dtype="f4"), np.ones(3, "f4"), np.full(3, 0.5, "f4"))
+    >>> moments(train, curvature=False)
+    Moments(scale=1.0, weighted_scale=0.5, gradient=tensor([1., 1.], dtype=torch.float64), squares=2.0)
     """
-    trace, (n, k) = 0.0, train.features.shape
+    n, k = train.features.shape
+    gradient = torch.zeros(k, dtype=torch.float64, device=device)
+    plain = weighted = squares = 0.0
     for rows in _blocks(n):
-        features, _, w = train.block(rows, device)
-        squares = features.square().sum(1)
-        trace += (squares @ w if curvature else squares.sum()).item()
-    return trace / k
+        features, loss_grad, w = train.block(rows, device)
+        norms = features.square().sum(1)
+        plain, weighted = plain + norms.sum().item(), weighted + (norms @ w).item()
+        squares += (norms @ loss_grad.square()).item()
+        gradient += loss_grad @ features
+    return Moments((weighted if curvature else plain) / k, weighted / k, gradient, squares)
 
 
 def scores(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from lightning_trak.scores import TrainFeatures
 
@@ -42,10 +43,8 @@ def tempered(train: TrainFeatures, temperature: float) -> TrainFeatures:
     >>> train.loss_grad, train.curvature
     (array([0.25 , 0.125], dtype=float32), array([0.0625 , 0.046875], dtype=float32))
     """
-    q = np.asarray(train.loss_grad, dtype=np.float64)
-    with np.errstate(divide="ignore"):  # f is infinite where Q is 0 or 1
-        output = np.log1p(-q) - np.log(q)
-    softened = 1 / (1 + np.exp(output / temperature))
+    q = torch.from_numpy(np.array(train.loss_grad, dtype=np.float64))
+    softened = torch.sigmoid(torch.logit(q) / temperature).numpy()
     return replace(
         train,
         loss_grad=(softened / temperature).astype(np.float32),

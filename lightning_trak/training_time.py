@@ -3,39 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-_OF_SGD = {"momentum", "dampening", "nesterov"}  # options that a state dict keeps; nothing in it names the optimizer
-_OF_OTHERS = {"betas", "eps"}
+import torch
+
+# A state dict has the options of an optimizer, but not its name: these are SGD's, and those that schedulers add.
+_OPTIONS = {"lr", "momentum", "dampening", "weight_decay", "nesterov"}
+_MORE_OPTIONS = {"maximize", "foreach", "differentiable", "fused", "initial_lr", "params", "param_names"}
 
 
 @dataclass(frozen=True)
 class TrainingTime:
     """For how long SGD followed the gradient of the mean loss.
 
-    A step of SGD with learning rate η and momentum μ goes as far as gradient flow in the time η / (1 − μ).
+    A step of SGD with learning rate η, momentum μ and dampening d goes as far as gradient flow in η (1 − d) / (1 − μ).
 
     Attributes:
-        time: t = Σ η / (1 − μ) over the optimizer's steps.
-        weight_decay: of the optimizer; the largest, where groups of parameters differ.
+        time: t, the sum over the optimizer's steps.
+        steps: how many there were.
+        weight_decay: of the optimizer; groups of parameters without it do not count.
     """
 
     time: float = 0.0
+    steps: int = 0
     weight_decay: float = 0.0
 
-    def after_step(self, param_groups: Iterable[Mapping[str, Any]]) -> TrainingTime | None:
+    def after_step(self, optimizer: torch.optim.Optimizer) -> TrainingTime | None:
         """Return what it is after one more step of the optimizer; None if that is not SGD.
 
-        >>> import torch
-        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9, weight_decay=0.01)
-        >>> TrainingTime().after_step(optimizer.param_groups)
-        TrainingTime(time=1.0, weight_decay=0.01)
-        >>> TrainingTime().after_step(torch.optim.Adam([torch.zeros(1)]).param_groups) is None
+        >>> weight = torch.zeros(1, requires_grad=True)
+        >>> weight.grad = torch.ones(1)
+        >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=0.01)
+        >>> TrainingTime().after_step(optimizer)
+        TrainingTime(time=1.0, steps=1, weight_decay=0.01)
+        >>> TrainingTime().after_step(torch.optim.Adam([weight])) is None
         True
         """
-        one = _one_step(param_groups)
-        return None if one is None else replace(one, time=self.time + one.time)
+        one = _of_steps(optimizer.param_groups, 1) if type(optimizer) is torch.optim.SGD else None
+        if one is None:
+            return None
+        still = all(value.grad is None for group in optimizer.param_groups for value in group["params"])
+        return TrainingTime(self.time + (0 if still else one.time), self.steps + 1, one.weight_decay)
 
     @staticmethod
     def of_checkpoint(checkpoint: Mapping[str, Any]) -> TrainingTime | None:
@@ -43,22 +52,28 @@ class TrainingTime:
 
         None where it cannot be known: for mere weights, other optimizers than SGD, several of them, or where the
         learning rate was scheduled and the callback did not watch.
+
+        >>> TrainingTime.of_checkpoint({"state_dict": {}}) is None
+        True
         """
-        for key, state in checkpoint.get("callbacks", {}).items():
-            if key.startswith("TRAKCallback"):
-                return TrainingTime(**state["training_time"]) if state.get("training_time") else None
-        optimizers, step = checkpoint.get("optimizer_states", []), checkpoint.get("global_step", 0)
+        watched = checkpoint.get("callbacks", {}).get("TRAKCallback")
+        if watched is not None:
+            return TrainingTime(**watched["training_time"]) if watched.get("training_time") else None
+        optimizers = checkpoint.get("optimizer_states", [])
         if len(optimizers) != 1 or checkpoint.get("lr_schedulers"):
             return None
-        one = _one_step(optimizers[0].get("param_groups", []))
-        return None if one is None else replace(one, time=step * one.time)
+        return _of_steps(optimizers[0].get("param_groups", []), checkpoint.get("global_step", 0))
 
 
-def _one_step(param_groups: Iterable[Mapping[str, Any]]) -> TrainingTime | None:
-    """Return the time that one step takes; None if groups differ in it, as then no one time is that of the model."""
+def _of_steps(param_groups: Iterable[Mapping[str, Any]], steps: int) -> TrainingTime | None:
+    """Return the time that some steps take; None if groups differ in it, as then no one time is that of the model."""
     groups = list(param_groups)
-    if not all(set(group) >= _OF_SGD and not _OF_OTHERS & set(group) for group in groups):
+    if not groups or any(not _OPTIONS <= set(group) <= _OPTIONS | _MORE_OPTIONS for group in groups):
+        return None
+    if any(group.get("maximize") or not 0 <= group["momentum"] < 1 for group in groups):
         return None
     times = {float(group["lr"]) * (1 - group["dampening"]) / (1 - group["momentum"]) for group in groups}
-    decays = [float(group["weight_decay"]) for group in groups]
-    return TrainingTime(times.pop(), max(decays)) if len(times) == 1 else None
+    decays = {float(group["weight_decay"]) for group in groups} - {0.0}
+    if len(times) > 1 or len(decays) > 1:
+        return None
+    return TrainingTime(steps * times.pop(), steps, max(decays, default=0.0))

@@ -125,7 +125,8 @@ def test_the_defaults_against_a_float64_reference(tmp_path, run, optimizer):
         checkpoint = torch.load(path, weights_only=True)
         options = {"lr": 0.1, "momentum": 0.5, "dampening": 0, "nesterov": False, "weight_decay": 0.02}
         group = options if optimizer == "SGD" else {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0}
-        states = {"optimizer_states": [{"param_groups": [group]}], "global_step": 7, "lr_schedulers": []}
+        steps = 7 - 2 * paths.index(path)
+        states = {"optimizer_states": [{"param_groups": [group]}], "global_step": steps, "lr_schedulers": []}
         kept = {} if optimizer == "unknown" else states
         torch.save({"state_dict": checkpoint["state_dict"], **kept}, tmp_path / path.name)
     trak = TRAKCallback(tmp_path / "store", projector="sparse", proj_dim=24)
@@ -151,6 +152,56 @@ def test_the_defaults_against_a_float64_reference(tmp_path, run, optimizer):
     assert attribution.info.temperature == 1.3
     np.testing.assert_allclose(attribution.info.dampings, dampings, rtol=1e-3)
     np.testing.assert_allclose(attribution.scores.numpy(), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def saved_as(path, source, **optimizer):
+    """Copy a checkpoint's weights, with the state of an optimizer if its learning rate is given."""
+    states = {"optimizer_states": [torch.optim.SGD([torch.zeros(1)], **optimizer).state_dict()], "lr_schedulers": []}
+    kept = {**states, "global_step": 7} if optimizer else {}
+    torch.save({"state_dict": torch.load(source, weights_only=True)["state_dict"], **kept}, path)
+    return path
+
+
+def test_a_training_time_beside_unknown_ones(tmp_path, run):
+    root, _, _, data = run
+    first, second, *_ = sorted((root / "files").iterdir())
+    files = [saved_as(tmp_path / "0.ckpt", first, lr=0.1), saved_as(tmp_path / "1.ckpt", second)]
+
+    def dampings(store, files):
+        trainer = make_trainer(tmp_path / store, TRAKCallback(tmp_path / store / "trak"))
+        return trainer.attribute(Classifier(), datamodule=data, ckpt_path=files).info
+
+    both, alone = dampings("both", files), [dampings(f"{number}", file) for number, file in enumerate(files)]
+    assert both.dampings == alone[0].dampings + alone[1].dampings
+    assert both.damping_rule == "from the training time where it is known, by cross-validation at 1 checkpoints"
+    assert [info.damping_rule for info in alone] == ["from the training time", "by cross-validation"]
+
+
+def test_a_training_time_that_comes_later_is_noted(tmp_path, run):
+    root, _, _, data = run
+    source = min((root / "files").iterdir())
+    files = [saved_as(tmp_path / "bare.ckpt", source), saved_as(tmp_path / "whole.ckpt", source, lr=0.1)]
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store"))
+    infos = [trainer.attribute(Classifier(), datamodule=data, ckpt_path=file).info for file in [*files, files[0]]]
+    assert infos[0].damping_rule == "by cross-validation"
+    assert infos[1].dampings == infos[2].dampings != infos[0].dampings
+
+
+def test_a_temperature_of_ones_own(tmp_path, run):
+    """As the model whose outputs are divided by it, at a damping of one's own too."""
+    root, _, _, data = run
+    path = min((root / "files").iterdir())
+
+    class Divided(Classifier):
+        def output_to_loss(self, output, batch):
+            return super().output_to_loss(output / 2, batch)
+
+    scores = []
+    for module, temperature in ((Classifier(), 2), (Divided(), "auto"), (Classifier(), "auto")):
+        trak = TRAKCallback(tmp_path / f"{len(scores)}", damping=0.5, temperature=temperature)
+        scores.append(make_trainer(tmp_path, trak).attribute(module, datamodule=data, ckpt_path=path).scores)
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-3, atol=1e-5)
+    assert (scores[0] - scores[2]).abs().max() > 0.1 * scores[2].abs().max()
 
 
 def test_a_temperature_needs_the_logistic_loss(tmp_path, run):
@@ -614,11 +665,21 @@ def test_scores_of_a_convex_model_are_calibrated(logistic):
     assert 0.85 < evaluation.slope < 1.15
 
 
-def test_the_defaults_are_calibrated_too(logistic, tmp_path):
+class TrainedLogistic(Logistic):
+    """By gradient descent on the whole train set."""
+
+    def training_step(self, batch, batch_idx):
+        return self.output_to_loss(self.model_output(batch), batch).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=4.0)
+
+
+@pytest.mark.parametrize(("n", "rule"), [(400, "optimum"), (3000, "optimum"), (400, "training")])
+def test_the_defaults_are_calibrated_too(tmp_path, n, rule):
     """Of a model with fewer parameters than examples, at its optimum: little damping, and outputs as they are."""
-    _, x, sign, targets, target_sign, _ = logistic
-    loaders = [DataLoader(TensorDataset(a.float(), b.float()), 64) for a, b in ((x, sign), (targets, target_sign))]
-    trainer = make_trainer(tmp_path / "auto", TRAKCallback(tmp_path / "auto" / "store"))
+    (x, sign), (targets, target_sign) = logistic_data(n), logistic_data(6, seed=1)
+    loaders = [DataLoader(TensorDataset(a.float(), b.float()), n) for a, b in ((x, sign), (targets, target_sign))]
 
     class Data(L.LightningDataModule):
         def train_dataloader(self):
@@ -627,9 +688,18 @@ def test_the_defaults_are_calibrated_too(logistic, tmp_path):
         def predict_dataloader(self):
             return loaders[1]
 
-    attribution = trainer.attribute(Logistic(4), datamodule=Data(), ckpt_path=tmp_path / "theta.pt")
-    assert (attribution.info.dampings, attribution.info.temperature) == ((1e-3,), 1.0)
-    masks = torch.rand(60, 400, generator=torch.Generator().manual_seed(0)) < 0.5
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store", featurize_on="fit_end"), max_epochs=200)
+    if rule == "training":
+        trainer.fit(TrainedLogistic(4), datamodule=Data())
+        attribution = trainer.attribute(datamodule=Data())
+        assert attribution.info.damping_rule == "from the training time"
+        assert attribution.info.dampings[0] < 0.2
+    else:
+        torch.save({"theta": fit_logistic(x, sign).float()}, tmp_path / "theta.pt")
+        attribution = trainer.attribute(Logistic(4), datamodule=Data(), ckpt_path=tmp_path / "theta.pt")
+        assert attribution.info.dampings == (1e-3,)
+    assert attribution.info.temperature == 1
+    masks = torch.rand(60, n, generator=torch.Generator().manual_seed(0)) < 0.5
     outputs = torch.stack([target_sign * (targets @ fit_logistic(x[mask], sign[mask])) for mask in masks])
     evaluation = lt.evaluate(attribution, lt.GroundTruth(masks, outputs[:, None].float()))
     assert evaluation.lds > 0.95

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_trak.damping import CANDIDATES, choose_damping, training_damping
-from lightning_trak.scores import TrainFeatures, kernel_scale
+from lightning_trak.damping import CANDIDATES, choose_damping, is_at_optimum, training_damping
+from lightning_trak.scores import TrainFeatures, moments
 from lightning_trak.training_time import TrainingTime
 
 
@@ -74,7 +74,7 @@ def test_a_sample_of_a_large_train_set_decides_as_the_whole_does(noise):
 
 def test_training_damping_is_the_strength_of_training_relative_to_the_kernel():
     """λ·mean(diag H) = n (1 / (t / 4) + weight decay), of the longest time."""
-    trainings = [TrainingTime(2.0, 0.5), TrainingTime(8.0, 0.5)]
+    trainings = [TrainingTime(2.0, 5, 0.5), TrainingTime(8.0, 20, 0.5)]
     assert training_damping(trainings, n_train=30, scale=5.0) * 5.0 == pytest.approx(30 * (1 / 2 + 0.5))
 
 
@@ -83,8 +83,21 @@ def test_training_damping_is_never_so_small_that_nothing_can_be_solved():
 
 
 @pytest.mark.parametrize("curvature", [True, False])
-def test_kernel_scale_is_the_mean_diagonal(curvature):
+def test_moments_are_sums_over_the_train_set(monkeypatch, curvature):
+    monkeypatch.setattr("lightning_trak.scores._BLOCK_ROWS", 7)
     features, loss_grad, weights = problem(1.0)
     train = TrainFeatures(*(array.astype(np.float32) for array in (features, loss_grad, weights)))
-    kernel = (features.T * (weights if curvature else 1)) @ features
-    assert kernel_scale(train, curvature=curvature) == pytest.approx(np.mean(np.diag(kernel)), rel=1e-6)
+    sums = moments(train, curvature=curvature)
+    weighted = (features.T * weights) @ features
+    assert sums.scale == pytest.approx(np.mean(np.diag(weighted if curvature else features.T @ features)), rel=1e-6)
+    assert sums.weighted_scale == pytest.approx(np.mean(np.diag(weighted)), rel=1e-6)
+    np.testing.assert_allclose(sums.gradient, features.T @ loss_grad, rtol=1e-5)
+    assert sums.squares == pytest.approx(sum(q**2 * x @ x for q, x in zip(loss_grad, features, strict=True)), rel=1e-6)
+
+
+def test_an_optimum_is_where_gradients_add_up_to_nothing():
+    features, loss_grad, _ = problem(1.0)
+    residual = loss_grad - features @ np.linalg.lstsq(features, loss_grad, rcond=None)[0]
+    for q, expected in ((loss_grad, False), (residual, True), (residual + 0.001 * loss_grad, True)):
+        squares = sum(q_i**2 * x @ x for q_i, x in zip(q, features, strict=True))
+        assert is_at_optimum(torch.tensor(features.T @ q), squares) == expected

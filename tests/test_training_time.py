@@ -77,7 +77,7 @@ def test_a_step_takes_the_learning_rate_over_one_minus_momentum(tmp_path, option
     files = fit(tmp_path, Classifier(sgd(**options)))
     decay = options.get("weight_decay", 0.0)
     for epoch, (file, stored) in enumerate(zip(files, in_store(tmp_path), strict=True), 1):
-        assert stored == pytest.approx({"time": epoch * STEPS * step, "weight_decay": decay})
+        assert stored == pytest.approx({"time": epoch * STEPS * step, "steps": epoch * STEPS, "weight_decay": decay})
         assert vars(in_file(file)) == pytest.approx(stored)
 
 
@@ -90,7 +90,7 @@ def test_gradient_flow_goes_as_far_in_that_time(momentum):
         optimizer.zero_grad()
         (s * x.square() / 2).sum().backward()
         optimizer.step()
-        training = training.after_step(optimizer.param_groups)
+        training = training.after_step(optimizer)
     assert x.item() == pytest.approx(torch.exp(torch.tensor(-training.time * s)).item(), rel=0.02)
 
 
@@ -154,11 +154,104 @@ def test_other_optimizers_are_unknown(tmp_path, optimizer, watched):
     assert in_file(files[-1]) is None
 
 
-def test_groups_with_rates_of_their_own_are_unknown():
-    groups = [{"params": [torch.zeros(1)], "lr": 0.1}, {"params": [torch.zeros(1)]}]
-    assert TrainingTime().after_step(torch.optim.SGD(groups, lr=0.2).param_groups) is None
-    groups[0] = {"params": [torch.zeros(1)], "weight_decay": 0.5}
-    assert TrainingTime().after_step(torch.optim.SGD(groups, lr=0.2).param_groups) == TrainingTime(0.2, 0.5)
+def groups(*options, **defaults):
+    weights = [torch.zeros(1, requires_grad=True) for _ in options]
+    for weight in weights:
+        weight.grad = torch.ones(1)
+    own = [{"params": [weight], **option} for weight, option in zip(weights, options, strict=True)]
+    return torch.optim.SGD(own, **defaults)
+
+
+def test_groups_with_rates_or_decays_of_their_own_are_unknown():
+    assert TrainingTime().after_step(groups({"lr": 0.1}, {}, lr=0.2)) is None
+    assert TrainingTime().after_step(groups({"weight_decay": 0.5}, {"weight_decay": 1.0}, lr=0.2)) is None
+    assert TrainingTime().after_step(groups({"weight_decay": 0.5}, {}, lr=0.2)) == TrainingTime(0.2, 1, 0.5)
+    assert TrainingTime().after_step(groups({}, lr=torch.tensor(0.25))) == TrainingTime(0.25, 1)
+    assert TrainingTime().after_step(groups({}, lr=0.1, momentum=1.0)) is None
+    assert TrainingTime().after_step(groups({}, lr=0.1, maximize=True)) is None
+
+
+class SignSGD(torch.optim.SGD):
+    """Has SGD's options, and steps of another kind."""
+
+
+def test_optimizers_derived_from_sgd_are_unknown(tmp_path):
+    fit(tmp_path, Classifier(lambda parameters: SignSGD(parameters, lr=0.1)), epochs=1)
+    assert in_store(tmp_path)[-1] is None
+
+
+def test_an_optimizer_with_more_options_than_sgd_is_unknown():
+    optimizer = groups({}, lr=0.1)
+    state = {"optimizer_states": [optimizer.state_dict()], "global_step": 3, "lr_schedulers": []}
+    assert TrainingTime.of_checkpoint(state) == TrainingTime(pytest.approx(0.3), 3)
+    state["optimizer_states"][0]["param_groups"][0]["trust_coefficient"] = 0.001
+    assert TrainingTime.of_checkpoint(state) is None
+
+
+def test_clipped_gradients_are_unknown(tmp_path):
+    fit(tmp_path, Classifier(sgd(lr=0.1)), epochs=1, gradient_clip_val=0.1)
+    assert in_store(tmp_path)[-1] is None
+
+
+def test_steps_without_gradients_go_nowhere(tmp_path):
+    class EverySecond(Classifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) if batch_idx % 2 else None
+
+    with pytest.warns(UserWarning, match="returned `None`"):
+        fit(tmp_path, EverySecond(sgd(lr=1.0)), epochs=1)
+    assert in_store(tmp_path)[-1]["time"] == STEPS / 2
+
+
+@pytest.mark.parametrize("optimizers", [1, 2])
+def test_manual_optimization(tmp_path, optimizers):
+    class Manual(Classifier):
+        def __init__(self):
+            super().__init__(None)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers() if optimizers > 1 else [self.optimizers()]:
+                optimizer.zero_grad()
+                self.manual_backward(super().training_step(batch, batch_idx))
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.parameters(), lr=0.5) for _ in range(optimizers)]
+
+    fit(tmp_path, Manual(), epochs=1)
+    assert (in_store(tmp_path)[-1] or {}).get("time") == (0.5 * STEPS if optimizers == 1 else None)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_the_time_of_another_run_is_not_taken_over(tmp_path):
+    """A callback that watched one run, used again to go on from a file of another that does not say."""
+    file = fit(tmp_path / "unwatched", Classifier(sgd(lr=0.5)), epochs=1, watched=False)[-1]
+    trak = TRAKCallback(tmp_path / "trak")
+    data = DataLoader(TensorDataset(torch.randn(16, 3), torch.arange(16) % 2), 16 // STEPS)
+    for epochs, ckpt_path in ((3, None), (2, file)):
+        trainer = L.Trainer(
+            default_root_dir=tmp_path / str(epochs), max_epochs=epochs, accelerator="cpu", logger=False,
+            callbacks=[trak], enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(Classifier(sgd(lr=1.0)), data, ckpt_path=ckpt_path)
+    *first, second = in_store(tmp_path)
+    assert [stored["time"] for stored in first] == [STEPS, 2 * STEPS, 3 * STEPS]
+    assert second is None
+
+
+def test_derived_callbacks_keep_it_too(tmp_path):
+    class Derived(TRAKCallback):
+        pass
+
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", logger=False, callbacks=[Derived(tmp_path / "t")],
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    data = DataLoader(TensorDataset(torch.randn(16, 3), torch.arange(16) % 2), 16 // STEPS)
+    trainer.fit(Classifier(sgd(lr=1.0), schedule=lambda step: 1 / (step + 1)), data)
+    trainer.save_checkpoint(tmp_path / "file.ckpt")
+    assert in_file(tmp_path / "file.ckpt").time == pytest.approx(1 + 1 / 2 + 1 / 3 + 1 / 4)
 
 
 def test_mere_weights_are_unknown():
