@@ -38,21 +38,26 @@ from lightning_trak.training_time import TrainingTime
 from lightning_trak.weights import load_weights
 
 
+class Damping(NamedTuple):
+    """λ, and how it was chosen."""
+
+    value: float
+    rule: str
+
+
 class Scored(NamedTuple):
     """Scores of targets, and what the estimator came to.
 
     Attributes:
         scores: of all training examples, or of the extreme ones.
         n_targets: m.
-        dampings: λ at every checkpoint.
-        damping_rule: how they were chosen.
+        dampings: at every checkpoint.
         temperature: by which outputs were divided in Q and w.
     """
 
     scores: Scores | Extremes
     n_targets: int
-    dampings: tuple[float, ...]
-    damping_rule: str
+    dampings: list[Damping]
     temperature: float
 
 
@@ -83,8 +88,8 @@ class Scoring:
     def targets(self, loader: DataLoader[Any], top_k: int | None) -> Scored:
         """Featurize targets, solve with the kernel of every checkpoint, and score."""
         trains, temperature = self._trains()
-        dampings, rule = self._dampings(trains)
-        solved = self._solve(loader, trains, dampings)
+        dampings = self._dampings(trains)
+        solved = self._solve(loader, trains, [damping.value for damping in dampings])
         n_train, n_targets, device = self.store.n_train, len(solved[0]), self._device
         result: Scores | Extremes
         with progress(self.trainer, "Scoring", n_blocks(n_train, n_targets)) as advance:
@@ -92,15 +97,15 @@ class Scoring:
                 result = scores(trains, solved, lambda: advance(1), device)
             else:
                 result = extreme_scores(trains, solved, min(top_k, n_train), lambda: advance(1), device)
-        return Scored(result, n_targets, tuple(dampings), rule, temperature)
+        return Scored(result, n_targets, dampings, temperature)
 
     def self_influence(self) -> Tensor:
         """Score every training example for itself, (n,)."""
         total, (trains, _) = torch.zeros(self.store.n_train), self._trains()
         with progress(self.trainer, "Scoring", len(self.digests)) as advance:
-            for digest, train, damping in zip(self.digests, trains, self._dampings(trains)[0], strict=True):
+            for digest, train, damping in zip(self.digests, trains, self._dampings(trains), strict=True):
                 with naming(self.store[digest]):
-                    total += self_influence(train, damping=damping, curvature=self.curvature, device=self._device)
+                    total += self_influence(train, damping=damping.value, curvature=self.curvature, device=self._device)
                 advance(1)
         return total / len(self.digests)
 
@@ -117,32 +122,30 @@ class Scoring:
             solved.append(x.cpu())  # those of all checkpoints would fill the device
         return solved
 
-    def _dampings(self, trains: list[TrainFeatures]) -> tuple[list[float], str]:
+    def _dampings(self, trains: list[TrainFeatures]) -> list[Damping]:
         """Return λ at every checkpoint, and how it was chosen."""
         if not isinstance(self.damping, str):
-            return [self.damping] * len(trains), "as given"
+            return [Damping(self.damping, "as given")] * len(trains)
         found = [self.store[digest].meta.get("training_time") for digest in self.digests]
         known = [TrainingTime(**training) for training in found if training is not None and training["time"] > 0]
         dampings = []
         for digest, train, training in zip(self.digests, trains, found, strict=True):
             with naming(self.store[digest]):
                 dampings.append(self._damping(train, known if training is not None else []))
-        if not known:
-            return dampings, "by cross-validation"
-        part = (
-            "" if None not in found else f" where it is known, by cross-validation at {found.count(None)} checkpoints"
-        )
-        return dampings, f"from the training time{part}"
+        return dampings
 
-    def _damping(self, train: TrainFeatures, trainings: list[TrainingTime]) -> float:
-        sums = moments(train, curvature=self.curvature, device=self._device)
-        n, k = train.features.shape
+    def _damping(self, train: TrainFeatures, trainings: list[TrainingTime]) -> Damping:
+        sums, (n, k) = moments(train, curvature=self.curvature, device=self._device), train.features.shape
+        at_optimum = is_at_optimum(sums.gradient, sums.squares)
+        if at_optimum and n > k:
+            return Damping(LEAST_DAMPING, "least, as at an optimum")
         if trainings and sums.weighted_scale > 0:
-            return training_damping(trainings, n, sums.weighted_scale)
-        if is_at_optimum(sums.gradient, sums.squares):
-            return LEAST_DAMPING if n > k else CANDIDATES[0]
+            return Damping(training_damping(trainings, n, sums.weighted_scale), "from the training time")
+        if at_optimum:
+            return Damping(CANDIDATES[0], "little, as at an optimum")
         features, loss_grad, w = train.sample(EXAMPLES, self._device)
-        return choose_damping(features, loss_grad, w if self.curvature else torch.ones_like(w), sums.scale)
+        weights = w if self.curvature else torch.ones_like(w)
+        return Damping(choose_damping(features, loss_grad, weights, sums.scale), "by cross-validation")
 
     def _trains(self) -> tuple[list[TrainFeatures], float]:
         """Return the train set's verified features at every checkpoint, and the temperature of their Q and w.

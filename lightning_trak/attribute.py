@@ -83,12 +83,12 @@ def attribute(
         proj_dim=scoring.plan.proj_dim,
         damping=scoring.damping,
         curvature=scoring.curvature,
-        dampings=scored.dampings,
-        damping_rule=scored.damping_rule,
+        dampings=tuple(damping.value for damping in scored.dampings),
+        damping_rules=tuple(damping.rule for damping in scored.dampings),
         temperature=scored.temperature,
     )
     least, most = min(info.dampings), max(info.dampings)
-    rank_zero_info(f"TRAKCallback: damping {least:.2g} to {most:.2g}, {info.damping_rule}.")
+    rank_zero_info(f"TRAKCallback: damping {least:.2g} to {most:.2g}, {' or '.join(sorted({*info.damping_rules}))}.")
     result = scored.scores
     attribution = (
         Attribution(result, info) if isinstance(result, Extremes) else Attribution(result.mean, info, result.spread)

@@ -35,7 +35,7 @@ class AttributionInfo:
         damping: λ, or ``"auto"``, as it was asked for.
         curvature: whether H was weighted with the loss's curvature.
         dampings: λ at every checkpoint.
-        damping_rule: how they were chosen.
+        damping_rules: how they were chosen.
         temperature: by which model outputs were divided in Q and w.
     """
 
@@ -47,7 +47,7 @@ class AttributionInfo:
     damping: float | str
     curvature: bool
     dampings: tuple[float, ...] = ()
-    damping_rule: str = ""
+    damping_rules: tuple[str, ...] = ()
     temperature: float = 1.0
 
 
@@ -213,7 +213,7 @@ class Attribution:
             raise FileNotFoundError(f"There is no saved attribution in '{path}' (no attribution.json).")
         try:
             fields = json.loads((folder / "attribution.json").read_text())
-            lists = {name: tuple(fields.get(name, ())) for name in ("checkpoints", "dampings")}
+            lists = {name: tuple(fields.get(name, ())) for name in ("checkpoints", "dampings", "damping_rules")}
             info = AttributionInfo(**{**fields, **lists})
             names = ["scores"] if (folder / "scores.npy").exists() else ["top", "top_values", "bottom", "bottom_values"]
             arrays = [_load(folder, name) for name in names]

@@ -16,7 +16,7 @@ from lightning_trak.scores import Extremes, Ranked, Spread
 mpl.use("Agg")
 
 SCORES = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
-INFO = AttributionInfo(12, 6, ("aa", "bb"), "sparse", 2048, 0.3, True)
+INFO = AttributionInfo(12, 6, ("aa", "bb"), "sparse", 2048, 0.3, True, (0.3, 0.3), ("as given", "as given"), 1.3)
 
 
 @pytest.fixture

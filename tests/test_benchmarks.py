@@ -12,6 +12,7 @@ import torch
 from tests.benchmarks import features, fit, gpu, memory, quality, scoring
 from tests.benchmarks.measuring import silence
 from tests.benchmarks.models import MODELS
+from tests.benchmarks.quality.runs import check_folder
 
 
 def rows(printed):
@@ -92,7 +93,9 @@ def test_transformers_of_one_layer(key, monkeypatch, table):
 
 def test_quality(table, monkeypatch, tmp_path):
     """Every method but EK-FAC, whose package is not among those of the tests, on two cells of the smallest task."""
-    monkeypatch.delitem(quality.METHODS, "EK-FAC")
+    monkeypatch.setattr(quality.methods, "find_spec", lambda name: None)
+    without = replace(quality.METHODS["EK-FAC"], installed=quality.methods.has_ekfac)
+    monkeypatch.setitem(quality.METHODS, "EK-FAC", without)
     monkeypatch.setattr(
         quality, "CELLS", [cell for cell in quality.CELLS if cell.name in ("last of 1 run", "5 of 1 run")]
     )
@@ -101,9 +104,21 @@ def test_quality(table, monkeypatch, tmp_path):
     assert second[:2] == ["diabetes, MLP regression", "5 of 1 run"]
     for row in (first, second):
         assert len(row) == 2 + len(quality.METHODS) + 2
-        assert all(re.fullmatch(r"-?\d\.\d{3} \(±\d\.\d{3}\)", cell) for cell in row[2:-2])
+        assert all(re.fullmatch(r"-?\d\.\d{3} \(±\d\.\d{3}\)", cell) for cell in row[2:-3])
+        assert row[-3] == "–"
         assert row[-1] == "–"
     assert (tmp_path / "lds.png").stat().st_size > 10_000
+
+
+def test_what_other_tasks_left_is_not_used(tmp_path):
+    check_folder("diabetes", tmp_path)
+    check_folder("diabetes", tmp_path)
+    (tmp_path / "diabetes" / "made_with").write_text("other versions")
+    with pytest.raises(ValueError, match="made with other tasks"):
+        check_folder("diabetes", tmp_path)
+    (tmp_path / "diabetes" / "made_with").unlink()
+    with pytest.raises(ValueError, match="made with other tasks"):
+        check_folder("diabetes", tmp_path)
 
 
 @pytest.mark.parametrize("key", quality.TASKS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import tempfile
 import time
@@ -67,7 +68,7 @@ def ekfac(key: str, files: Sequence[Path]) -> Tensor:
 
 def cost(files: Sequence[Path], kind: str) -> float:
     """Return the seconds that the methods whose results are kept spent on some checkpoints."""
-    return sum(torch.load(file.with_suffix(f".{kind}"), weights_only=True)["seconds"] for file in files)
+    return sum(torch.load(_place(file, kind), weights_only=True)["seconds"] for file in files)
 
 
 def has_ekfac() -> bool:
@@ -77,13 +78,20 @@ def has_ekfac() -> bool:
 
 def _kept(file: Path, kind: str, compute: Callable[[], Any]) -> Any:
     """Compute something for a checkpoint, unless it is kept beside it from another cell of the table."""
-    path = file.with_suffix(f".{kind}")
+    path = _place(file, kind)
     if not path.exists():
         start, partial = time.perf_counter(), path.with_name(f"{path.name}.partial")
         result = compute()
         torch.save({"result": result, "seconds": time.perf_counter() - start}, partial)
         partial.replace(path)
     return torch.load(path, weights_only=True)["result"]
+
+
+def _place(file: Path, kind: str) -> Path:
+    """Return where a result is kept: beside the checkpoint, and named for the code that it comes from."""
+    parts = (_ekfac, _influence) if kind == "ekfac" else (_traker_features, Wrapped, _output)
+    code = hashlib.sha256("".join(inspect.getsource(part) for part in parts).encode())
+    return file.with_suffix(f".{kind}-{code.hexdigest()[:8]}")
 
 
 def _traker_scores(key: str, files: Sequence[Path], proj_dim: int, lambdas: Sequence[float]) -> list[Tensor]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import lightning as L
@@ -16,23 +18,27 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_trak import retrain_subsets
 from lightning_trak.ground_truth import GroundTruth
+from tests.benchmarks import models
 from tests.benchmarks.measuring import silence, trainer
+from tests.benchmarks.quality import tasks
 from tests.benchmarks.quality.tasks import TASKS
 
 PROCESSES = 2
 
 
 def check_folder(key: str, root: Path) -> None:
-    """Raise if what ``root`` has of a task comes from other tasks or another torch than those of now."""
-    source = Path(sys.modules["tests.benchmarks.quality.tasks"].__file__ or "").read_bytes()
-    here, note = f"{hashlib.sha256(source).hexdigest()} torch {torch.__version__}", root / key / "made_with"
-    if not note.exists():
-        note.parent.mkdir(parents=True, exist_ok=True)
+    """Raise if what ``root`` has of a task comes from other tasks or versions than those of now."""
+    source = b"".join(Path(module.__file__ or "").read_bytes() for module in (tasks, models))
+    versions = [f"{package} {version(package)}" for package in ("torch", "lightning", "scikit-learn")]
+    here = "\n".join([hashlib.sha256(source).hexdigest(), f"python {platform.python_version()}", *versions])
+    folder, note = root / key, root / key / "made_with"
+    if not folder.exists():
+        folder.mkdir(parents=True)
         note.write_text(here)
-    if note.read_text() != here:
+    if not note.exists() or note.read_text() != here:
         raise ValueError(
-            f"'{note.parent}' was made with other tasks, or with another version of torch. Delete it, or pass another"
-            " root."
+            f"'{folder}' was made with other tasks, or with other versions of what they use. Delete it, or pass"
+            " another root."
         )
 
 
