@@ -98,7 +98,8 @@ def print_mislabels(self_influence: torch.Tensor, data: DigitsData) -> None:
     n_wrong = int(data.wrong.sum())
     suspects = self_influence.argsort(descending=True)[:n_wrong].tolist()
     found = [row for row in suspects if data.wrong[row]]
-    area = auroc(self_influence.sigmoid(), data.wrong.long(), task="binary")
+    ranks = self_influence.argsort().argsort() / len(self_influence)  # torchmetrics takes numbers from 0 to 1
+    area = auroc(ranks, data.wrong.long(), task="binary")
     print(
         f"\n{len(found)} of the {n_wrong} planted mislabels are among the first {n_wrong} suspects (AUROC {area:.3f}):"
     )

@@ -34,9 +34,9 @@ class TrainingTime:
 
         >>> weight = torch.zeros(1, requires_grad=True)
         >>> weight.grad = torch.ones(1)
-        >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=0.01)
+        >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.5, weight_decay=0.01)
         >>> TrainingTime().after_step(optimizer)
-        TrainingTime(time=1.0, steps=1, weight_decay=0.01)
+        TrainingTime(time=0.2, steps=1, weight_decay=0.01)
         >>> TrainingTime().after_step(torch.optim.Adam([weight])) is None
         True
         """

@@ -11,7 +11,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def test_digits(tmp_path):
-    command = [sys.executable, EXAMPLES / "digits.py", "--epochs", "4", "--output", tmp_path]
+    command = [sys.executable, EXAMPLES / "digits.py", "--epochs", "8", "--output", tmp_path]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     assert (tmp_path / "digits.png").stat().st_size > 20_000
     assert len(re.findall(r"most helpful: #\d+ \(a \d", result.stdout)) == 4
