@@ -17,10 +17,11 @@ from lightning_trak.gradients import (
     LoopEngine,
     ModelFunction,
     NotPrepared,
+    VmapEngine,
     layer_rule,
 )
 from lightning_trak.memory import peak_bytes
-from lightning_trak.projection import FactoredProjector, IdentityProjector, SparseProjector
+from lightning_trak.projection import FactoredProjector, IdentityProjector, RademacherProjector, SparseProjector
 from tests.benchmarks.models import LowRank
 
 
@@ -333,3 +334,22 @@ def test_adapters_on_a_frozen_backbone_cost_what_adapters_cost():
     ours = operations(lambda: engine(function, x, len(x), lambda rows, name, gradient: gradient.dense()))
     assert ours <= 1.001 * training(adapted) < 2 / 3 * training(build())
     assert_right(function, engine, x)
+
+
+@pytest.mark.parametrize("projector", [IdentityProjector, SparseProjector, FactoredProjector, RademacherProjector])
+@pytest.mark.parametrize("engine", [HooksEngine, VmapEngine, LoopEngine])
+def test_a_parameter_that_is_a_single_number(engine, projector):
+    model = Model(
+        lambda m, x: m.scale * m.layer(x).squeeze(1), layer=nn.Linear(3, 1), scale=nn.Parameter(torch.ones(()))
+    )
+    function, batch = function_of(model), torch.randn(5, 3)
+    names = list(function.parameters)
+    rows = []
+    for x in batch:  # ∂f/∂scale is the layer's output
+        grads = {"scale": model.layer(x[None]).detach().flatten(), "layer.weight": x, "layer.bias": torch.ones(1)}
+        rows.append(torch.cat([grads[name] for name in names]))
+    own = projector() if projector is IdentityProjector else projector(64)
+    expected, chosen = torch.zeros(5, own.dimension(5)), engine()
+    own.add_(expected, torch.stack(rows), 0, 1)
+    chosen.prepare(function, batch, 5)
+    torch.testing.assert_close(featurize(function, chosen, batch, own), expected)

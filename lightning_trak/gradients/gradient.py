@@ -64,6 +64,15 @@ class Gradient(ABC):
             yield part, self[part]
 
 
+def as_rows(values: Tensor) -> Tensor:
+    """Return (b, *shape) as (b, entries); a parameter may be a single number.
+
+    >>> as_rows(torch.ones(3)).shape, as_rows(torch.ones(3, 2, 2)).shape
+    (torch.Size([3, 1]), torch.Size([3, 4]))
+    """
+    return values.reshape(len(values), prod(values.shape[1:]))
+
+
 class DenseGradient(Gradient):
     """Gradients that are there, (b, *shape).
 

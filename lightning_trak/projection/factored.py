@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lightning_trak.gradients.gradient import Gradient
+from lightning_trak.gradients.gradient import Gradient, as_rows
 from lightning_trak.projection.philox import random_signs
 from lightning_trak.projection.projector import Drawn, Projector
 from lightning_trak.projection.sparse import SparseProjector
@@ -57,7 +57,7 @@ class FactoredProjector(Projector):
             return
         left = self._matrix(start, shape[0], _LEFT, key, features.device)
         right = self._matrix(start, prod(shape[1:]), _RIGHT, key, features.device)
-        self._sparse.add_(features, gradient.sketch(left, right).flatten(1).float(), start, key)
+        self._sparse.add_(features, as_rows(gradient.sketch(left, right)).float(), start, key)
 
     def _matrix(self, start: int, rows: int, side: int, key: int, device: torch.device) -> Tensor | None:
         """Return L or R; those of one key are kept, since batch after batch needs them."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 
 from torch import Tensor
 
-from lightning_trak.gradients.gradient import Gradient
+from lightning_trak.gradients.gradient import Gradient, as_rows
 
 _DENSE_BYTES = 2**30  # of one parameter's gradients, where they are needed themselves
 
@@ -68,7 +68,7 @@ class Projector(ABC):
             key: chooses P; below 2⁶⁴.
         """
         for rows, part in gradient.split(_DENSE_BYTES):
-            self.add_(features[rows], part.dense().flatten(1).float(), start, key)
+            self.add_(features[rows], as_rows(part.dense()).float(), start, key)
 
     def rehearsal(self) -> Projector:
         """Return a projector that takes as much memory, and as little time as may be, to try a batch size with."""

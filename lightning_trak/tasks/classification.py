@@ -1,0 +1,125 @@
+"""Classification into one of several classes, or of two."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from lightning_trak.module import TRAKMixin
+from lightning_trak.tasks.reading import forward, labels, labels_or_none
+
+
+class ClassificationMixin(TRAKMixin):
+    """Single-label classification, trained with cross-entropy.
+
+    With logits g = forward(x) / temperature, label y and p = softmax(g)_y:
+
+    - f = g_y − log Σ_{c≠y} exp(g_c), the log-odds of the label: log(p / (1 − p));
+    - L = softplus(−f) = −log p, the cross-entropy;
+    - Q = 1 − p;
+    - w = p (1 − p).
+
+    With a single logit, for two classes and labels 0 and 1, p = sigmoid(± g) and f = ± g. With ``class_weights`` L, Q
+    and w are multiplied by the weight of the label. With ``label_smoothing`` ε and two classes, L = (1 − ε/2)
+    softplus(−f) + (ε/2) softplus(f) and Q = 1 − ε/2 − p; with more classes the smoothed loss is no function of f, and
+    it is refused.
+
+    TRAK, arXiv 2303.14186, Section 3.3. Batches ``(x, y)`` and mappings with ``"labels"`` (Hugging Face inputs, whose
+    model returns ``.logits``) are understood; for others override `get_logits` and `get_labels`. For targets without
+    labels the output is that of the class that the model predicts.
+
+    Attributes:
+        temperature: divides the logits; 1 unless training does the same.
+        label_smoothing: ε, as in ``torch.nn.functional.cross_entropy``.
+        class_weights: a weight for each class, (classes,), if training has them. ``cross_entropy`` divides by their sum
+            over the batch, which Q leaves out.
+
+    >>> class Classifier(ClassificationMixin, torch.nn.Linear): ...
+    >>> model = Classifier(2, 3)
+    >>> batch = torch.randn(5, 2), torch.tensor([0, 1, 2, 0, 1])
+    >>> p = model(batch[0]).softmax(1).gather(1, batch[1][:, None])[:, 0]
+    >>> torch.allclose(model.model_output(batch), torch.log(p / (1 - p)), atol=1e-5)
+    True
+    """
+
+    temperature: float = 1.0
+    label_smoothing: float = 0.0
+    class_weights: Tensor | None = None
+
+    def get_logits(self, batch: Any) -> Tensor:
+        """Return the logits, (b, classes), (b, 1) or (b,): ``self(x)``, or ``self(**inputs)`` for a mapping."""
+        return forward(self, batch, "logits", hook="get_logits")
+
+    def get_labels(self, batch: Any) -> Tensor | None:
+        """Return the labels of ``batch``, (b,), integers; None if it has none, for the predicted class."""
+        return None if labels_or_none(batch) is None else labels(self, batch, hook="get_labels")
+
+    def model_output(self, batch: Any) -> Tensor:
+        """Return the log-odds of every example's label, (b,)."""
+        logits, classes = self.get_logits(batch) / self.temperature, self.get_labels(batch)
+        if logits.ndim == 1 or (logits.ndim == 2 and logits.shape[1] == 1):
+            logits = torch.stack([torch.zeros_like(logits), logits], -1).reshape(len(logits), 2)
+            classes = None if classes is None else _binary(classes)
+        _check_logits(logits)
+        if self.label_smoothing and logits.shape[1] > 2:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} with {logits.shape[1]} classes: the loss is no function of the"
+                " log-odds of the label. Set label_smoothing = 0 to attribute the cross-entropy without it."
+            )
+        classes = logits.argmax(1) if classes is None else classes
+        _check_labels(classes, len(logits))
+        others = logits.scatter(1, classes[:, None], float("-inf"))
+        return logits.gather(1, classes[:, None]).squeeze(1) - others.logsumexp(1)
+
+    def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
+        """Return the cross-entropies, (b,)."""
+        classes = self.get_labels(batch)
+        if classes is None:
+            classes = labels(self, batch, hook="get_labels")  # raises: without labels there is no loss
+        smoothed = self.label_smoothing / 2
+        loss = (1 - smoothed) * softplus(-output)
+        if smoothed:
+            loss = loss + smoothed * softplus(output)
+        weights = self._weights(output, classes)
+        return loss if weights is None else loss * weights
+
+    def reduce_losses(self, losses: Tensor, batch: Any) -> Tensor:
+        """Return the mean; with ``class_weights`` the sum, divided by the weights' as ``cross_entropy`` does."""
+        weights = self._weights(losses, self.get_labels(batch))
+        return losses.mean() if weights is None else losses.sum() / weights.sum()
+
+    def _weights(self, like: Tensor, classes: Tensor | None) -> Tensor | None:
+        """Return the weight of every example's label, (b,)."""
+        if self.class_weights is None or classes is None:
+            return None
+        return torch.as_tensor(self.class_weights).to(like)[classes.reshape(len(like)).long()]
+
+
+def _binary(classes: Tensor) -> Tensor:
+    """Return labels 0 and 1 as integers, (b,), however they are given for a single logit."""
+    flat = classes.squeeze(1) if classes.ndim == 2 and classes.shape[1] == 1 else classes
+    if not bool(((flat == 0) | (flat == 1)).all()):
+        raise ValueError(
+            "get_labels returned labels other than 0 and 1 for a single logit. Override get_labels(self, batch), or"
+            " define output_to_loss(self, output, batch) for labels in between."
+        )
+    return flat.long()
+
+
+def _check_logits(logits: Tensor) -> None:
+    if logits.ndim != 2:
+        raise ValueError(
+            f"get_logits returned shape {tuple(logits.shape)}; expected (b, classes), or (b,) for a single logit."
+            " Override get_logits(self, batch), or define model_output(self, batch) for another task."
+        )
+
+
+def _check_labels(classes: Tensor, size: int) -> None:
+    if classes.ndim != 1 or len(classes) != size or classes.dtype.is_floating_point:
+        raise ValueError(
+            f"get_labels returned shape {tuple(classes.shape)} and {classes.dtype}; expected {size} integer class"
+            " labels, shape (b,). Override get_labels(self, batch), e.g. with .argmax(1) for one-hot labels."
+        )
