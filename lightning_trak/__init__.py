@@ -48,19 +48,30 @@ from lightning_trak.module import TRAKMixin
 from lightning_trak.projection import Projector
 from lightning_trak.retrain import retrain_subsets
 from lightning_trak.store import FeatureStore
-from lightning_trak.tasks import ClassificationMixin, RegressionMixin
+from lightning_trak.tasks import (
+    ClassificationMixin,
+    ContrastiveMixin,
+    LanguageModelingMixin,
+    MultilabelMixin,
+    RegressionMixin,
+    SegmentationMixin,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Attribution",
     "ClassificationMixin",
+    "ContrastiveMixin",
     "Counterfactuals",
     "FeatureStore",
     "GroundTruth",
+    "LanguageModelingMixin",
     "LayerCall",
+    "MultilabelMixin",
     "Projector",
     "RegressionMixin",
+    "SegmentationMixin",
     "TRAKCallback",
     "TRAKMixin",
     "attribute",

@@ -7,7 +7,7 @@ It never calls ``trainer.predict``, which would overwrite the state of a running
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,7 +27,7 @@ from lightning_trak.data import loader_batch_size, read_batches, seed_all
 from lightning_trak.featurize import Featurizer
 from lightning_trak.gradients import EngineUnsuitable, ModelFunction, batch_gradient
 from lightning_trak.gradients.batch import same_tensors
-from lightning_trak.module import LossTerms
+from lightning_trak.module import LossTerms, prepared
 from lightning_trak.progress import progress
 from lightning_trak.projection import Projector, projection_key
 from lightning_trak.weights import Weights
@@ -176,11 +176,12 @@ class FeaturizationLoop:
             ValueError: if outputs have the wrong shape, do not depend on the parameters, depend on the rest of the
                 batch, or are not finite; or if the loss terms do not belong together.
         """
-        with undisturbed(self._trainer, self._module):
+        with undisturbed(self._trainer, self._module), ExitStack() as stack:
             rows = range(min(self._adaptation.batch_size, _TRIED))
             batch = self._read_once(rows, seed=0)
             self.repeatable = self._is_repeatable(batch, self._read_once(rows, seed=1))
             function = self._function(weights)
+            stack.enter_context(prepared(self._module, function.call))
             function.observe(batch)
             outputs, gradients = batch_gradient(function, batch)
             check_size(self._module, outputs, len(rows))
@@ -217,8 +218,13 @@ class FeaturizationLoop:
         """
         rows = [int(row) for row in rows]
         done, engine, batch, size, adaptation = 0, None, None, 0, self._adaptation
-        with undisturbed(self._trainer, self._module), progress(self._trainer, description, len(rows)) as advance:
+        with (
+            undisturbed(self._trainer, self._module),
+            progress(self._trainer, description, len(rows)) as advance,
+            ExitStack() as stack,
+        ):
             function, key = self._function(weights), projection_key(self._seed, digest)
+            stack.enter_context(prepared(self._module, function.call))
             while done < len(rows):
                 full = False
                 try:
@@ -267,7 +273,7 @@ class FeaturizationLoop:
         device, plugin = self._trainer.strategy.root_device, self._trainer.precision_plugin
         for name, value in self._module.named_parameters():
             stored = weights.get(name, value).dtype
-            if stored not in (value.dtype, plugin.convert_input(value.detach()[..., :0]).dtype):
+            if stored not in (value.dtype, plugin.convert_input(value.detach().reshape(-1)[:0]).dtype):
                 raise ValueError(
                     f"The checkpoint's {name} is {stored}, the model's {value.dtype} under"
                     f" Trainer(precision={plugin.precision!r}). Use the precision of the training."
@@ -300,7 +306,7 @@ def model_outputs(
     find_loader: Callable[[], DataLoader[Any]],
 ) -> Tensor:
     """Return the model output of every example, (m,), as in ``predict``: in eval mode, without gradients."""
-    with attached(trainer, module, datamodule), torch.no_grad():
+    with attached(trainer, module, datamodule), prepared(module, _call), torch.no_grad():
         loader = find_loader()
         rows = range(len(loader.dataset))  # type: ignore[arg-type]
         outputs = torch.zeros(len(rows))
@@ -309,3 +315,28 @@ def model_outputs(
             check_size(module, values, len(batch_rows))
             outputs[batch_rows] = values.float().cpu()
     return outputs
+
+
+def training_loss(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> float | None:
+    """Return the loss of ``batch`` by ``model_output`` and ``output_to_loss``, just before ``training_step`` does.
+
+    It is in the mode, the precision and the random state of training, so that Dropout draws the same; and leaves no
+    trace. None where the module tells no loss.
+    """
+    modes = {submodule: submodule.training for submodule in module.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    with undisturbed(trainer, module), torch.no_grad(), trainer.precision_plugin.train_step_context():
+        for submodule, training in modes.items():
+            submodule.training = training
+        try:
+            with prepared(module, _call):
+                loss = LossTerms(module).of_batch(module.model_output(batch), batch)  # type: ignore[operator]
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    return None if loss is None else loss.item()
+
+
+def _call(method: Callable[..., Any], *args: Any) -> Any:
+    """Call a method of the module at its own weights."""
+    return method(*args)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
@@ -13,11 +13,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lightning_trak._checkpoints import add_checkpoint, featurize_checkpoint
-from lightning_trak._loop import FeaturizationLoop, attached, undisturbed
+from lightning_trak._loop import FeaturizationLoop, attached, training_loss, undisturbed
 from lightning_trak._plan import Plan
 from lightning_trak.data import check_loader
 from lightning_trak.gradients import ENGINES
@@ -25,6 +25,8 @@ from lightning_trak.projection import Projector, check_projector
 from lightning_trak.store import FeatureStore
 from lightning_trak.training_time import TrainingTime
 from lightning_trak.weights import tensors_in, weights_digest
+
+_LOSS_TOLERANCE = 0.1  # Dropout may draw otherwise
 
 TRAIN_REMEDY = "Or define featurize_dataloader() in the LightningDataModule or LightningModule."
 
@@ -116,6 +118,8 @@ class TRAKCallback(pl.Callback):
         self._pending: dict[str, bool] = {}  # digest to featurize → whether this run added it
         self._featurized = 0
         self._training: TrainingTime | None = None
+        self._expected_loss: float | None = None
+        self._tried_loss = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the wiring, and start to watch checkpoint files."""
@@ -125,6 +129,7 @@ class TRAKCallback(pl.Callback):
         check_supported(trainer, pl_module)
         self._store = self._loop = self.train_loader = self.last_saved = None
         self._files, self._pending, self._featurized = {}, {}, 0
+        self._expected_loss, self._tried_loss = None, False
         watched = trainer.strategy.checkpoint_io
         inner = watched.inner if isinstance(watched, _WatchedCheckpointIO) else watched
         trainer.strategy.checkpoint_io = _WatchedCheckpointIO(inner, self)
@@ -146,10 +151,18 @@ class TRAKCallback(pl.Callback):
         elif self._training is not None and self._training.steps != trainer.global_step:
             self._training = None  # of another run, while this one goes on from a file that does not say
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Featurize what was saved since the last training step."""
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
+        """Featurize what was saved since the last training step; of the first batch, find what its loss should be."""
         if self.featurize_on == "save":
             self._featurize_pending()
+        if not self._tried_loss:
+            self._expected_loss, self._tried_loss = training_loss(trainer, pl_module, batch), True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+        """Compare the loss of the first batch."""
+        expected, self._expected_loss = self._expected_loss, None
+        if expected is not None and isinstance(outputs, Mapping) and "loss" in outputs:
+            _compare_losses(pl_module, outputs["loss"].item() * trainer.accumulate_grad_batches, expected)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Note how far the step goes; that of a clipped gradient, or of one among several optimizers, is unknown."""
@@ -286,6 +299,18 @@ def check_supported(trainer: pl.Trainer, module: Any) -> None:
             f" world_size={trainer.world_size}. Train without the callback, then attribute the checkpoint files on one"
             " device: L.Trainer(devices=1, callbacks=[TRAKCallback(...)]).attribute(model, datamodule=dm,"
             " ckpt_path=[...])."
+        )
+
+
+def _compare_losses(module: pl.LightningModule, trained: float, expected: float) -> None:
+    """Warn if what is trained on is not the loss that scores are about."""
+    if abs(trained - expected) > _LOSS_TOLERANCE * max(abs(trained), abs(expected)) + 1e-3:
+        rank_zero_warn(
+            f"On the first batch {type(module).__name__}.training_step returned a loss of {trained:.4g}, while"
+            f" output_to_loss(model_output(batch), batch) is {expected:.4g} on average. Scores are about the second:"
+            " define output_to_loss as what training minimises, an average over the batch (see reduce_losses for"
+            " others). If training_step adds something that is no loss of an example, or augments the batch, ignore"
+            " this."
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +33,12 @@ class TRAKMixin:
     (tensor([0.5000]), tensor([0.2500]))
     """
 
+    def prepare_checkpoint(self) -> None:
+        """Compute what ``model_output`` needs of every checkpoint, once, at its weights.
+
+        What it sets on the module is taken away again. Optional.
+        """
+
     def model_output(self, batch: Any) -> Tensor:
         """Return f(z; θ) for every example z of ``batch``, shape (b,).
 
@@ -49,6 +56,13 @@ class TRAKMixin:
         It must be differentiable twice. The default is softplus(−f).
         """
         return softplus(-output)
+
+    def reduce_losses(self, losses: Tensor, batch: Any) -> Tensor:
+        """Return the loss of a batch that training minimises, from those of its examples, (b,) → (): their mean.
+
+        Scores do not depend on it; the first batch of training is compared with it.
+        """
+        return losses.mean()
 
     def out_to_loss_grad(self, batch: Any) -> Tensor:
         """Return Q = −∂L/∂f for every example, (b,): how hard training still pulls on it. Overridable."""
@@ -95,6 +109,26 @@ def loss_derivatives(output_to_loss: Callable[[Tensor], Tensor], output: Tensor)
     return -slope.detach(), curvature
 
 
+@contextmanager
+def prepared(module: Any, call: Callable[..., Any]) -> Iterator[None]:
+    """Let a module prepare for a checkpoint, and leave it as it was.
+
+    Args:
+        module: defines ``prepare_checkpoint``, or does not.
+        call: calls a bound method of the module at the checkpoint's weights.
+    """
+    prepare, before = getattr(module, "prepare_checkpoint", None), dict(vars(module))
+    try:
+        if prepare is not None:
+            with torch.no_grad():
+                call(prepare)
+        yield
+    finally:
+        for name in set(vars(module)) - set(before):
+            delattr(module, name)
+        vars(module).update(before)
+
+
 class LossTerms:
     """Q and w of a module's examples, from whatever the module defines: its own formulas first, else autograd.
 
@@ -128,6 +162,13 @@ class LossTerms:
         if self._own_curvature is not None:
             curvature = _checked("out_to_loss_curvature", call(self._own_curvature, batch), output)
         return loss_grad, curvature
+
+    def of_batch(self, output: Tensor, batch: Any) -> Tensor | None:
+        """Return the loss of a batch that training minimises; None where the module tells no loss, but its Q alone."""
+        if self._own_loss is None and self._own_grad is not None:
+            return None
+        losses, reduce = self._output_to_loss(output, batch), _own(self._module, "reduce_losses")
+        return losses.mean() if reduce is None else reduce(losses, batch)
 
     def _output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
         own = self._own_loss

@@ -102,13 +102,18 @@ def test_hooks_for_other_batches():
 @pytest.mark.parametrize(
     ("model", "batch", "error", "message"),
     [
-        (Classifier(), torch.zeros(2, 4), TypeError, r"batch is Tensor\(2, 4\).*Override get_logits"),
+        (Classifier(), SimpleNamespace(x=1), TypeError, r"batch is SimpleNamespace.*Override get_logits"),
         (Classifier(), (torch.zeros(2, 4).double(), "labels"), TypeError, r"str\).*Override get_labels"),
         (Classifier(), {"inputs": 1}, TypeError, "unexpected keyword|must be"),
-        (Classifier(1), (torch.zeros(2, 4).double(), torch.zeros(2).long()), ValueError, "at least two classes"),
+        (Classifier(1), (torch.zeros(2, 4).double(), torch.full((2,), 0.5)), ValueError, "other than 0 and 1"),
         (Classifier(), (torch.zeros(2, 4).double(), torch.zeros(2)), ValueError, "integer class labels"),
         (Classifier(), (torch.zeros(2, 4).double(), torch.zeros(2, 3).long()), ValueError, "integer class labels"),
-        (Regressor(2), (torch.zeros(2, 4).double(), torch.zeros(2)), ValueError, r"shape \(2, 2\).*get_predictions"),
+        (
+            Regressor(2),
+            (torch.zeros(2, 4).double(), torch.zeros(2)),
+            ValueError,
+            r"predictions \(2, 2\).*get_predictions",
+        ),
     ],
 )
 def test_batches_of_a_wrong_form(model, batch, error, message):

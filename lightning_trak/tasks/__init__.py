@@ -1,0 +1,19 @@
+"""Ready mixins for common tasks: each says f, L, Q and w."""
+
+from __future__ import annotations
+
+from lightning_trak.tasks.classification import ClassificationMixin
+from lightning_trak.tasks.contrastive import ContrastiveMixin
+from lightning_trak.tasks.language import LanguageModelingMixin
+from lightning_trak.tasks.multilabel import MultilabelMixin
+from lightning_trak.tasks.regression import RegressionMixin
+from lightning_trak.tasks.segmentation import SegmentationMixin
+
+__all__ = [
+    "ClassificationMixin",
+    "ContrastiveMixin",
+    "LanguageModelingMixin",
+    "MultilabelMixin",
+    "RegressionMixin",
+    "SegmentationMixin",
+]

@@ -1,0 +1,123 @@
+"""Contrastive learning of pairs, as CLIP does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize, softplus
+
+from lightning_trak.data import read_batches
+from lightning_trak.gradients.batch import describe
+from lightning_trak.module import TRAKMixin
+
+
+class ContrastiveMixin(TRAKMixin):
+    """Contrastive learning of pairs, an image u and a text v for example, trained with the symmetric loss of CLIP.
+
+    The loss of a pair depends on the rest of its batch, so a contrast set stands for the batch: M random pairs of the
+    train set, (u_j, v_j), embedded once at every checkpoint. With embeddings of length 1 and logit scale s:
+
+    - m₁ = −log Σ_j exp(s u·v_j − s u·v), the log-odds of the text given the image, and likewise
+      m₂ = −log Σ_j exp(s u_j·v − s u·v);
+    - f = m₁ + m₂;
+    - L = (softplus(−m₁) + softplus(−m₂)) / 2, as a function of f with m₁ − m₂ held fixed;
+    - Q = (2 − p₁ − p₂) / 4, with p = sigmoid(m);
+    - w = (p₁ (1 − p₁) + p₂ (1 − p₂)) / 8.
+
+    TRAK, arXiv 2303.14186, Section 5.1. A model that returns ``.image_embeds`` and ``.text_embeds`` and has a parameter
+    ``logit_scale``, as ``CLIPModel`` of Hugging Face, is understood; for others override `get_embeddings` and
+    `get_logit_scale`.
+
+    Attributes:
+        contrast_size: M.
+        contrast_seed: chooses the contrast set.
+
+    >>> class Pairs(ContrastiveMixin, torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.image, self.text = torch.nn.Linear(4, 2), torch.nn.Linear(3, 2)
+    ...         self.logit_scale = torch.nn.Parameter(torch.tensor(1.0))
+    ...     def get_embeddings(self, batch):
+    ...         return self.image(batch[0]), self.text(batch[1])
+    ...     def get_contrast_batch(self):
+    ...         return torch.randn(8, 4), torch.randn(8, 3)
+    >>> model = Pairs()
+    >>> model.prepare_checkpoint()
+    >>> model.model_output((torch.randn(5, 4), torch.randn(5, 3))).shape
+    torch.Size([5])
+    """
+
+    contrast_size: int = 300
+    contrast_seed: int = 0
+
+    def get_embeddings(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the embeddings of both halves of every pair, (b, d) each; their length does not matter."""
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"The batch is {describe(batch)}; expected a mapping that forward takes. Override"
+                f" get_embeddings(self, batch) in {type(self).__name__} to return the embeddings of both halves."
+            )
+        result = self(**{key: batch[key] for key in batch if key not in ("labels", "return_loss")})  # type: ignore[operator]
+        return result.image_embeds, result.text_embeds
+
+    def get_logit_scale(self) -> Tensor | float:
+        """Return s, by which the products of embeddings are multiplied: ``self.logit_scale.exp()``."""
+        scale: Tensor = self.logit_scale.exp()  # type: ignore[attr-defined]
+        return scale
+
+    def get_contrast_batch(self) -> Any:
+        """Return the contrast set: ``contrast_size`` random examples of the train set."""
+        loader = _train_loader(self)
+        order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(self.contrast_seed))
+        rows, trainer = order[: self.contrast_size].tolist(), self.trainer  # type: ignore[attr-defined]
+        return next(read_batches(trainer, self, loader, rows, len(rows), num_workers=0))[1]
+
+    def prepare_checkpoint(self) -> None:
+        """Embed the contrast set."""
+        with torch.no_grad():
+            self._contrast = tuple(normalize(half, dim=1) for half in self.get_embeddings(self.get_contrast_batch()))
+
+    def model_output(self, batch: Any) -> Tensor:
+        """Return the sum of the log-odds of both halves, (b,)."""
+        first, second = self._margins(batch)
+        return first + second
+
+    def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
+        """Return the losses of the pairs among the contrast set, (b,)."""
+        with torch.no_grad():
+            first, second = self._margins(batch)
+        half = (first - second) / 2
+        return (softplus(-output / 2 - half) + softplus(-output / 2 + half)) / 2
+
+    def reduce_losses(self, losses: Tensor, batch: Any) -> Tensor:
+        """Return the loss that CLIP minimises, of the pairs of a batch among each other."""
+        images, texts = (normalize(half, dim=1) for half in self.get_embeddings(batch))
+        logits, pairs = self.get_logit_scale() * images @ texts.T, torch.arange(len(images), device=images.device)
+        return (cross_entropy(logits, pairs) + cross_entropy(logits.T, pairs)) / 2
+
+    def _margins(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return m₁ and m₂, (b,) each."""
+        images, texts = (normalize(half, dim=1) for half in self.get_embeddings(batch))
+        other_images, other_texts = self._contrast
+        scale, own = self.get_logit_scale(), (images * texts).sum(1, keepdim=True)
+        first = -(scale * (images @ other_texts.T - own)).logsumexp(1)
+        second = -(scale * (texts @ other_images.T - own)).logsumexp(1)
+        return first, second
+
+
+def _train_loader(module: Any) -> Any:
+    """Return the loader of the train set: that of a running ``fit``, else the datamodule's or the module's own."""
+    trainer = module.trainer
+    if trainer.train_dataloader is not None:
+        return trainer.train_dataloader
+    for owner in (trainer.datamodule, module):
+        if owner is not None and is_overridden("train_dataloader", owner):
+            return owner.train_dataloader()
+    raise TypeError(
+        f"{type(module).__name__} needs training examples for its contrast set, and there is no train_dataloader. Pass"
+        " datamodule=..., or override get_contrast_batch(self)."
+    )

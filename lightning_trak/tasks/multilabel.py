@@ -1,0 +1,66 @@
+"""Classification by several labels at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
+
+from lightning_trak.module import TRAKMixin
+from lightning_trak.tasks.joint import log_odds
+from lightning_trak.tasks.reading import forward, labels
+
+
+class MultilabelMixin(TRAKMixin):
+    """Classification by c labels that are each there or not, trained with the binary cross-entropy.
+
+    With logits g = forward(x), labels y and p = Π_c sigmoid(± g_c), the probability of all labels together:
+
+    - f = log(p / (1 − p));
+    - L = softplus(−f) / c = −(log p) / c, the binary cross-entropy, averaged over labels;
+    - Q = (1 − p) / c;
+    - w = p (1 − p) / c.
+
+    As L is a function of f, so is its gradient exactly −Q ∇f. Where training sums over labels, ``reduction = "sum"``
+    leaves the division by c out. The log-odds of the paper (TRAK, arXiv 2303.14186, Section 3.3) for joint labels.
+
+    Batches ``(x, y)`` and mappings with ``"labels"`` are understood, with y (b, c) of zeros and ones; for others
+    override `get_logits` and `get_labels`.
+
+    Attributes:
+        reduction: over labels, ``"mean"`` or ``"sum"``.
+
+    >>> import torch
+    >>> class Tagger(MultilabelMixin, torch.nn.Linear): ...
+    >>> model, batch = Tagger(4, 3), (torch.randn(2, 4), torch.tensor([[0, 1, 1], [1, 0, 0]]))
+    >>> loss = torch.nn.functional.binary_cross_entropy_with_logits(model(batch[0]), batch[1].float())
+    >>> torch.allclose(model.output_to_loss(model.model_output(batch), batch).mean(), loss)
+    True
+    """
+
+    reduction: str = "mean"
+
+    def get_logits(self, batch: Any) -> Tensor:
+        """Return the logits of ``batch``, (b, c)."""
+        return forward(self, batch, "logits", hook="get_logits")
+
+    def get_labels(self, batch: Any) -> Tensor:
+        """Return the labels of ``batch``, (b, c), zeros and ones."""
+        return labels(self, batch, hook="get_labels")
+
+    def model_output(self, batch: Any) -> Tensor:
+        """Return the log-odds of all labels together, (b,)."""
+        logits, present = self.get_logits(batch), self.get_labels(batch)
+        if logits.ndim != 2 or logits.shape != present.shape:
+            raise ValueError(
+                f"get_logits returned shape {tuple(logits.shape)}, get_labels {tuple(present.shape)}; expected (b, c)"
+                " for both. Override them to say where logits and labels are."
+            )
+        return log_odds(binary_cross_entropy_with_logits(logits, present.to(logits), reduction="none").sum(1))
+
+    def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
+        """Return the binary cross-entropies, (b,)."""
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {self.reduction!r}.")
+        return softplus(-output) / (self.get_labels(batch).shape[1] if self.reduction == "mean" else 1)

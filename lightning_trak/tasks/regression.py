@@ -1,0 +1,79 @@
+"""Regression on one number or several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_trak.module import TRAKMixin
+from lightning_trak.tasks.reading import forward, labels
+
+
+class RegressionMixin(TRAKMixin):
+    """Regression, trained with the mean squared error.
+
+    With prediction ŷ = forward(x) and label y, of one number:
+
+    - f = ŷ: a positive score says that the training example raises the prediction, right or wrong;
+    - L = (f − y)²;
+    - Q = 2 (y − f);
+    - w = 2.
+
+    Of several numbers, d > 1, where L is their mean:
+
+    - f = −‖ŷ − y‖: a positive score says that the training example brings the prediction nearer to the label;
+    - L = f² / d;
+    - Q = −2 f / d;
+    - w = 2 / d.
+
+    Batches ``(x, y)`` and mappings with ``"labels"`` are understood; for others override `get_predictions` and
+    `get_labels`. To attribute one of several predictions, or one without a label, let `get_predictions` choose it.
+
+    >>> import torch
+    >>> class Regressor(RegressionMixin, torch.nn.Linear): ...
+    >>> model = Regressor(2, 1, bias=False)
+    >>> batch = torch.zeros(3, 2), torch.tensor([1.0, 2.0, -1.0])
+    >>> model.out_to_loss_grad(batch), model.out_to_loss_curvature(batch)
+    (tensor([ 2.,  4., -2.]), tensor([2., 2., 2.]))
+    """
+
+    def get_predictions(self, batch: Any) -> Tensor:
+        """Return the predictions for ``batch``, (b,) or (b, d)."""
+        return forward(self, batch, "logits", hook="get_predictions")
+
+    def get_labels(self, batch: Any) -> Tensor:
+        """Return the numbers to predict, of the same shape."""
+        return labels(self, batch, hook="get_labels")
+
+    def model_output(self, batch: Any) -> Tensor:
+        """Return the predictions, or minus their distances from the labels, (b,)."""
+        predictions = _rows(self.get_predictions(batch), "get_predictions")
+        if predictions.ndim == 1:
+            return predictions
+        targets = _rows(self.get_labels(batch), "get_labels")
+        if targets.shape != predictions.shape:
+            raise ValueError(
+                f"get_labels returned shape {tuple(targets.shape)} for predictions {tuple(predictions.shape)}. Override"
+                " get_labels(self, batch), or get_predictions(self, batch) to choose or sum the outputs to attribute."
+            )
+        return -(predictions - targets).norm(dim=1)
+
+    def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
+        """Return the squared errors, averaged over the numbers of an example, (b,)."""
+        targets = _rows(self.get_labels(batch), "get_labels")
+        if targets.ndim == 1:
+            return (output - targets).square()
+        return output.square() / targets.shape[1]
+
+
+def _rows(value: Tensor, hook: str) -> Tensor:
+    """Return one number for each example, (b,), or several, (b, d)."""
+    if value.ndim == 2 and value.shape[1] == 1:
+        value = value.squeeze(1)
+    if value.ndim not in (1, 2):
+        raise ValueError(
+            f"{hook} returned shape {tuple(value.shape)}; expected one number for each example, (b,) or (b, 1), or"
+            f" several, (b, d). Override {hook}(self, batch), e.g. with .flatten(1)."
+        )
+    return value

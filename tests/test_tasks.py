@@ -1,0 +1,237 @@
+"""Mixins: L, Q and w of every task against autograd of the loss that it really trains on, in float64."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_trak import (
+    ClassificationMixin,
+    LanguageModelingMixin,
+    MultilabelMixin,
+    RegressionMixin,
+    SegmentationMixin,
+)
+from lightning_trak.tasks.joint import log_odds
+
+
+def with_net(mixin, net, **attributes):
+    """A module of that mixin, in float64."""
+
+    class Model(mixin, nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net.double()
+            vars(self).update(attributes)
+
+        def forward(self, x):
+            return self.net(x)
+
+    return Model()
+
+
+def numbers(*shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def classes(high, *shape):
+    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+TAGS = classes(2, 6, 5)
+PIXELS = classes(4, 3, 5, 5)
+TOKENS = classes(7, 3, 6)
+HALF_PIXELS = torch.where((torch.arange(5) % 2 == 0)[:, None], PIXELS, -100)  # as many in each image
+CASES = {
+    "classes": (
+        with_net(ClassificationMixin, nn.Linear(4, 3)), (numbers(6, 4), classes(3, 6)),
+        lambda g, y: F.cross_entropy(g, y),
+    ),
+    "one logit": (
+        with_net(ClassificationMixin, nn.Linear(4, 1)), (numbers(6, 4), classes(2, 6)[:, None].double()),
+        lambda g, y: F.binary_cross_entropy_with_logits(g, y),
+    ),
+    "one logit, flat": (
+        with_net(ClassificationMixin, nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))), (numbers(6, 4), classes(2, 6)),
+        lambda g, y: F.binary_cross_entropy_with_logits(g, y.double()),
+    ),
+    "smoothed": (
+        with_net(ClassificationMixin, nn.Linear(4, 2), label_smoothing=0.2), (numbers(6, 4), classes(2, 6)),
+        lambda g, y: F.cross_entropy(g, y, label_smoothing=0.2),
+    ),
+    "class weights": (
+        with_net(ClassificationMixin, nn.Linear(4, 3), class_weights=[1.0, 2.0, 0.5]), (numbers(6, 4), classes(3, 6)),
+        lambda g, y: F.cross_entropy(g, y, weight=torch.tensor([1.0, 2.0, 0.5]).double(), reduction="sum") / len(g),
+    ),
+    "regression": (
+        with_net(RegressionMixin, nn.Linear(4, 1)), (numbers(6, 4), numbers(6, 1)), F.mse_loss,
+    ),
+    "several numbers": (
+        with_net(RegressionMixin, nn.Linear(4, 3)), (numbers(6, 4), numbers(6, 3)), F.mse_loss,
+    ),
+    "tags": (
+        with_net(MultilabelMixin, nn.Linear(4, 5)), (numbers(6, 4), TAGS),
+        lambda g, y: F.binary_cross_entropy_with_logits(g, y.double()),
+    ),
+    "tags, summed": (
+        with_net(MultilabelMixin, nn.Linear(4, 5), reduction="sum"), (numbers(6, 4), TAGS.bool()),
+        lambda g, y: F.binary_cross_entropy_with_logits(g, y.double(), reduction="sum") / len(g),
+    ),
+    "pixels": (
+        with_net(SegmentationMixin, nn.Conv2d(2, 4, 3, padding=1)), (numbers(3, 2, 5, 5), PIXELS), F.cross_entropy,
+    ),
+    "some pixels": (
+        with_net(SegmentationMixin, nn.Conv2d(2, 4, 3, padding=1)), (numbers(3, 2, 5, 5), HALF_PIXELS),
+        F.cross_entropy,
+    ),
+    "tokens": (
+        with_net(LanguageModelingMixin, nn.Embedding(7, 7)), (TOKENS, TOKENS),
+        lambda g, y: F.cross_entropy(g[:, :-1].flatten(0, 1), y[:, 1:].flatten()),
+    ),
+    "tokens after a prompt": (
+        with_net(LanguageModelingMixin, nn.Embedding(7, 7)), (TOKENS, TOKENS.masked_fill(torch.arange(6) < 3, -100)),
+        lambda g, y: F.cross_entropy(g[:, :-1].flatten(0, 1), y[:, 1:].flatten()),
+    ),
+}  # fmt: skip
+
+
+def flat_gradient(value, model, **options):
+    return torch.cat(
+        [gradient.flatten() for gradient in torch.autograd.grad(value, list(model.parameters()), **options)]
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_its_gradient_are_those_of_training(case):
+    """The mean of L is the training loss, and −Q ∇f its gradient, example by example."""
+    model, batch, training_loss = CASES[case]
+    output = model.model_output(batch)
+    assert output.shape == (len(batch[0]),)
+    loss = training_loss(model(batch[0]), batch[1])
+    torch.testing.assert_close(model.output_to_loss(output, batch).mean(), loss)
+    loss_grad = model.out_to_loss_grad(batch)
+    expected = -flat_gradient((loss_grad * output).mean(), model)
+    torch.testing.assert_close(expected, flat_gradient(training_loss(model(batch[0]), batch[1]), model))
+    for row in range(len(output)):  # and so for every example by itself
+        one = (batch[0][row : row + 1], batch[1][row : row + 1])
+        torch.testing.assert_close(model.model_output(one)[0], output[row])
+        gradient = flat_gradient(training_loss(model(one[0]), one[1]), model)
+        torch.testing.assert_close(-loss_grad[row] * flat_gradient(model.model_output(one)[0], model), gradient)
+
+
+UNEVEN_PIXELS = torch.where(torch.arange(75).reshape(3, 5, 5) < 40, PIXELS, -100)  # all, some, none
+UNEVEN_TOKENS = TOKENS.masked_fill(torch.arange(6) < torch.tensor([[1], [3], [5]]), -100)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "loss"),
+    [
+        (
+            CASES["class weights"][0], CASES["class weights"][1],
+            lambda g, y: F.cross_entropy(g, y, weight=torch.tensor([1.0, 2.0, 0.5]).double()),
+        ),
+        (CASES["pixels"][0], (numbers(3, 2, 5, 5), UNEVEN_PIXELS), F.cross_entropy),
+        (
+            CASES["tokens"][0], (TOKENS, UNEVEN_TOKENS),
+            lambda g, y: F.cross_entropy(g[:, :-1].flatten(0, 1), y[:, 1:].flatten()),
+        ),
+        (CASES["tags"][0], CASES["tags"][1], lambda g, y: F.binary_cross_entropy_with_logits(g, y.double())),
+    ],
+)  # fmt: skip
+def test_losses_are_reduced_as_in_training(model, batch, loss):
+    losses = model.output_to_loss(model.model_output(batch), batch)
+    torch.testing.assert_close(model.reduce_losses(losses, batch), loss(model(batch[0]), batch[1]))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_curvature_is_the_second_derivative_of_the_loss(case):
+    """By finite differences of L in f."""
+    model, batch, _ = CASES[case]
+    output, step = model.model_output(batch).detach(), 1e-4
+    losses = [model.output_to_loss(output + shift, batch) for shift in (-step, 0, step)]
+    second = (losses[0] - 2 * losses[1] + losses[2]) / step**2
+    torch.testing.assert_close(model.out_to_loss_curvature(batch), second, rtol=1e-4, atol=1e-6)
+
+
+def test_targets_without_labels_are_those_of_the_predicted_class():
+    for case in ("classes", "one logit"):
+        model, (x, _), _ = CASES[case]
+        logits = model(x)
+        predicted = logits.argmax(1) if case == "classes" else (logits > 0).long()
+        expected = model.model_output((x, predicted))
+        for batch in (x, (x,), [x], {"x": x}):
+            torch.testing.assert_close(model.model_output(batch), expected)
+            with pytest.raises(TypeError, match="expected .inputs, labels.*get_labels"):
+                model.out_to_loss_grad(batch)
+        assert (expected > (-2 if case == "classes" else 0)).all()
+
+
+def test_label_smoothing_over_many_classes_is_refused():
+    model = with_net(ClassificationMixin, nn.Linear(4, 3), label_smoothing=0.1)
+    with pytest.raises(ValueError, match=r"label_smoothing=0.1 with 3 classes"):
+        model.model_output((numbers(6, 4), classes(3, 6)))
+
+
+class HuggingFaceLike(LanguageModelingMixin, nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Embedding(7, 7).double()
+
+    def forward(self, input_ids, attention_mask=None):
+        return SimpleNamespace(logits=self.net(input_ids), loss=None)
+
+
+def test_language_model_batches():
+    model = HuggingFaceLike()
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]])
+    labels = TOKENS.masked_fill(mask == 0, -100)
+    whole = model.model_output({"input_ids": TOKENS, "attention_mask": mask, "labels": labels})
+    torch.testing.assert_close(model.model_output({"input_ids": TOKENS, "attention_mask": mask}), whole)
+    for row, length in enumerate((6, 3, 4)):  # padding changes nothing
+        alone = model.model_output({"input_ids": TOKENS[row : row + 1, :length]})
+        torch.testing.assert_close(alone, whole[row : row + 1])
+    span = torch.arange(6).expand(3, 6) >= 4
+    batch = {"input_ids": TOKENS, "output_mask": span}
+    losses = F.cross_entropy(model.net(TOKENS)[:, 3:5].transpose(1, 2), TOKENS[:, 4:], reduction="none").mean(1)
+    torch.testing.assert_close(F.softplus(-model.model_output(batch)), losses)
+
+
+def test_segmentation_models_that_return_a_mapping():
+    model, batch, _ = CASES["pixels"]
+
+    class Mapped(SegmentationMixin, nn.Module):
+        def forward(self, x):
+            return {"out": model(x), "aux": None}
+
+    torch.testing.assert_close(Mapped().model_output(batch), model.model_output(batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log_odds_from_the_smallest_losses_to_the_largest(dtype):
+    loss = torch.tensor([1e-30, 1e-9, 1e-3, 0.5, 10.0, 1e3], dtype=dtype)
+    torch.testing.assert_close(F.softplus(-log_odds(loss), threshold=100), loss)
+    assert torch.isfinite(log_odds(torch.zeros(1, dtype=dtype))).all()
+
+
+@pytest.mark.parametrize(
+    ("mixin", "net", "batch", "message"),
+    [
+        (MultilabelMixin, nn.Linear(4, 5), (numbers(6, 4), classes(5, 6)), r"\(6, 5\), get_labels \(6,\)"),
+        (SegmentationMixin, nn.Linear(4, 5), (numbers(6, 4), classes(5, 6)), r"\(6, 5\), get_labels \(6,\)"),
+        (LanguageModelingMixin, nn.Linear(4, 5), (numbers(6, 4), classes(5, 6)), r"\(6, 5\), get_labels \(6,\)"),
+        (RegressionMixin, nn.Conv2d(2, 4, 3), (numbers(3, 2, 5, 5), numbers(3)), r"get_predictions returned shape"),
+    ],
+)
+def test_shapes_that_do_not_fit_name_the_hook(mixin, net, batch, message):
+    with pytest.raises(ValueError, match=message):
+        with_net(mixin, net).model_output(batch)
+
+
+def test_a_reduction_that_is_none():
+    model = with_net(MultilabelMixin, nn.Linear(4, 5), reduction="median")
+    with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum', got 'median'"):
+        model.out_to_loss_grad((numbers(6, 4), TAGS))

@@ -1,0 +1,116 @@
+"""The loss of the first batch, by output_to_loss and by training_step: told apart, and left without a trace."""
+
+from __future__ import annotations
+
+import lightning as L
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_trak import ClassificationMixin, TRAKCallback
+
+DATA = TensorDataset(torch.randn(24, 3, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3)
+
+
+class Classifier(ClassificationMixin, L.LightningModule):
+    """With Dropout and BatchNorm, so that the loss in training is another than in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(3, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.6), torch.nn.Linear(16, 3)
+        )
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Summed(Classifier):
+    def training_step(self, batch, batch_idx):
+        return {"loss": 8 * super().training_step(batch, batch_idx)}
+
+
+class Squared(Classifier):
+    def output_to_loss(self, output, batch):
+        return output.square()
+
+
+def fit(root, module, watched=True, **options):
+    torch.manual_seed(1)
+    trainer = L.Trainer(
+        default_root_dir=root, max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[TRAKCallback(root / "trak")] if watched else [], **options,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(DATA, 8, shuffle=True))
+    return module
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}])
+def test_the_same_loss_passes_without_a_word(tmp_path, options):
+    fit(tmp_path, Classifier(), **options)  # warnings are errors
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}])
+@pytest.mark.parametrize("kind", [Summed, Squared])
+def test_another_loss_is_named_with_both_values(tmp_path, kind, options):
+    with pytest.warns(UserWarning, match="training_step returned a loss of") as caught:
+        fit(tmp_path, kind(), **options)
+    message = next(str(warning.message) for warning in caught if "training_step" in str(warning.message))
+    words = message.replace(",", "").split()
+    values = [float(words[words.index("of") + 1]), float(words[words.index("is") + 1])]
+    if kind is Summed:  # Dropout drew the same
+        assert values[0] == pytest.approx(8 * values[1], rel=1e-3)
+    assert "output_to_loss" in message
+
+
+def test_nothing_is_left_behind(tmp_path):
+    with pytest.warns(UserWarning, match="training_step"):
+        watched = fit(tmp_path / "watched", Summed())
+    alone = fit(tmp_path / "alone", Summed(), watched=False)
+    for name, value in alone.state_dict().items():
+        assert torch.equal(value, watched.state_dict()[name]), name
+
+
+def test_manual_optimization_is_not_compared(tmp_path):
+    class Manual(Classifier):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(8 * super().training_step(batch, batch_idx))
+            self.optimizers().step()
+
+    fit(tmp_path, Manual())
+
+
+def test_a_module_that_tells_no_loss_is_not_compared(tmp_path):
+    class OnlyQ(L.LightningModule):
+        """Defines Q and w, and no loss."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner = Classifier()
+
+        def model_output(self, batch):
+            return self.inner.model_output(batch)
+
+        def out_to_loss_grad(self, batch):
+            return self.inner.out_to_loss_grad(batch)
+
+        def out_to_loss_curvature(self, batch):
+            return self.inner.out_to_loss_curvature(batch)
+
+        def training_step(self, batch, batch_idx):
+            return 8 * self.inner.training_step(batch, batch_idx)
+
+        def configure_optimizers(self):
+            return self.inner.configure_optimizers()
+
+    fit(tmp_path, OnlyQ())
