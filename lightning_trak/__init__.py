@@ -4,7 +4,7 @@ The way of the data, and the module that is each stage::
 
     checkpoint → per-sample gradients → projection → store → gram → scores → attribution
 
-    module, tasks     what a module tells: model output f, loss L(f), Q = −∂L/∂f, w = ∂²L/∂f²
+    module, tasks     what a module tells: model output f, loss L(f), Q = −∂L/∂f, w = ∂²L/∂f²; ready mixins
     callback          from Lightning's checkpoint saving to the stages
     attribute         the stages in order
     _scoring          the last of them, from stored features to scores
@@ -55,6 +55,7 @@ from lightning_trak.tasks import (
     MultilabelMixin,
     RegressionMixin,
     SegmentationMixin,
+    log_odds,
 )
 
 __version__ = "0.1.0"
@@ -79,6 +80,7 @@ __all__ = [
     "counterfactuals",
     "evaluate",
     "layer_rule",
+    "log_odds",
     "retrain_subsets",
 ]
 

@@ -15,8 +15,9 @@ from lightning_trak import (
     MultilabelMixin,
     RegressionMixin,
     SegmentationMixin,
+    TRAKMixin,
+    log_odds,
 )
-from lightning_trak.tasks.joint import log_odds
 
 
 def with_net(mixin, net, **attributes):
@@ -215,6 +216,27 @@ def test_log_odds_from_the_smallest_losses_to_the_largest(dtype):
     loss = torch.tensor([1e-30, 1e-9, 1e-3, 0.5, 10.0, 1e3], dtype=dtype)
     torch.testing.assert_close(F.softplus(-log_odds(loss), threshold=100), loss)
     assert torch.isfinite(log_odds(torch.zeros(1, dtype=dtype))).all()
+
+
+def test_an_output_made_from_any_loss():
+    """Of an autoencoder: −Q ∇f is the gradient of its loss."""
+
+    class Autoencoder(TRAKMixin, nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 4)).double()
+
+        def losses(self, x):
+            return (self.net(x) - x).square().mean(1)
+
+        def model_output(self, x):
+            return log_odds(self.losses(x))
+
+    model, x = Autoencoder(), numbers(6, 4)
+    output = model.model_output(x)
+    torch.testing.assert_close(model.output_to_loss(output, x), model.losses(x))
+    expected = -flat_gradient((model.out_to_loss_grad(x) * output).mean(), model)
+    torch.testing.assert_close(expected, flat_gradient(model.losses(x).mean(), model))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_trak.tasks.classification import ClassificationMixin
 from lightning_trak.tasks.contrastive import ContrastiveMixin
+from lightning_trak.tasks.joint import log_odds
 from lightning_trak.tasks.language import LanguageModelingMixin
 from lightning_trak.tasks.multilabel import MultilabelMixin
 from lightning_trak.tasks.regression import RegressionMixin
@@ -16,4 +17,5 @@ __all__ = [
     "MultilabelMixin",
     "RegressionMixin",
     "SegmentationMixin",
+    "log_odds",
 ]

@@ -9,7 +9,8 @@ from torch import Tensor
 def log_odds(loss: Tensor) -> Tensor:
     """Return f with softplus(−f) = L: the log-odds log(p / (1 − p)) of the probability p = exp(−L).
 
-    Whatever is summed or averaged in L, it is a function of f alone, and ∇L = −(1 − p) ∇f exactly.
+    Whatever is summed or averaged in L, it is a function of f alone, and ∇L = −(1 − p) ∇f exactly: so a
+    ``model_output`` that returns it, of any loss of an example, needs no ``output_to_loss``.
 
     Args:
         loss: L > 0, any shape.
