@@ -60,8 +60,8 @@ def main() -> None:
     L.seed_everything(0)
     wrong = torch.arange(1500) < 75
     train = DataLoader(comparisons(1500, int(wrong.sum())), batch_size=50, shuffle=True)
-    saving = ModelCheckpoint(arguments.output / "checkpoints", save_top_k=-1)
-    trak = TRAKCallback(arguments.output / "attributions")
+    saving = ModelCheckpoint(arguments.output / "custom_task" / "checkpoints", save_top_k=-1)
+    trak = TRAKCallback(arguments.output / "custom_task" / "attributions")
     trainer = L.Trainer(max_epochs=arguments.epochs, accelerator="cpu", logger=False, callbacks=[saving, trak])
     trainer.fit(Ranker(), train)
 

@@ -121,8 +121,8 @@ def main() -> None:
         accelerator="cpu",
         logger=False,
         callbacks=[
-            ModelCheckpoint(arguments.output / "checkpoints", save_top_k=-1),
-            TRAKCallback(arguments.output / "attributions", proj_dim=512),
+            ModelCheckpoint(arguments.output / "digits" / "checkpoints", save_top_k=-1),
+            TRAKCallback(arguments.output / "digits" / "attributions", proj_dim=512),
         ],
     )
     trainer.fit(model, datamodule=data)

@@ -110,8 +110,8 @@ def main() -> None:
         quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
         return L.Trainer(max_epochs=arguments.epochs, accelerator="cpu", **quiet, **options)
 
-    saving = ModelCheckpoint(arguments.output / "checkpoints", save_top_k=-1)
-    trainer = make_trainer(callbacks=[saving, TRAKCallback(arguments.output / "attributions")])
+    saving = ModelCheckpoint(arguments.output / "tabular_regression" / "checkpoints", save_top_k=-1)
+    trainer = make_trainer(callbacks=[saving, TRAKCallback(arguments.output / "tabular_regression" / "attributions")])
     trainer.fit(Regressor(x.shape[1]), datamodule=data)
 
     attribution = trainer.attribute(datamodule=data)
@@ -127,7 +127,7 @@ def main() -> None:
 
     truth = retrain_subsets(
         lambda: Regressor(x.shape[1]), data, lambda: make_trainer(enable_checkpointing=False), arguments.subsets,
-        dirpath=arguments.output / "retraining",
+        dirpath=arguments.output / "tabular_regression" / "retraining",
     )  # fmt: skip
     print(f"\n{evaluate(attribution, truth)}")
     print(f"\nThe picture is in {arguments.output / 'tabular_regression.png'}.")

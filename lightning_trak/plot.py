@@ -117,7 +117,8 @@ def _image_and_label(example: Any) -> tuple[npt.NDArray[Any], Any]:
         label = next((example[key] for key in ("label", "labels", "y") if key in example), None)
     elif isinstance(example, (list, tuple)):
         image, label = example[0], example[1] if len(example) > 1 else None
-    label = label.item() if isinstance(label, (torch.Tensor, np.generic, np.ndarray)) else label
+    if isinstance(label, (torch.Tensor, np.generic, np.ndarray)):
+        label = label.item() if np.asarray(label).size == 1 else None  # tokens, for example
     array = np.asarray(image)
     if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (3, 4):
         array = np.moveaxis(array, 0, 2)

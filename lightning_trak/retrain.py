@@ -47,12 +47,13 @@ def retrain_subsets(
         datamodule: supplies the train set, and the targets as for ``trainer.attribute``. Training examples are counted
             in the order of the dataset of ``train_dataloader()``, as in the scores.
         make_trainer: returns a new Trainer with the settings of the training in question. Let it be silent:
-            ``L.Trainer(..., logger=False, enable_checkpointing=False, enable_progress_bar=False)``.
+            ``L.Trainer(..., logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False)``.
         n_subsets: s.
         fraction: of the train set, in each subset.
         repeats: trainings on each subset, r; with 2 or more the noise of training becomes known.
         seed: chooses the subsets, and the seed of every training.
-        dirpath: where the runs are kept.
+        dirpath: where the runs are kept. What module and Trainer are like is not compared: take another for others.
         dataloaders: the targets, if not those of the datamodule.
 
     Returns:

@@ -113,6 +113,7 @@ IMAGES = {
     "colour": lambda n: np.random.default_rng(0).random((n, 3, 8, 8)),
     "colour last": lambda n: np.random.default_rng(0).integers(0, 255, (n, 8, 8, 3), dtype=np.uint8),
     "with labels": lambda n: [(torch.rand(1, 8, 8), torch.tensor(row % 10)) for row in range(n)],
+    "with tokens": lambda n: [(torch.rand(1, 8, 8), torch.tensor([row, row + 1])) for row in range(n)],
     "dicts": lambda n: [{"image": np.ones((8, 8)), "label": row % 10} for row in range(n)],
 }
 

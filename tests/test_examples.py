@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -20,6 +26,69 @@ def test_digits(tmp_path):
     assert int(found[1]) >= 15
     assert float(found[2]) > 0.9
     assert len(re.findall(r"#\d+ is labelled \d, it is a \d", result.stdout)) == int(found[1])
+
+
+def test_cifar_quickstart(tmp_path):
+    script = [sys.executable, EXAMPLES / "cifar_quickstart.py", "--output", tmp_path]
+    smaller = {"n-train": 200, "n-test": 50, "width": 6, "batch-size": 20, "epochs": 8}
+    smaller |= {"runs": 2, "subsets": 10, "repeats": 1}
+    options = [f"--{name}={value}" for name, value in smaller.items()]
+    result = subprocess.run([*script, *options], check=True, capture_output=True, text=True)
+    assert (tmp_path / "cifar_quickstart.png").stat().st_size > 20_000
+    assert len(re.findall(r"run \d: test accuracy", result.stdout)) == 2
+    same = re.search(r"images (\d+\.\d)% show the target's own shape \(chance (\d+\.\d)%\)", result.stdout)
+    assert float(same[1]) > 2 * float(same[2])
+    lds = re.search(r"  scores +(-?\d\.\d+)  \(95 %", result.stdout)
+    random = re.search(r"  random scores +(-?\d\.\d+)", result.stdout)
+    assert float(lds[1]) > float(random[1]) + 0.1
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    """A folder in CIFAR-10's format, whose cats are reddish and whose dogs bluish; the pixels of the first file."""
+    random, folder = np.random.default_rng(0), tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in ("test_batch", *(f"data_batch_{i}" for i in range(5, 0, -1))):
+        labels = random.permutation(np.arange(60) % 10)
+        pixels = random.integers(0, 128, (60, 3, 1024), dtype=np.uint8)
+        pixels[labels == 3, 0] += 100
+        pixels[labels == 5, 2] += 100
+        content = {b"batch_label": name.encode(), b"labels": labels.tolist(), b"data": pixels.reshape(60, 3072)}
+        (folder / name).write_bytes(pickle.dumps(content))
+    return folder, pixels, labels
+
+
+def test_cifar_is_read(cifar):
+    folder, pixels, labels = cifar
+    read_cifar = runpy.run_path(str(EXAMPLES / "cifar_quickstart.py"))["read_cifar"]
+    images, classes = read_cifar([folder / "data_batch_1", folder / "data_batch_2"], (3, 5), 20)
+    assert images.shape == (20, 3, 32, 32)
+    chosen = np.isin(labels, (3, 5))
+    assert torch.equal(images[:12], torch.tensor(pixels[chosen].reshape(12, 3, 32, 32)) / 255)
+    assert classes[:12].tolist() == (labels[chosen] == 5).tolist()
+    assert torch.equal(images[:, 2].mean((1, 2)) > images[:, 0].mean((1, 2)), classes == 1)
+
+
+def test_cifar_quickstart_on_cifar(cifar, tmp_path):
+    script = [sys.executable, EXAMPLES / "cifar_quickstart.py", "--output", tmp_path, "--cifar", cifar[0]]
+    smaller = {"width": 4, "batch-size": 20, "epochs": 2, "runs": 1, "subsets": 2, "repeats": 1}
+    options = [f"--{name}={value}" for name, value in smaller.items()]
+    result = subprocess.run([*script, *options], check=True, capture_output=True, text=True)
+    assert "n_train=60, n_targets=12" in result.stdout
+    assert (tmp_path / "cifar_quickstart.png").stat().st_size > 20_000
+
+
+def test_clip(tmp_path):
+    command = [sys.executable, EXAMPLES / "clip.py", "--epochs", "9", "--output", tmp_path]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert (tmp_path / "clip.png").stat().st_size > 20_000
+    assert len(re.findall(r"most (?:helpful|harmful):\n(?:    [+-]\d\.\d\d  #\d+ “.*\n){4}", result.stdout)) == 8
+    same = re.search(r"pairs (\d+\.\d)% show the target's own digit \(chance (\d+\.\d)%\)", result.stdout)
+    assert float(same[1]) > 5 * float(same[2])
+    found = re.search(r"(\d+) of the 40 swapped captions .* AUROC (\d\.\d+), ", result.stdout)
+    assert int(found[1]) >= 15
+    assert float(found[2]) > 0.9
+    assert len(re.findall(r"#\d+ “.*”: the image is of \w+", result.stdout)) == int(found[1])
 
 
 def test_custom_task(tmp_path):
