@@ -87,8 +87,8 @@ def attribute(
         damping_rules=tuple(damping.rule for damping in scored.dampings),
         temperature=scored.temperature,
     )
-    least, most = min(info.dampings), max(info.dampings)
-    rank_zero_info(f"TRAKCallback: damping {least:.2g} to {most:.2g}, {' or '.join(sorted({*info.damping_rules}))}.")
+    values = " to ".join(f"{value:.2g}" for value in sorted({min(info.dampings), max(info.dampings)}))
+    rank_zero_info(f"TRAKCallback: damping {values}, {' or '.join(sorted({*info.damping_rules}))}.")
     result = scored.scores
     attribution = (
         Attribution(result, info) if isinstance(result, Extremes) else Attribution(result.mean, info, result.spread)

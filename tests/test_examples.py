@@ -91,6 +91,43 @@ def test_clip(tmp_path):
     assert len(re.findall(r"#\d+ “.*”: the image is of \w+", result.stdout)) == int(found[1])
 
 
+def test_language_model(tmp_path):
+    command = [
+        sys.executable,
+        EXAMPLES / "language_model.py",
+        "--epochs",
+        "3",
+        "--n-train",
+        "400",
+        "--output",
+        tmp_path,
+    ]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert len(re.findall(r"\ntarget \d+: .*\n  completion: .*\n(?:  #\d+ \([+-].*\n){3}", result.stdout)) == 3
+    first = re.search(r"the first for (\d+) of 40 targets \(by chance: 0.10\)", result.stdout)
+    among = re.search(r"the first 5 for (\d+) of 40 targets \(by chance: 0.50\)", result.stdout)
+    assert int(first[1]) >= 25
+    assert int(among[1]) >= int(first[1])
+
+
+def test_language_model_on_a_text(tmp_path):
+    (tmp_path / "text").write_text("It is a short text.")
+    command = [sys.executable, EXAMPLES / "language_model.py", "--text", tmp_path / "text", "--output", tmp_path]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "The text has 0 passages of 48 words; at least 40 are needed." in result.stderr
+
+
+def test_bert_text_classification(tmp_path):
+    script = EXAMPLES / "bert_text_classification.py"
+    command = [sys.executable, script, "--epochs", "5", "--n-train", "1600", "--output", tmp_path]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert len(re.findall(r"\ntest pair \d+: .*\n(?:  most helpful: #\d+ \([+-].*\n){3}", result.stdout)) == 3
+    found = re.search(r"(\d+) of the \d+ .* \(by chance: (\d+\.\d)\); AUROC (\d\.\d+)", result.stdout)
+    assert int(found[1]) > float(found[2])
+    assert float(found[3]) > 0.6
+
+
 def test_custom_task(tmp_path):
     found, of, _, area = numbers(
         "custom_task.py", r"(\d+) of the (\d+) wrong .* first (\d+) .*AUROC (\d\.\d+)", tmp_path
