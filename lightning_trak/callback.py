@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 import lightning.pytorch as pl
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
@@ -23,7 +24,7 @@ from lightning_trak.data import check_loader
 from lightning_trak.gradients import ENGINES
 from lightning_trak.projection import Projector, check_projector
 from lightning_trak.store import FeatureStore
-from lightning_trak.training_time import TrainingTime
+from lightning_trak.training_time import CHECKPOINT_KEY, TrainingTime
 from lightning_trak.weights import tensors_in, weights_digest
 
 _LOSS_TOLERANCE = 0.1  # Dropout may draw otherwise
@@ -169,19 +170,15 @@ class TRAKCallback(pl.Callback):
         known = len(trainer.optimizers) == 1 and not trainer.gradient_clip_val
         self._training = self._training.after_step(optimizer) if self._training is not None and known else None
 
-    @property
-    def state_key(self) -> str:
-        """The name of its state in checkpoint files, that of derived callbacks too."""
-        return "TRAKCallback"
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Say in a checkpoint how long training went on; not as a callback's state, for which Lightning would ask."""
+        checkpoint[CHECKPOINT_KEY] = {"training_time": self._training and asdict(self._training)}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of the callback: how long training went on."""
-        return {"training_time": self._training and asdict(self._training)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Go on from a checkpoint that training is resumed from."""
-        known = state_dict.get("training_time")
-        self._training = TrainingTime(**known) if known else None
+        if trainer.state.fn == TrainerFn.FITTING:
+            known = checkpoint.get(CHECKPOINT_KEY, {}).get("training_time")
+            self._training = TrainingTime(**known) if known else None
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Featurize what is left, or with ``featurize_on="fit_end"`` all that the run kept."""
@@ -209,7 +206,7 @@ class TRAKCallback(pl.Callback):
             return
         added = digest not in self._store
         meta = {"epoch": checkpoint["epoch"], "global_step": checkpoint["global_step"], "file": os.path.basename(path)}
-        meta.update(self.state_dict())
+        meta["training_time"] = self._training and asdict(self._training)
         add_checkpoint(self._store, digest, weights, meta)
         self._pending.setdefault(digest, added)
 

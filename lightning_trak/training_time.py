@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+CHECKPOINT_KEY = "lightning_trak"  # under which `TRAKCallback` adds to Lightning's checkpoints
+
 # A state dict has the options of an optimizer, but not its name: these are SGD's, and those that schedulers add.
 _OPTIONS = {"lr", "momentum", "dampening", "weight_decay", "nesterov"}
 _MORE_OPTIONS = {"maximize", "foreach", "differentiable", "fused", "initial_lr", "params", "param_names"}
@@ -56,9 +58,9 @@ class TrainingTime:
         >>> TrainingTime.of_checkpoint({"state_dict": {}}) is None
         True
         """
-        watched = checkpoint.get("callbacks", {}).get("TRAKCallback")
-        if watched is not None:
-            return TrainingTime(**watched["training_time"]) if watched.get("training_time") else None
+        if CHECKPOINT_KEY in checkpoint:
+            watched = checkpoint[CHECKPOINT_KEY].get("training_time")
+            return TrainingTime(**watched) if watched else None
         optimizers = checkpoint.get("optimizer_states", [])
         if len(optimizers) != 1 or checkpoint.get("lr_schedulers"):
             return None

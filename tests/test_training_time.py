@@ -118,6 +118,13 @@ def test_a_resumed_run_goes_on(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_may_go_on_without_the_callback(tmp_path):
+    """Lightning does not ask for it, which would be a warning."""
+    file = fit(tmp_path / "first", Classifier(sgd(lr=1.0)), epochs=1)[-1]
+    fit(tmp_path / "second", Classifier(sgd(lr=1.0)), watched=False, ckpt_path=file)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_run_resumed_from_a_file_that_says_nothing_is_unknown(tmp_path):
     file = fit(tmp_path / "first", Classifier(sgd(lr=1.0)), epochs=1, watched=False)[-1]
     fit(tmp_path / "second", Classifier(sgd(lr=1.0)), ckpt_path=file)
