@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import lightning as L
 import pytest
 import torch
@@ -92,6 +94,14 @@ def _restored_rules():
     yield
     _RULES.clear()
     _RULES.update(before)
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """What the library tells the user, so far."""
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    return lambda: [message for message in caplog.messages if message.startswith("TRAKCallback: ")]
 
 
 def make_trainer(root, *callbacks, **kwargs) -> L.Trainer:

@@ -136,7 +136,7 @@ def collect(engine, function, batch, size):
 
     outputs = engine(function, batch, size, sink)
     assert not outputs.requires_grad
-    return outputs, torch.cat([value.flatten(1) for value in found.values()], 1)
+    return outputs, torch.cat([value.unsqueeze(-1).flatten(1) for value in found.values()], 1)
 
 
 def run(module, batch, size, names, engine):

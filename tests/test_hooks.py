@@ -59,6 +59,17 @@ def in_place(model, x):
     return out.mul_(2)
 
 
+class Scaled(nn.Module):
+    """A norm that no rule knows."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return self.weight * x / x.square().mean(-1, keepdim=True).sqrt()
+
+
 def checkpointed(reentrant):
     def forward(model, x):
         hidden = model.zero(x)
@@ -88,6 +99,27 @@ CASES = {
         lambda m, x: m.two(m.one(x) + m.position(torch.arange(4))),
         {"position": nn.Embedding(4, 3)},
         (4, 3),
+    ),
+    "a scale": (lambda m, x: m.two(m.one(x)) * m.scale.exp(), {"scale": nn.Parameter(torch.tensor(0.5))}, (3,)),
+    "a scale of positions": (
+        lambda m, x: m.scale.exp() * m.two(m.one(x)),
+        {"scale": nn.Parameter(torch.tensor(0.5))},
+        (5, 3),
+    ),
+    "a shift": (lambda m, x: m.two(m.one(x)) + m.shift, {"shift": nn.Parameter(torch.ones(3))}, (3,)),
+    "a shift of positions": (lambda m, x: m.two(m.one(x) + m.shift), {"shift": nn.Parameter(torch.ones(3))}, (4, 3)),
+    "a shift of pixels": (lambda m, x: m.two(m.one(x) + m.shift), {"shift": nn.Parameter(torch.ones(3))}, (4, 4, 3)),
+    "a token": (
+        lambda m, x: m.two(torch.cat([m.token.expand(len(x), -1, -1), m.one(x)], 1)),
+        {"token": nn.Parameter(torch.ones(1, 1, 3))},
+        (5, 3),
+    ),
+    "positions": (lambda m, x: m.two(m.one(x) + m.places), {"places": nn.Parameter(torch.ones(4, 3))}, (4, 3)),
+    "a module without a rule": (lambda m, x: m.two(m.own(m.one(x))), {"own": Scaled(3)}, (4, 3)),
+    "a module without a rule, time first": (
+        lambda m, x: m.two(m.own(m.one(x.transpose(0, 1)))).transpose(0, 1),
+        {"own": Scaled(3)},
+        (5, 3),
     ),
     "activation checkpointing": (checkpointed(False), {"zero": nn.Linear(3, 3)}, (5, 3)),
     "reentrant activation checkpointing": (checkpointed(True), {"zero": nn.Linear(3, 3)}, (5, 3)),
@@ -128,9 +160,9 @@ def test_right_by_hooks_alone(case, size):
 
 HANDED_OVER = {
     "a parameter of the model itself": (
-        lambda m, x: m.two(m.one(x)) + m.shift,
-        {"shift": nn.Parameter(torch.ones(3))},
-        "vmap for 1 of 5 parameters (shift: used outside its module)",
+        lambda m, x: m.two(m.one(x)) @ m.mix,
+        {"mix": nn.Parameter(torch.ones(3, 3))},
+        "vmap for 1 of 5 parameters (mix: used outside its module)",
     ),
     "a layer's weight used without it": (
         lambda m, x: m.two(m.one(x)) @ m.one.weight.T,
@@ -143,8 +175,8 @@ HANDED_OVER = {
         "vmap for 2 of 7 parameters",
     ),
     "what vmap cannot do either": (
-        lambda m, x: m.two(m.one(x)) + (m.shift if x.sum().item() > -1e9 else 0),
-        {"shift": nn.Parameter(torch.ones(3))},
+        lambda m, x: m.two(m.one(x)) @ (m.mix if x.sum().item() > -1e9 else 0),
+        {"mix": nn.Parameter(torch.ones(3, 3))},
         "loop for 1 of 5 parameters",
     ),
 }
@@ -227,14 +259,12 @@ def test_the_first_batch_tells_a_wrong_rule():
 
 def test_engines_are_tried_in_order():
     torch.manual_seed(0)
-    bare = Model(lambda m, x: x * m.shift, shift=nn.Parameter(torch.ones(3)))
-    function = ModelFunction(bare, bare.state_dict(), ["shift"])
+    bare = Model(lambda m, x: x @ m.mix, mix=nn.Parameter(torch.ones(3, 3)))
+    function = ModelFunction(bare, bare.state_dict(), ["mix"])
     choice = EngineChoice("auto")
     engine = choice.choose(function, torch.randn(4, 3), 4)
     assert isinstance(engine, VmapEngine)
-    assert choice.report(engine).startswith(
-        "gradients by vmap; not hooks, as no parameter is left to hooks; e.g. shift"
-    )
+    assert choice.report(engine).startswith("gradients by vmap; not hooks, as no parameter is left to hooks; e.g. mix")
     choice.reject(engine, EngineUnsuitable("reasons"))
     engine = choice.choose(function, torch.randn(4, 3), 4)
     assert str(engine) == "loop"

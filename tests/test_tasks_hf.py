@@ -92,8 +92,8 @@ def example(kind, number):
 
 
 @pytest.mark.parametrize("kind", [gpt2, bert, clip])
-def test_training_examples_are_what_taught_themselves(tmp_path, kind):
-    """The loss is the model's, as a warning would be an error; and targets find themselves in the train set."""
+def test_training_examples_are_what_taught_themselves(tmp_path, kind, said):
+    """The loss is the model's, as a warning would be an error; targets find themselves; and hooks do for all of it."""
 
     class Data(L.LightningDataModule):
         def train_dataloader(self):
@@ -110,3 +110,6 @@ def test_training_examples_are_what_taught_themselves(tmp_path, kind):
     trainer.fit(kind(), datamodule=Data())
     attribution = trainer.attribute(datamodule=Data())
     assert attribution.top(1).indices.flatten().tolist() == list(range(M))
+    assert {line for line in said() if "gradients by" in line} == {
+        f"TRAKCallback: gradients by hooks ({examples} examples)." for examples in ("train", "target")
+    }

@@ -96,6 +96,13 @@ class ModelFunction:
         restricted._others = {**self._others, **self.parameters}
         return restricted
 
+    def with_copies(self, copies: Mapping[str, torch.Size], size: int) -> ModelFunction:
+        """Return the same function with ``size`` copies in the place of some parameters, each of the shape given."""
+        other = copy(self)
+        others = {name: self.parameters[name].reshape(shape).expand(size, *shape) for name, shape in copies.items()}
+        other.parameters = {**self.parameters, **others}
+        return other
+
     def call(self, method: Any, *args: Any, parameters: Mapping[str, Tensor] | None = None) -> Any:
         """Call ``method(*args)``, a bound method of the module, at the checkpoint's weights.
 

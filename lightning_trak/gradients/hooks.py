@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from torch import Tensor
+from torch import Size, Tensor
 
 from lightning_trak.gradients.calls import layer_gradients
 from lightning_trak.gradients.engine import Engine, EngineUnsuitable, NotPrepared, Sink
 from lightning_trak.gradients.function import ModelFunction
+from lightning_trak.gradients.gradient import DenseGradient
 from lightning_trak.gradients.loop import LoopEngine
 from lightning_trak.gradients.planning import plan_layers
 from lightning_trak.gradients.tracing import Call, Layer, Tracer
@@ -24,8 +25,9 @@ class HooksEngine:
     few examples:
 
     1. its layer has a rule (`layer_rule`): the rule;
-    2. its module is called on the batch: the module's own forward is differentiated example by example;
-    3. otherwise (it is used outside its module; its use mixes axes): the whole model is differentiated example by
+    2. the model takes a copy of it for each example, as of a scale or a token (`CopyTrial`): the copies' gradients;
+    3. its module is called on the batch: the module's own forward is differentiated example by example;
+    4. otherwise (it is used outside its module; its use mixes axes): the whole model is differentiated example by
        example for just these parameters, by `vmap` if it can, else one after the other.
 
     Goodfellow, "Efficient per-example gradient computations", arXiv 1510.01799; Rochette, Manoel, Tramel, "Efficient
@@ -38,6 +40,7 @@ class HooksEngine:
     def __init__(self) -> None:
         self._layers: list[Layer] = []
         self._handled: list[str] = []
+        self._copies: dict[str, Size] = {}
         self._others: Engine | None = None
         self._other_names: list[str] = []
         self._reasons: dict[str, str] = {}
@@ -45,7 +48,7 @@ class HooksEngine:
     def prepare(self, function: ModelFunction, batch: Any, size: int) -> None:
         """Find a way for every parameter; see `Engine.prepare`. What another batch told before is kept."""
         known = {layer.name: layer for layer in self._layers if layer.known}
-        layers, self._reasons = plan_layers(function, batch, size)
+        layers, self._copies, self._reasons = plan_layers(function, batch, size)
         self._layers = [layer if layer.known else known.get(layer.name, layer) for layer in layers]
         self._other_names = [name for name in function.parameters if name in self._reasons]
         self._handled = [name for name in function.parameters if name not in self._reasons]
@@ -66,9 +69,12 @@ class HooksEngine:
                     sink(slice(0, size), name, gradient)
 
         names = set(self._handled)
-        outputs, outside = Tracer(self._layers, receive).run(function, batch, size, names=self._handled)
-        if outside:
-            raise EngineUnsuitable(f"{outside[0]} is used outside its layers, but not on the first examples")
+        copying = function.with_copies(self._copies, size)
+        outputs, arrived = Tracer(self._layers, receive).run(copying, batch, size, names=self._handled)
+        for name, gradient in arrived.items():
+            if name not in self._copies:
+                raise EngineUnsuitable(f"{name} is used outside its layers, but not on the first examples")
+            sink(slice(0, size), name, DenseGradient(gradient.reshape(size, *function.parameters[name].shape)))
         if self._others is not None:
             self._others(function.restrict(self._other_names), batch, size, sink)
         return outputs

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from lightning_trak.gradients.calls import layer_gradients, move_batch_first
-from lightning_trak.gradients.engine import EngineUnsuitable
+from lightning_trak.gradients.copies import CopyTrial
+from lightning_trak.gradients.engine import EngineUnsuitable, close
 from lightning_trak.gradients.function import ModelFunction
 from lightning_trak.gradients.loop import batch_gradient
 from lightning_trak.gradients.modulewise import rows_of_examples
@@ -19,8 +20,8 @@ from lightning_trak.gradients.tracing import Call, Layer, Tracer
 _AXES = ("first", "second", "minor")
 
 
-def plan_layers(function: ModelFunction, batch: Any, size: int) -> tuple[list[Layer], dict[str, str]]:
-    """Find the layers whose parameters' gradients follow from hooks.
+def plan_layers(function: ModelFunction, batch: Any, size: int) -> tuple[list[Layer], dict[str, Size], dict[str, str]]:
+    """Find the layers whose parameters' gradients follow from hooks, and parameters that can be copied instead.
 
     Every example is given a weight of its own, and the weighted sum of outputs differentiated. Where a gradient has
     grown by the weight of example i, there example i is: that tells the batch axis of every layer's output whatever
@@ -32,7 +33,7 @@ def plan_layers(function: ModelFunction, batch: Any, size: int) -> tuple[list[La
         size: their number.
 
     Returns:
-        The layers, and for each parameter that is not left to them the reason.
+        The layers, the shapes of copies, and for each parameter that is left to neither the reason.
     """
     weights = torch.arange(1, size + 1)
     outputs, gradients = batch_gradient(function, batch, weights)
@@ -41,15 +42,18 @@ def plan_layers(function: ModelFunction, batch: Any, size: int) -> tuple[list[La
     }
     reasons: dict[str, str] = {}
     layers = []
+    found = find_layers(function)
+    copies = CopyTrial(function, batch, weights.to(outputs), outputs).find(found)
+    function = function.restrict(name for name in function.parameters if name not in copies)
     trial = _Trial(function, batch, size, weights.to(outputs), outputs)
-    for layer in trial.with_axes(find_layers(function)):
+    for layer in trial.with_axes(_without(found, copies)):
         if isinstance(layer, Layer):
             layers.append(layer)
         else:
             reasons.update(layer)
     sums, seen, outside = trial.weighted_sums(layers)
     for name, gradient in reference.items():
-        if name in reasons:
+        if name in reasons or name in copies:
             continue
         if name in outside:
             reasons[name] = "used outside its module"
@@ -57,9 +61,14 @@ def plan_layers(function: ModelFunction, batch: Any, size: int) -> tuple[list[La
             reasons[name] = "its module is not called in the backward pass"
         elif name in sums and not close(sums[name], gradient, function.tolerance):
             reasons[name] = "its module's output is no function of one example"
+    return _without(layers, reasons), copies, reasons
+
+
+def _without(layers: list[Layer], names: Container[str]) -> list[Layer]:
+    """Leave some parameters out, and layers of which nothing is left."""
     for layer in layers:
-        layer.parameters = {local: name for local, name in layer.parameters.items() if name not in reasons}
-    return [layer for layer in layers if layer.parameters], reasons
+        layer.parameters = {local: name for local, name in layer.parameters.items() if name not in names}
+    return [layer for layer in layers if layer.parameters]
 
 
 def find_layers(function: ModelFunction) -> list[Layer]:
@@ -197,10 +206,3 @@ class _Trial:
         if with_rule:
             return self.weighted_sums(layers)
         return sums, seen, set(outside)
-
-
-def close(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    """Tell whether two tensors are the same but for rounding, relative to the largest entry."""
-    finite, one = other[other.isfinite()], one.to(other.dtype)  # what is not is reported when it is featurized
-    scale = finite.abs().max().item() if finite.numel() else 0.0
-    return one.shape == other.shape and torch.allclose(one, other, 0, tolerance * scale + 1e-12, equal_nan=True)

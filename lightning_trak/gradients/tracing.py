@@ -104,7 +104,7 @@ class Tracer:
 
     def run(
         self, function: ModelFunction, batch: Any, size: int, weights: Tensor | None = None, names: Sequence[str] = ()
-    ) -> tuple[Tensor, list[str]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Run one forward and one backward pass of Σᵢ vᵢ f(zᵢ).
 
         Args:
@@ -112,10 +112,11 @@ class Tracer:
             batch: what ``model_output`` takes.
             size: b, the number of its examples.
             weights: v, (b,); None for ones.
-            names: the parameters that the layers are watched for.
+            names: the parameters that the layers are watched for, and others to differentiate by.
 
         Returns:
-            The outputs (b,), and those of ``names`` that are also used outside the layers.
+            The outputs (b,), and the gradients that arrived at parameters of ``names``: what uses they have outside
+            the layers.
         """
         self._size, self._calls = size, {}
         own = {name: value.detach() for name, value in function.parameters.items()}
@@ -130,7 +131,7 @@ class Tracer:
         self._anchor = torch.zeros((), requires_grad=True)
         with self._watching():
             outputs = function.call(differentiate, batch, parameters={**own, **leaves})
-        return outputs, [name for name, value in leaves.items() if value.grad is not None]
+        return outputs, {name: value.grad for name, value in leaves.items() if value.grad is not None}
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
