@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lightning_trak import RegressionMixin, TRAKCallback
+from lightning_trak import LanguageModelingMixin, RegressionMixin, TRAKCallback, log_odds
 from tests.benchmarks.measuring import trainer
 from tests.benchmarks.quality.tasks import TASKS
 
@@ -89,7 +88,7 @@ def _kept(file: Path, kind: str, compute: Callable[[], Any]) -> Any:
 
 def _place(file: Path, kind: str) -> Path:
     """Return where a result is kept: beside the checkpoint, and named for the code that it comes from."""
-    parts = (_ekfac, _influence) if kind == "ekfac" else (_traker_features, Wrapped, _output)
+    parts = (_ekfac, _influence, _sampled) if kind == "ekfac" else (_traker_features, Wrapped, _output)
     code = hashlib.sha256("".join(inspect.getsource(part) for part in parts).encode())
     return file.with_suffix(f".{kind}-{code.hexdigest()[:8]}")
 
@@ -175,7 +174,7 @@ def _ekfac(key: str, file: Path) -> Tensor:
     task, data = TASKS[key], TASKS[key].data()
     module = task.make_module()
     module.load_state_dict(torch.load(file, weights_only=True)["state_dict"])
-    influence = _influence(isinstance(module, RegressionMixin))
+    influence = _influence(module)
     with tempfile.TemporaryDirectory() as root, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)  # labels are sampled for the Fisher matrix
@@ -192,7 +191,7 @@ def _ekfac(key: str, file: Path) -> Tensor:
         return analyzer.load_pairwise_scores("scores")["all_modules"].T
 
 
-def _influence(regression: bool) -> Any:
+def _influence(module: Any) -> Any:
     """Return the task in the form of kronfluence; it measures −f, since its scores are for losses."""
     from kronfluence.task import Task as InfluenceTask
 
@@ -200,19 +199,28 @@ def _influence(regression: bool) -> Any:
         def compute_train_loss(self, batch: Any, model: Any, sample: bool = False) -> Tensor:
             x, y = batch
             prediction = model(x)
-            if regression:
-                prediction = prediction.squeeze(1)
-                y = torch.normal(prediction.detach(), 0.5**0.5) if sample else y
-                return (prediction - y).square().sum()
-            y = torch.multinomial(prediction.detach().softmax(1), 1).squeeze(1) if sample else y
-            return F.cross_entropy(prediction, y, reduction="sum")
+            if sample:
+                y = _sampled(module, prediction.detach(), y)
+            return module.loss(prediction, y).sum()
 
         def compute_measurement(self, batch: Any, model: Any) -> Tensor:
             x, y = batch
             prediction = model(x)
-            if regression:
+            if isinstance(module, RegressionMixin):
                 return -prediction.sum()
+            if isinstance(module, LanguageModelingMixin):
+                return -log_odds(module.loss(prediction, y)).sum()
             others = prediction.scatter(1, y[:, None], -torch.inf).logsumexp(1)
             return (others - prediction.gather(1, y[:, None]).squeeze(1)).sum()
 
     return Influence()
+
+
+def _sampled(module: Any, prediction: Tensor, y: Tensor) -> Tensor:
+    """Return labels drawn from what the model predicts."""
+    if isinstance(module, RegressionMixin):
+        return torch.normal(prediction.squeeze(1), 0.5**0.5)
+    drawn = torch.distributions.Categorical(logits=prediction).sample()
+    if isinstance(module, LanguageModelingMixin):
+        return torch.cat([y[:, :1], drawn[:, :-1]], 1)  # after word t stands the prediction of word t + 1
+    return drawn

@@ -1,13 +1,16 @@
-"""Five small tasks on real data that needs no download; each trains in about a second."""
+"""Six small tasks on real data that needs no download; each trains in about a second."""
 
 from __future__ import annotations
 
 import ast
+import re
 import sysconfig
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import lightning as L
@@ -17,11 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_trak import ClassificationMixin, RegressionMixin
+from lightning_trak import ClassificationMixin, LanguageModelingMixin, RegressionMixin
 from tests.benchmarks.models import digits_cnn
 
 PACKAGES = ("asyncio", "email", "importlib", "logging", "unittest", "xml")
 WORDS, LENGTH = 2000, 32
+PASSAGES, PASSAGE_WORDS, PASSAGE_LENGTH = 1200, 1000, 24
 
 
 class Data(L.LightningDataModule):
@@ -70,6 +74,14 @@ class Regressor(RegressionMixin, Classifier):
     def loss(self, prediction: Tensor, y: Tensor) -> Tensor:
         """Return what training minimises, (b,)."""
         return (prediction.squeeze(1) - y) ** 2
+
+
+class LanguageModel(LanguageModelingMixin, Classifier):
+    """A network trained on the cross-entropy of the next word."""
+
+    def loss(self, prediction: Tensor, y: Tensor) -> Tensor:
+        """Return what training minimises, (b,)."""
+        return F.cross_entropy(prediction[:, :-1].mT, y[:, 1:], reduction="none").mean(1)
 
 
 @dataclass(frozen=True)
@@ -150,6 +162,21 @@ def _docstrings(path: Path) -> list[list[str]]:
     return [words for words in found if len(words) >= 8]
 
 
+def _passage_data() -> Data:
+    passages = _passages()
+    return Data(passages, passages, n_train=PASSAGES - 200, n_targets=200, batch_size=40)
+
+
+@cache
+def _passages() -> Tensor:
+    """Passages of Python's language reference, one after the other, of its most frequent words; 0 for all others."""
+    text = "\n".join(topics[name] for name in sorted(topics)).lower()
+    words = re.findall(r"\w+|[^\w\s]", text)[: PASSAGES * PASSAGE_LENGTH]
+    frequent = sorted(Counter(words).items(), key=lambda item: (-item[1], item[0]))[: PASSAGE_WORDS - 1]
+    numbers = {word: number for number, (word, _) in enumerate(frequent, start=1)}
+    return torch.tensor([numbers.get(word, 0) for word in words]).reshape(PASSAGES, PASSAGE_LENGTH)
+
+
 def _hash(word: str) -> int:
     return int.from_bytes(word.encode(), "little") * 2654435761 % 2**32 >> 7
 
@@ -169,7 +196,7 @@ class Block(nn.Module):
         query, key, value = (
             layer(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
-        weights = (query @ key.mT / query.shape[-1] ** 0.5).masked_fill(~mask[:, None, None], -1e9).softmax(-1)
+        weights = (query @ key.mT / query.shape[-1] ** 0.5).masked_fill(~mask, -1e9).softmax(-1)
         x = x + self.out((weights @ value).transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
@@ -187,9 +214,26 @@ class TextTransformer(nn.Module):
         mask = tokens != 0
         x = self.words(tokens) + self.positions(torch.arange(LENGTH, device=tokens.device))
         for block in self.blocks:
-            x = block(x, mask)
+            x = block(x, mask[:, None, None])
         weights = mask / mask.sum(1, keepdim=True)
         return self.head((self.norm(x) * weights[..., None]).sum(1))
+
+
+class CausalTransformer(nn.Module):
+    """Two blocks over embedded words that see the words before, and a prediction after every word."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.words, self.positions = nn.Embedding(PASSAGE_WORDS, width), nn.Embedding(PASSAGE_LENGTH, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, PASSAGE_WORDS)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.words(tokens) + self.positions(places)
+        for block in self.blocks:
+            x = block(x, places[:, None] >= places)
+        return self.head(self.norm(x))
 
 
 def _cnn() -> L.LightningModule:
@@ -218,10 +262,15 @@ def _transformer() -> L.LightningModule:
     return Classifier(TextTransformer(), lambda parameters: torch.optim.Adam(parameters, lr=3e-3))
 
 
+def _language_model() -> L.LightningModule:
+    return LanguageModel(CausalTransformer(), lambda parameters: torch.optim.Adam(parameters, lr=3e-3))
+
+
 TASKS = {
     "digits": Task("digits, CNN", _digits_data, _cnn, epochs=15),
     "noisy": Task("digits, MLP, label noise", _noisy_digits_data, _noisy_mlp, epochs=30),
     "cancer": Task("breast cancer, MLP", _cancer_data, _cancer_mlp, epochs=20),
     "diabetes": Task("diabetes, MLP regression", _diabetes_data, _diabetes_mlp, epochs=20),
     "docstrings": Task("docstrings, transformer", _docstring_data, _transformer, epochs=12),
+    "passages": Task("passages, language model", _passage_data, _language_model, epochs=12),
 }
