@@ -9,6 +9,7 @@ The way of the data, and the module that is each stage::
     attribute         the stages in order
     _scoring          the last of them, from stored features to scores
     _loop, _plan      the featurization loop inside Lightning, and what it is to compute
+    _outputs          what a model gives as it stands: outputs, and the loss of training
     _checkpoints      what is done with one checkpoint of the store
     data, weights     examples by row; checkpoints by digest
     gradients         per-sample gradients of f: engines, and a rule for each type of layer (gradients/rules)

@@ -18,7 +18,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lightning_trak._checkpoints import add_checkpoint, featurize_checkpoint
-from lightning_trak._loop import FeaturizationLoop, attached, training_loss, undisturbed
+from lightning_trak._loop import FeaturizationLoop, attached, undisturbed
+from lightning_trak._outputs import training_loss
 from lightning_trak._plan import Plan
 from lightning_trak.data import check_loader
 from lightning_trak.gradients import ENGINES

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lightning_trak._loop import model_outputs
+from lightning_trak._outputs import model_outputs
 from lightning_trak.attribute import Loaders
 from lightning_trak.data import check_loader, fingerprint, seed_all, subset_loader
 from lightning_trak.entry import read_json, write_json

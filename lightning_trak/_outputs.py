@@ -1,0 +1,58 @@
+"""What a model gives as it stands: its outputs as in ``predict``, its loss as in training. No gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_trak._loop import attached, undisturbed
+from lightning_trak.checks import check_size
+from lightning_trak.data import read_batches
+from lightning_trak.module import LossTerms, prepared
+
+
+def model_outputs(
+    trainer: Any,
+    module: Any,
+    datamodule: Any,
+    find_loader: Callable[[], DataLoader[Any]],
+) -> Tensor:
+    """Return the model output of every example, (m,), as in ``predict``: in eval mode, without gradients."""
+    with attached(trainer, module, datamodule), prepared(module, _call), torch.no_grad():
+        loader = find_loader()
+        rows = range(len(loader.dataset))
+        outputs = torch.zeros(len(rows))
+        for batch_rows, batch in read_batches(trainer, module, loader, rows):
+            values = module.model_output(batch)
+            check_size(module, values, len(batch_rows))
+            outputs[batch_rows] = values.float().cpu()
+    return outputs
+
+
+def training_loss(trainer: Any, module: Any, batch: Any) -> float | None:
+    """Return the loss of ``batch`` by ``model_output`` and ``output_to_loss``, just before ``training_step`` does.
+
+    It is in the mode, the precision and the random state of training, so that Dropout draws the same; and leaves no
+    trace. None where the module tells no loss.
+    """
+    modes = {submodule: submodule.training for submodule in module.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    with undisturbed(trainer, module), torch.no_grad(), trainer.precision_plugin.train_step_context():
+        for submodule, training in modes.items():
+            submodule.training = training
+        try:
+            with prepared(module, _call):
+                loss = LossTerms(module).of_batch(module.model_output(batch), batch)
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    return None if loss is None else loss.item()
+
+
+def _call(method: Callable[..., Any], *args: Any) -> Any:
+    """Call a method of the module at its own weights."""
+    return method(*args)
