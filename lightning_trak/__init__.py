@@ -15,6 +15,7 @@ The way of the data, and the module that is each stage::
     gradients         per-sample gradients of f: engines, and a rule for each type of layer (gradients/rules)
     projection        random projections
     featurize         gradients, projected as they appear
+    loss_projection   Q of losses that are no function of the output
     checks            what a model output must be
     adaptation        which engine, and how many examples at a time
     memory            how much there is, and how much a computation takes

@@ -49,7 +49,10 @@ def featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number
     where = f" (epoch {entry.meta['epoch']}, step {entry.meta['global_step']})" if "epoch" in entry.meta else ""
     description = f"Featurizing checkpoint {number}{where}"
     with naming(entry):
-        loop.run(weights, entry.digest, entry.missing_rows().tolist(), entry.write, description)
+        explained = loop.run(weights, entry.digest, entry.missing_rows().tolist(), entry.write, description)
+    if explained is not None:
+        entry.supplement({"loss_explained": explained})
+        loop.report(explained)
     entry.finish()
 
 

@@ -27,6 +27,7 @@ from lightning_trak.data import loader_batch_size, read_batches, seed_all
 from lightning_trak.featurize import Featurizer
 from lightning_trak.gradients import EngineUnsuitable, ModelFunction, batch_gradient
 from lightning_trak.gradients.batch import same_tensors
+from lightning_trak.loss_projection import PER_SAMPLE_LOSS, LossProjection, projected_curvature
 from lightning_trak.module import LossTerms, prepared
 from lightning_trak.progress import progress
 from lightning_trak.projection import Projector, projection_key
@@ -35,6 +36,7 @@ from lightning_trak.weights import Weights
 Array = npt.NDArray[Any]
 
 _TRIED = 8  # examples of the first batch that are tried before training
+_LITTLE = 0.5  # of the loss's gradients: if less is along the output's, the user is warned
 
 
 @contextmanager
@@ -183,21 +185,29 @@ class FeaturizationLoop:
             function = self._function(weights)
             stack.enter_context(prepared(self._module, function.call))
             function.observe(batch)
-            outputs, gradients = batch_gradient(function, batch)
-            check_size(self._module, outputs, len(rows))
-            check_dependent(self._module, gradients)
-            check_finite("model_output", outputs, self._examples, rows)
-            if self._gradients != "loop" and self.repeatable:
-                for row in rows:
-                    alone = function.differentiable_output(self._read_once([row], seed=0))
-                    together = outputs[row : row + 1]
-                    check_independent(self._module, together, alone, function.tolerance, self._examples, row)
-            if self._examples == "train":
-                self._loss(function, batch, outputs, rows)
+            outputs = self._try(function, batch, rows)
+            if self._examples == "train" and self._loss_terms.need_projection:
+                self._try(function.of(PER_SAMPLE_LOSS), batch, rows)
+            elif self._examples == "train":
+                self._check_loss(*self._loss_terms(function.call, batch, outputs), rows)
             self._adaptation.prepare(function, digest)
             rows = range(self._adaptation.batch_size)
             with torch.no_grad(), suppress(torch.OutOfMemoryError):  # it will come in smaller batches
                 check_finite("model_output", function.output(self._read_once(rows, seed=0)), self._examples, rows)
+
+    def _try(self, function: ModelFunction, batch: Any, rows: Sequence[int]) -> Tensor:
+        """Evaluate a method on the first batch and see whether it can be attributed; return what it gives."""
+        outputs, gradients = batch_gradient(function, batch)
+        check_size(self._module, outputs, len(rows), function.method)
+        check_dependent(self._module, gradients, function.method)
+        check_finite(function.method, outputs, self._examples, rows)
+        if self._gradients != "loop" and self.repeatable:
+            what = f"{type(self._module).__name__}.{function.method}"
+            for row in rows:
+                alone = function.differentiable_output(self._read_once([row], seed=0))
+                together = outputs[row : row + 1]
+                check_independent(what, together, alone, function.tolerance, self._examples, row)
+        return outputs
 
     def run(
         self,
@@ -206,7 +216,7 @@ class FeaturizationLoop:
         rows: Sequence[int],
         receive: Callable[[Sequence[int], Array, Array, Array], object],
         description: str,
-    ) -> None:
+    ) -> float | None:
         """Featurize ``rows`` at one checkpoint.
 
         Args:
@@ -215,8 +225,12 @@ class FeaturizationLoop:
             rows: which examples; they are read in this order.
             receive: takes (rows, features (r, k), Q (r,), w (r,)) batch by batch; Q and w are zero for targets.
             description: what the progress bar says.
+
+        Returns:
+            How much of the loss's gradients is along those of the output; None where Q is not by projection.
         """
         rows = [int(row) for row in rows]
+        projection = self._projection()
         done, engine, batch, size, adaptation = 0, None, None, 0, self._adaptation
         with (
             undisturbed(self._trainer, self._module),
@@ -234,7 +248,10 @@ class FeaturizationLoop:
                     featurizer = Featurizer(function, engine, self._projector, key)
                     for batch_rows, batch in self._read(rows[done:], engine.batch_size or adaptation.batch_size):
                         size = len(batch_rows)
-                        receive(batch_rows, *self._featurize(featurizer, batch_rows, batch, check=unchecked))
+                        receive(
+                            batch_rows,
+                            *self._featurize(featurizer, batch_rows, batch, check=unchecked, projection=projection),
+                        )
                         unchecked = False
                         done += size
                         advance(size)
@@ -250,24 +267,47 @@ class FeaturizationLoop:
                 if full:  # only now that nothing holds on to the batch
                     adaptation.halve()
         self._projector.forget()
+        return None if projection is None else projection.explained()
+
+    @staticmethod
+    def report(explained: float) -> None:
+        """Say how good Q by projection is."""
+        found = (
+            f"{explained:.1%} of the gradients of {PER_SAMPLE_LOSS} (of their squared norms) are along model_output's"
+        )
+        rank_zero_info(f"TRAKCallback: Q by projection: {found}.")
+        if explained < _LITTLE:
+            rank_zero_warn(
+                f"Only {found}; scores leave the rest out. Attribute an output that the loss depends on more:"
+                f" model_output may return log_odds(self.{PER_SAMPLE_LOSS}(batch)), which leaves nothing out."
+            )
+
+    def _projection(self) -> LossProjection | None:
+        if self._examples != "train" or not self._loss_terms.need_projection:
+            return None
+        rows = range(min(_TRIED, self._adaptation.batch_size))
+        return LossProjection(self._gradients, lambda: (self._read_once(rows, seed=0), len(rows)))
 
     def _featurize(
-        self, featurizer: Featurizer, rows: Sequence[int], batch: Any, *, check: bool
+        self, featurizer: Featurizer, rows: Sequence[int], batch: Any, *, check: bool, projection: LossProjection | None
     ) -> tuple[Array, Array, Array]:
         result = (featurizer.checked if check else featurizer)(batch, len(rows))
         check_size(self._module, result.outputs, len(rows))
         check_finite("model_output", result.outputs, self._examples, rows)
         check_finite("the gradient of model_output", result.features.sum(1), self._examples, rows)
         loss_grad, curvature = torch.zeros(2, len(rows))
-        if self._examples == "train":
-            loss_grad, curvature = self._loss(featurizer.function, batch, result.outputs, rows)
+        if projection is not None:
+            loss_grad, losses = projection(featurizer, batch, result)
+            own = self._loss_terms.own_curvature(featurizer.function.call, batch, result.outputs)
+            curvature = projected_curvature(loss_grad, losses) if own is None else own
+        elif self._examples == "train":
+            loss_grad, curvature = self._loss_terms(featurizer.function.call, batch, result.outputs)
+        self._check_loss(loss_grad, curvature, rows)
         return result.features.cpu().numpy(), loss_grad.float().cpu().numpy(), curvature.float().cpu().numpy()
 
-    def _loss(self, function: ModelFunction, batch: Any, outputs: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        loss_grad, curvature = self._loss_terms(function.call, batch, outputs)
+    def _check_loss(self, loss_grad: Tensor, curvature: Tensor, rows: Sequence[int]) -> None:
         check_finite("out_to_loss_grad", loss_grad, self._examples, rows)
         check_finite("out_to_loss_curvature", curvature, self._examples, rows)
-        return loss_grad, curvature
 
     def _function(self, weights: Weights) -> ModelFunction:
         device, plugin = self._trainer.strategy.root_device, self._trainer.precision_plugin

@@ -24,7 +24,7 @@ def model_outputs(
     """Return the model output of every example, (m,), as in ``predict``: in eval mode, without gradients."""
     with attached(trainer, module, datamodule), prepared(module, _call), torch.no_grad():
         loader = find_loader()
-        rows = range(len(loader.dataset))
+        rows = range(len(loader.dataset))  # type: ignore[arg-type]
         outputs = torch.zeros(len(rows))
         for batch_rows, batch in read_batches(trainer, module, loader, rows):
             values = module.model_output(batch)

@@ -75,6 +75,7 @@ def attribute(
         raise ValueError(f"top_k must be a positive integer or None, got {top_k!r}.")
     with _featurized(trainer, model, dataloaders, datamodule, ckpt_path) as (scoring, data):
         scored = scoring.targets(data.targets(), top_k)
+    metas = [scoring.store[digest].meta for digest in scoring.digests]
     info = AttributionInfo(
         n_train=scoring.store.n_train,
         n_targets=scored.n_targets,
@@ -86,6 +87,7 @@ def attribute(
         dampings=tuple(damping.value for damping in scored.dampings),
         damping_rules=tuple(damping.rule for damping in scored.dampings),
         temperature=scored.temperature,
+        loss_explained=tuple(meta["loss_explained"] for meta in metas if "loss_explained" in meta),
     )
     values = " to ".join(f"{value:.2g}" for value in sorted({min(info.dampings), max(info.dampings)}))
     rank_zero_info(f"TRAKCallback: damping {values}, {' or '.join(sorted({*info.damping_rules}))}.")

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_LISTS = ("checkpoints", "dampings", "damping_rules", "loss_explained")  # of the fields below
+
+
 @dataclass(frozen=True)
 class AttributionInfo:
     """How scores came about.
@@ -37,6 +40,8 @@ class AttributionInfo:
         dampings: λ at every checkpoint.
         damping_rules: how they were chosen.
         temperature: by which model outputs were divided in Q and w.
+        loss_explained: where the loss is no function of the output, how much of the squared norms of its gradients is
+            along those of the output, at every checkpoint.
     """
 
     n_train: int
@@ -49,6 +54,7 @@ class AttributionInfo:
     dampings: tuple[float, ...] = ()
     damping_rules: tuple[str, ...] = ()
     temperature: float = 1.0
+    loss_explained: tuple[float, ...] = ()
 
 
 class Convergence(NamedTuple):
@@ -213,7 +219,7 @@ class Attribution:
             raise FileNotFoundError(f"There is no saved attribution in '{path}' (no attribution.json).")
         try:
             fields = json.loads((folder / "attribution.json").read_text())
-            lists = {name: tuple(fields.get(name, ())) for name in ("checkpoints", "dampings", "damping_rules")}
+            lists = {name: tuple(fields.get(name, ())) for name in _LISTS}
             info = AttributionInfo(**{**fields, **lists})
             names = ["scores"] if (folder / "scores.npy").exists() else ["top", "top_values", "bottom", "bottom_values"]
             arrays = [_load(folder, name) for name in names]

@@ -305,10 +305,10 @@ def _compare_losses(module: pl.LightningModule, trained: float, expected: float)
     if abs(trained - expected) > _LOSS_TOLERANCE * max(abs(trained), abs(expected)) + 1e-3:
         rank_zero_warn(
             f"On the first batch {type(module).__name__}.training_step returned a loss of {trained:.4g}, while"
-            f" output_to_loss(model_output(batch), batch) is {expected:.4g} on average. Scores are about the second:"
-            " define output_to_loss as what training minimises, an average over the batch (see reduce_losses for"
-            " others). If training_step adds something that is no loss of an example, or augments the batch, ignore"
-            " this."
+            f" output_to_loss(model_output(batch), batch), or per_sample_loss(batch), is {expected:.4g} on average."
+            " Scores are about the second: define it as what training minimises, an average over the batch (see"
+            " reduce_losses for others). If training_step adds something that is no loss of an example, or augments the"
+            " batch, ignore this."
         )
 
 

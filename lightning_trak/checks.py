@@ -11,21 +11,21 @@ from torch import Tensor
 _SHOWN = 10  # examples named in a message, at most
 
 
-def check_dependent(module: Any, gradients: Sequence[Tensor | None]) -> None:
+def check_dependent(module: Any, gradients: Sequence[Tensor | None], method: str = "model_output") -> None:
     """Raise a ValueError if the gradients of all attributed parameters are None: the output depends on none."""
     if all(gradient is None for gradient in gradients):
         raise ValueError(
-            f"{type(module).__name__}.model_output does not depend on any of the {len(gradients)} attributed"
+            f"{type(module).__name__}.{method} does not depend on any of the {len(gradients)} attributed"
             " parameters. Return the output without .detach(), .item(), torch.no_grad() or NumPy on its way, and"
             " let parameters=... select some that it uses."
         )
 
 
-def check_size(module: Any, outputs: Tensor, size: int) -> None:
+def check_size(module: Any, outputs: Tensor, size: int, method: str = "model_output") -> None:
     """Raise a ValueError unless there is one output for each of ``size`` examples."""
     if outputs.shape != (size,):
         raise ValueError(
-            f"{type(module).__name__}.model_output(batch) returned shape {tuple(outputs.shape)} for a batch"
+            f"{type(module).__name__}.{method}(batch) returned shape {tuple(outputs.shape)} for a batch"
             f" of {size} examples; expected one number for each, ({size},)."
         )
 
@@ -50,12 +50,12 @@ def check_finite(what: str, values: Tensor, examples: str, rows: Sequence[int]) 
         )
 
 
-def check_independent(module: Any, together: Tensor, alone: Tensor, tolerance: float, examples: str, row: int) -> None:
+def check_independent(what: str, together: Tensor, alone: Tensor, tolerance: float, examples: str, row: int) -> None:
     """Raise a ValueError if an example's output, (1,), is one in the batch and another by itself."""
     if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance):
         raise ValueError(
-            f"{type(module).__name__}.model_output gives {together.item():.6g} for {examples} row {row} in a batch, and"
-            f" {alone.item():.6g} for it alone. The output of an example"
+            f"{what} gives {together.item():.6g} for {examples} row {row} in a batch, and {alone.item():.6g} for it"
+            " alone. The output of an example"
             " must depend neither on the others (padding without a mask, batch statistics, negatives from the"
             " batch) nor on chance. If the example alone is what you mean, use gradients='loop'."
         )

@@ -44,6 +44,10 @@ class Featurizer:
         sizes = [value.numel() for value in function.parameters.values()]
         self._starts = dict(zip(function.parameters, accumulate([0, *sizes]), strict=False))
 
+    def of(self, method: str, engine: Engine) -> Featurizer:
+        """Return the featurizer of another method of the module, with the same projection."""
+        return Featurizer(self.function.of(method), engine, self._projector, self._key)
+
     def __call__(self, batch: Any, size: int) -> Features:
         """Featurize a batch of ``size`` examples."""
         features = self._zeros(size)
@@ -97,7 +101,8 @@ class Featurizer:
                 raise ValueError(
                     f"The per-sample gradients of {name} do not add up to its gradient over the batch: they differ by"
                     f" {found:.3g}, of {norm:.3g}, with gradients='{self.engine}'. A layer_rule"
-                    " is wrong, or model_output depends on more than the example. Use gradients='vmap' or 'loop'."
+                    f" is wrong, or {self.function.method} depends on more than the example. Use gradients='vmap' or"
+                    " 'loop'."
                 )
 
     def _zeros(self, size: int) -> Tensor:

@@ -20,6 +20,8 @@ class TRAKMixin:
     - ``out_to_loss_grad``: Q = −∂L/∂f, by autograd on ``output_to_loss``;
     - ``out_to_loss_curvature``: w = ∂²L/∂f², by autograd on ``output_to_loss``.
 
+    Where the loss is no function of f alone, define ``per_sample_loss`` instead of the three.
+
     A module that merely defines ``model_output`` works without the mixin. Park et al., "TRAK: Attributing Model
     Behavior at Scale", ICML 2023, arXiv 2303.14186.
 
@@ -56,6 +58,15 @@ class TRAKMixin:
         It must be differentiable twice. The default is softplus(−f).
         """
         return softplus(-output)
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        """Return the training loss of every example, (b,): by default ``output_to_loss`` of its output.
+
+        Override it where the loss is no function of the model output alone. Then ``output_to_loss`` is not asked, and Q
+        follows from projecting the gradient of this loss on that of the output (`lightning_trak.loss_projection`). How
+        much of it is left is reported. Featurizing the train set takes two backward passes instead of one.
+        """
+        return self.output_to_loss(self.model_output(batch), batch)
 
     def reduce_losses(self, losses: Tensor, batch: Any) -> Tensor:
         """Return the loss of a batch that training minimises, from those of its examples, (b,) → (): their mean.
@@ -144,6 +155,18 @@ class LossTerms:
         self._own_grad = _own(module, "out_to_loss_grad")
         self._own_curvature = _own(module, "out_to_loss_curvature")
         self._own_loss = _own(module, "output_to_loss")
+        self._per_sample_loss = _own(module, "per_sample_loss")
+
+    @property
+    def need_projection(self) -> bool:
+        """Whether Q is to be found by projection, as the module does not define it either."""
+        return self._per_sample_loss is not None and self._own_grad is None
+
+    def own_curvature(self, call: Callable[..., Any], batch: Any, output: Tensor) -> Tensor | None:
+        """Return w, (b,), as the module defines it; None if it leaves that to the loss. See `__call__`."""
+        if self._own_curvature is None:
+            return None
+        return _checked("out_to_loss_curvature", call(self._own_curvature, batch), output)
 
     def __call__(self, call: Callable[..., Any], batch: Any, output: Tensor) -> tuple[Tensor, Tensor]:
         """Return Q and w, each (b,), for a batch whose model outputs are known.
@@ -159,15 +182,18 @@ class LossTerms:
             if self._own_curvature is None:
                 _check_consistent(own, loss_grad)
             loss_grad = own
-        if self._own_curvature is not None:
-            curvature = _checked("out_to_loss_curvature", call(self._own_curvature, batch), output)
-        return loss_grad, curvature
+        own_curvature = self.own_curvature(call, batch, output)
+        return loss_grad, curvature if own_curvature is None else own_curvature
 
     def of_batch(self, output: Tensor, batch: Any) -> Tensor | None:
         """Return the loss of a batch that training minimises; None where the module tells no loss, but its Q alone."""
-        if self._own_loss is None and self._own_grad is not None:
+        reduce = _own(self._module, "reduce_losses")
+        if self._per_sample_loss is not None:
+            losses = self._per_sample_loss(batch)
+        elif self._own_loss is None and self._own_grad is not None:
             return None
-        losses, reduce = self._output_to_loss(output, batch), _own(self._module, "reduce_losses")
+        else:
+            losses = self._output_to_loss(output, batch)
         return losses.mean() if reduce is None else reduce(losses, batch)
 
     def _output_to_loss(self, output: Tensor, batch: Any) -> Tensor:

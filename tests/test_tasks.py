@@ -216,6 +216,7 @@ def test_log_odds_from_the_smallest_losses_to_the_largest(dtype):
     loss = torch.tensor([1e-30, 1e-9, 1e-3, 0.5, 10.0, 1e3], dtype=dtype)
     torch.testing.assert_close(F.softplus(-log_odds(loss), threshold=100), loss)
     assert torch.isfinite(log_odds(torch.zeros(1, dtype=dtype))).all()
+    assert torch.isnan(log_odds(torch.full((1,), -0.5, dtype=dtype))).all()  # and so found out, not taken for zero
 
 
 def test_an_output_made_from_any_loss():

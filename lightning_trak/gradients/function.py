@@ -54,6 +54,7 @@ class ModelFunction:
     Attributes:
         parameters: the attributed parameters by name, detached, in the order given.
         tolerance: relative difference between two ways to one number; see `observe`.
+        method: the module's method that it evaluates.
 
     Raises:
         ValueError: if ``weights`` do not fit ``module``; missing, unexpected and misshapen names are listed.
@@ -74,7 +75,7 @@ class ModelFunction:
         convert: Callable[[Tensor], Tensor] = lambda buffer: buffer,
     ) -> None:
         check_fit(module, weights)
-        self.module = module
+        self.module, self.method = module, "model_output"
         values = {name: weights.get(name, value).detach().to(device) for name, value in module.named_parameters()}
         for name, buffer in module.named_buffers():  # cloned, since a forward pass may change them in place
             values[name] = (weights[name] if name in weights else convert(buffer)).detach().clone().to(device)
@@ -95,6 +96,12 @@ class ModelFunction:
         restricted.parameters = {name: self.parameters[name] for name in names}
         restricted._others = {**self._others, **self.parameters}
         return restricted
+
+    def of(self, method: str) -> ModelFunction:
+        """Return the function that evaluates another method of the module, (b,) like ``model_output``."""
+        other = copy(self)
+        other.method = method
+        return other
 
     def with_copies(self, copies: Mapping[str, torch.Size], size: int) -> ModelFunction:
         """Return the same function with ``size`` copies in the place of some parameters, each of the shape given."""
@@ -151,13 +158,13 @@ class ModelFunction:
 
     def model_output(self, batch: Any) -> Tensor:
         """Return the module's own ``model_output(batch)``, its form checked; to be called through `call`."""
-        output = self.module.model_output(batch)  # type: ignore[operator]
+        output = getattr(self.module, self.method)(batch)
         if not isinstance(output, Tensor) or output.ndim != 1:
             got = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
-                f"{type(self.module).__name__}.model_output(batch) returned {got}; expected one number for each example"
-                " of the batch, a tensor of shape (b,). Reduce it to one scalar an example, e.g. with .squeeze(-1) or"
-                " .sum(dim=...) over everything but the batch."
+                f"{type(self.module).__name__}.{self.method}(batch) returned {got}; expected one number for each"
+                " example of the batch, a tensor of shape (b,). Reduce it to one scalar an example, e.g. with"
+                " .squeeze(-1) or .sum(dim=...) over everything but the batch."
             )
         return output
 

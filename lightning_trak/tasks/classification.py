@@ -25,7 +25,7 @@ class ClassificationMixin(TRAKMixin):
     With a single logit, for two classes and labels 0 and 1, p = sigmoid(± g) and f = ± g. With ``class_weights`` L, Q
     and w are multiplied by the weight of the label. With ``label_smoothing`` ε and two classes, L = (1 − ε/2)
     softplus(−f) + (ε/2) softplus(f) and Q = 1 − ε/2 − p; with more classes the smoothed loss is no function of f, and
-    it is refused.
+    it is refused: define ``per_sample_loss``.
 
     TRAK, arXiv 2303.14186, Section 3.3. Batches ``(x, y)`` and mappings with ``"labels"`` (Hugging Face inputs, whose
     model returns ``.logits``) are understood; for others override `get_logits` and `get_labels`. For targets without
@@ -67,7 +67,8 @@ class ClassificationMixin(TRAKMixin):
         if self.label_smoothing and logits.shape[1] > 2:
             raise ValueError(
                 f"label_smoothing={self.label_smoothing} with {logits.shape[1]} classes: the loss is no function of the"
-                " log-odds of the label. Set label_smoothing = 0 to attribute the cross-entropy without it."
+                " log-odds of the label. Set label_smoothing = 0 here and define per_sample_loss(self, batch), the"
+                " smoothed losses, (b,)."
             )
         classes = logits.argmax(1) if classes is None else classes
         _check_labels(classes, len(logits))

@@ -13,11 +13,11 @@ def log_odds(loss: Tensor) -> Tensor:
     ``model_output`` that returns it, of any loss of an example, needs no ``output_to_loss``.
 
     Args:
-        loss: L > 0, any shape.
+        loss: L ≥ 0, any shape; of a negative one f is NaN.
 
     >>> loss = torch.tensor([0.1, 3.0, 200.0])
     >>> torch.allclose(torch.nn.functional.softplus(-log_odds(loss)), loss)
     True
     """
-    loss = loss.clamp(min=torch.finfo(loss.dtype).tiny)  # a loss of zero has no logarithm
+    loss = torch.where(loss == 0, torch.finfo(loss.dtype).tiny, loss)  # a loss of zero has no logarithm
     return -loss - torch.log(-torch.expm1(-loss))

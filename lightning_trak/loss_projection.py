@@ -1,0 +1,114 @@
+"""Losses that are no function of the model output: Q by projecting their gradients on those of the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_trak.featurize import Features, Featurizer
+from lightning_trak.gradients import Engine, EngineChoice, EngineUnsuitable, NotPrepared
+
+PER_SAMPLE_LOSS = "per_sample_loss"
+
+
+def project_loss(features: Tensor, loss_features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the multiple of each example's ∇f that is nearest to its −∇L, and what is left.
+
+    Q = −⟨∇L, ∇f⟩ / ‖∇f‖² minimises ‖∇L + Q ∇f‖; where L is a function of f, it is −∂L/∂f. Gradients may be replaced by
+    their features, whose products are those of the gradients in expectation.
+
+    Args:
+        features: of f, (b, k).
+        loss_features: of L, (b, k), by the same projection.
+
+    Returns:
+        Q, (b,), and ‖∇L + Q ∇f‖², (b,). Where ∇f is zero, Q is zero.
+
+    >>> features = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
+    >>> project_loss(features, torch.tensor([[-3.0, 0.0], [1.0, 1.0]]))
+    (tensor([ 3.0000, -0.5000]), tensor([0., 1.]))
+    """
+    squares = features.square().sum(1)
+    products = (features * loss_features).sum(1)
+    loss_grad = torch.where(squares > 0, -products / squares, 0)
+    return loss_grad, (loss_features + loss_grad[:, None] * features).square().sum(1)
+
+
+def projected_curvature(loss_grad: Tensor, losses: Tensor) -> Tensor:
+    """Return w of losses that are taken for −log p of an event: Q² p / (1 − p), with p = exp(−L).
+
+    Then L = softplus(−g) with the log-odds g of the event, whose curvature is p (1 − p) along ∇g = −∇L / (1 − p), and
+    so Q² p / (1 − p) along ∇f. Of cross-entropies, with Q = 1 − p, it is p (1 − p).
+
+    Args:
+        loss_grad: Q, (b,).
+        losses: L ≥ 0, (b,).
+
+    Raises:
+        ValueError: if a loss is negative.
+
+    >>> p = torch.tensor([0.25, 0.5])
+    >>> projected_curvature(1 - p, -p.log())
+    tensor([0.1875, 0.2500])
+    """
+    if bool((losses < 0).any()):
+        raise ValueError(
+            f"{PER_SAMPLE_LOSS} is negative for an example ({losses.min().item():.4g}), and so no −log p: its"
+            " curvature is unknown. Add a constant to it, or define out_to_loss_curvature(self, batch)."
+        )
+    return loss_grad.square() / torch.expm1(losses).clamp(min=torch.finfo(losses.dtype).tiny)
+
+
+class LossProjection:
+    """Q of the examples of a checkpoint whose module has a loss of its own for each, ``per_sample_loss``.
+
+    It costs a second forward and backward pass.
+
+    Args:
+        gradients: ``"auto"`` or the name of an engine.
+        read: returns a few examples and their number, to prepare an engine on.
+    """
+
+    def __init__(self, gradients: str, read: Callable[[], tuple[Any, int]]) -> None:
+        self._choice = EngineChoice(gradients)
+        self._read = read
+        self._engine: Engine | None = None
+        self._whole, self._left = 0.0, 0.0
+
+    def explained(self) -> float | None:
+        """Return the part of the squared norms of all ∇L so far that is along ∇f; None if there were none."""
+        return 1 - self._left / self._whole if self._whole else None
+
+    def __call__(self, featurizer: Featurizer, batch: Any, result: Features) -> tuple[Tensor, Tensor]:
+        """Return Q and L, (b,) each, of a batch.
+
+        Args:
+            featurizer: what its features were computed by.
+            batch: the batch.
+            result: its features, and outputs.
+        """
+        size = len(result.features)
+        losses = self._featurized(featurizer, batch, size)
+        loss_grad, left = project_loss(result.features, losses.features)
+        self._whole += losses.features.square().sum().item()
+        self._left += left.sum().item()
+        return loss_grad, losses.outputs.to(loss_grad)
+
+    def _featurized(self, featurizer: Featurizer, batch: Any, size: int) -> Features:
+        """Featurize the losses of a batch, with another engine if one turns out not to suit them."""
+        function = featurizer.function.of(PER_SAMPLE_LOSS)
+        examples = None
+        while True:
+            fresh = self._engine is None
+            engine = self._engine = self._engine or self._choice.choose(function, *(examples or self._read()))
+            own = featurizer.of(PER_SAMPLE_LOSS, engine)
+            try:
+                return (own.checked if fresh else own)(batch, size)
+            except NotPrepared:
+                examples, self._engine = (batch, size), None
+            except EngineUnsuitable as error:
+                self._choice.reject(engine, error)
+                self._engine = None
