@@ -1,8 +1,8 @@
 """Which passages taught a language model to complete a text?
 
-Trains a small transformer on passages of Python's language reference, and lets it complete passages whose first halves
-it has seen in its training, with some words replaced. The output is the log-odds of the completion alone
-(`output_mask`). As it is known which training passage each completion came from, the example counts how often that
+Trains a small transformer on passages of Python's language reference. The targets are copies of some of these passages
+with half of their words replaced by others; the output is the log-odds of a copy's second half, the completion, given
+its first (`output_mask`). As it is known which training passage each completion came from, the example counts how often that
 passage is found. Under two minutes on two cores; nothing is downloaded.
 
     python examples/language_model.py
@@ -49,7 +49,7 @@ class Passages(Dataset):
 class TextData(L.LightningDataModule):
     """Passages of a text, of ``length`` words each; the targets are copies of some with replaced words."""
 
-    def __init__(self, text: str, n_train: int, n_targets: int, length: int = 48, n_replaced: int = 12) -> None:
+    def __init__(self, text: str, n_train: int, n_targets: int, length: int = 48, n_replaced: int = 24) -> None:
         super().__init__()
         words = [match[0] for match in re.finditer(r"\w+|([^\w\s])\1*", text)]
         self.vocabulary = [UNKNOWN, *(word for word, count in Counter(words).items() if count > 1)]
@@ -165,8 +165,7 @@ def main() -> None:
         logger=False,
         callbacks=[
             ModelCheckpoint(arguments.output / "checkpoints", save_top_k=-1, save_weights_only=True),
-            # little damping, as near copies are looked for: what sets a passage apart from its kind counts more
-            TRAKCallback(arguments.output / "attributions", proj_dim=512, damping=0.1),
+            TRAKCallback(arguments.output / "attributions", proj_dim=512),
         ],
     )
     trainer.fit(model, datamodule=data)

@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from tests.benchmarks import features, fit, gpu, memory, quality, scoring, zoo
+from tests.benchmarks import features, fit, gpu, memory, quality, scoring, tasks, zoo
 from tests.benchmarks.measuring import silence
 
 BENCHMARKS = {
@@ -15,6 +15,7 @@ BENCHMARKS = {
     "memory": memory.run,
     "scoring": scoring.run,
     "fit": fit.run,
+    "tasks": tasks.run,
     "zoo": zoo.run,
     "quality": quality.run,
     "gpu": gpu.run,

@@ -10,10 +10,17 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
-from lightning_trak import ClassificationMixin, TRAKMixin
-from tests.zoo_small import ResNet9
+from lightning_trak import (
+    ClassificationMixin,
+    ContrastiveMixin,
+    LanguageModelingMixin,
+    MultilabelMixin,
+    RegressionMixin,
+    SegmentationMixin,
+)
+from tests.zoo_small import N_CLASSES, ResNet9, UNet
 
 SEQUENCE = 128
 
@@ -35,29 +42,31 @@ class Classifier(ClassificationMixin, L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-3)
 
 
-class LanguageModel(TRAKMixin, L.LightningModule):
-    """A causal language model: f is the log-odds of a token, averaged over the text."""
+class LanguageModel(LanguageModelingMixin, Classifier):
+    """A causal language model."""
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
 
-    def log_likelihood(self, batch: Any) -> Tensor:
-        tokens = batch["input_ids"]
-        logits = self.network(tokens).logits[:, :-1]
-        return -F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").unflatten(
-            0, (len(tokens), -1)
-        )
+class Tagger(MultilabelMixin, Classifier):
+    """Any network, for several labels at once."""
 
-    def model_output(self, batch: Any) -> Tensor:
-        likelihood = self.log_likelihood(batch)
-        return (likelihood - torch.log(-torch.expm1(likelihood))).mean(1)
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return -self.log_likelihood(batch).mean()
+class Regressor(RegressionMixin, Classifier):
+    """Any network, for one number or several."""
 
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+class Segmenter(SegmentationMixin, Classifier):
+    """Any network that gives logits for every pixel."""
+
+
+class Clip(ContrastiveMixin, Classifier):
+    """A CLIP of Hugging Face, its contrast set random like its inputs."""
+
+    def get_logit_scale(self) -> Tensor:
+        return self.network.logit_scale.exp()
+
+    def get_contrast_batch(self) -> Any:
+        examples = Examples(_pair, self.contrast_size)
+        return default_collate([examples[index] for index in range(len(examples))])
 
 
 class Examples(Dataset[Any]):
@@ -167,6 +176,32 @@ def gpt2(layers: int = 12) -> L.LightningModule:
     return LanguageModel(GPT2LMHeadModel(GPT2Config(n_layer=layers)))
 
 
+def tagger() -> L.LightningModule:
+    """The ResNet-9, with labels that are each there or not."""
+    return Tagger(ResNet9(64))
+
+
+def regressor() -> L.LightningModule:
+    """A table of 100 columns, from which four numbers are predicted."""
+    layers = [nn.Linear(100, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 4)]
+    return Regressor(nn.Sequential(*layers))
+
+
+def segmenter() -> L.LightningModule:
+    """A U-Net."""
+    return Segmenter(UNet(32))
+
+
+def clip() -> L.LightningModule:
+    """A CLIP of four layers for either half, 112×112 pixels and 32 tokens."""
+    from transformers import CLIPConfig, CLIPModel
+
+    size = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
+    text = {**size, "vocab_size": 1000, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1}
+    vision = {**size, "image_size": 112, "patch_size": 16}
+    return Clip(CLIPModel(CLIPConfig(text_config={**text, "pad_token_id": 2}, vision_config=vision)))
+
+
 def _picture(channels: int, size: int, classes: int) -> Callable[[torch.Generator], Any]:
     def draw(generator: torch.Generator) -> Any:
         image = torch.randn(channels, size, size, generator=generator)
@@ -189,6 +224,26 @@ def _sentence(generator: torch.Generator) -> Any:
     }
 
 
+def _tagged_picture(generator: torch.Generator) -> Any:
+    return torch.randn(3, 32, 32, generator=generator), torch.randint(0, 2, (N_CLASSES,), generator=generator)
+
+
+def _row(generator: torch.Generator) -> Any:
+    return torch.randn(100, generator=generator), torch.randn(4, generator=generator)
+
+
+def _segmented_picture(generator: torch.Generator) -> Any:
+    image = torch.randn(3, 64, 64, generator=generator)
+    return image, torch.randint(0, N_CLASSES, (64, 64), generator=generator)
+
+
+def _pair(generator: torch.Generator) -> Any:
+    tokens = torch.randint(3, 1000, (32,), generator=generator)
+    tokens[-1] = 1
+    image = torch.randn(3, 112, 112, generator=generator)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "pixel_values": image}
+
+
 def _text(generator: torch.Generator) -> Any:
     return {"input_ids": torch.randint(0, 50257, (SEQUENCE,), generator=generator)}
 
@@ -200,4 +255,8 @@ MODELS = {
     "bert": Model(f"BERT-base, {SEQUENCE} tokens", bert, _sentence, 16),
     "bert_lora": Model(f"LoRA on BERT-base, {SEQUENCE} tokens", bert_lora, _sentence, 16),
     "gpt2": Model(f"GPT-2 small, {SEQUENCE} tokens", gpt2, _text, 16),
+    "tagger": Model("ResNet-9, 32×32", tagger, _tagged_picture, 32),
+    "regressor": Model("MLP, 100-1024-1024-4", regressor, _row, 64),
+    "segmenter": Model("U-Net, 64×64", segmenter, _segmented_picture, 16),
+    "clip": Model("CLIP, 4 + 4 layers, 112×112", clip, _pair, 32),
 }
