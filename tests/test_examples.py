@@ -120,12 +120,12 @@ def test_language_model_on_a_text(tmp_path):
 
 def test_bert_text_classification(tmp_path):
     script = EXAMPLES / "bert_text_classification.py"
-    command = [sys.executable, script, "--epochs", "5", "--n-train", "1600", "--output", tmp_path]
+    command = [sys.executable, script, "--epochs", "4", "--n-train", "1600", "--output", tmp_path]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     assert len(re.findall(r"\ntest pair \d+: .*\n(?:  most helpful: #\d+ \([+-].*\n){3}", result.stdout)) == 3
     found = re.search(r"(\d+) of the \d+ .* \(by chance: (\d+\.\d)\); AUROC (\d\.\d+)", result.stdout)
-    assert int(found[1]) > float(found[2])
-    assert float(found[3]) > 0.6
+    assert int(found[1]) > 1.5 * float(found[2])
+    assert float(found[3]) > 0.68
 
 
 def test_custom_task(tmp_path):
