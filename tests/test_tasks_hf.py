@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_trak import ClassificationMixin, ContrastiveMixin, LanguageModelingMixin, TRAKCallback
+from lightning_trak import ClassificationMixin, ContrastiveMixin, FeatureStore, LanguageModelingMixin, TRAKCallback
 
 N, M, LENGTH, WORDS = 24, 4, 12, 50
 
@@ -91,10 +91,14 @@ def example(kind, number):
     return {"input_ids": tokens, "attention_mask": torch.ones_like(mask), "pixel_values": pixels}
 
 
-@pytest.mark.parametrize("kind", [gpt2, bert, clip])
-def test_training_examples_are_what_taught_themselves(tmp_path, kind, said):
-    """The loss is the model's, as a warning would be an error; targets find themselves; and hooks do for all of it."""
+def lora():
+    from peft import LoraConfig, get_peft_model
 
+    config = LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS", init_lora_weights=False)
+    return PairClassifier(get_peft_model(bert().net, config))
+
+
+def attribute(root, module, kind, **options):
     class Data(L.LightningDataModule):
         def train_dataloader(self):
             return DataLoader([example(kind, number) for number in range(N)], 8)
@@ -104,12 +108,29 @@ def test_training_examples_are_what_taught_themselves(tmp_path, kind, said):
 
     torch.manual_seed(0)
     trainer = L.Trainer(
-        default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[TRAKCallback(tmp_path / "trak", damping=0.1)],
+        default_root_dir=root, max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[TRAKCallback(root / "trak", damping=0.1, **options)],
     )  # fmt: skip
-    trainer.fit(kind(), datamodule=Data())
-    attribution = trainer.attribute(datamodule=Data())
+    trainer.fit(module, datamodule=Data())
+    return trainer.attribute(datamodule=Data())
+
+
+@pytest.mark.parametrize("kind", [gpt2, bert, clip])
+def test_training_examples_are_what_taught_themselves(tmp_path, kind, said):
+    """The loss is the model's, as a warning would be an error; targets find themselves; and hooks do for all of it."""
+    attribution = attribute(tmp_path, kind(), kind)
     assert attribution.top(1).indices.flatten().tolist() == list(range(M))
     assert {line for line in said() if "gradients by" in line} == {
         f"TRAKCallback: gradients by hooks ({examples} examples)." for examples in ("train", "target")
     }
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # in peft
+def test_lora_of_peft(tmp_path, said):
+    """The adapters alone, by hooks, in a model whose layers they wrap."""
+    attribution = attribute(tmp_path, lora(), bert, parameters="*lora*")
+    assert attribution.top(1).indices.flatten().tolist() == list(range(M))
+    names = FeatureStore(tmp_path / "trak").manifest["parameters"]
+    assert len(names) == 4
+    assert all("lora_A" in name or "lora_B" in name for name in names)
+    assert "TRAKCallback: gradients by hooks (train examples)." in said()
