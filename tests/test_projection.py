@@ -191,13 +191,14 @@ def add(projector, gradient, start=0, key=3):
 
 
 @pytest.mark.parametrize("start", [0, 2**32 - 3])
-@pytest.mark.parametrize(("rows", "columns"), [(9, 11), (4, 40), (40, 3)])
+@pytest.mark.parametrize(("rows", "columns"), [(9, 11), (4, 40), (40, 3), (39, 5), (40, 5)])
 def test_factored_is_the_documented_matrix(rows, columns, start):
     key, rank, k = 0x123456789ABCDEF0, 4, 16
     gradient = outer(2, 5, rows, columns)
+    more = 8 if rows >= 8 * columns else 1  # the table of a vocabulary
     matrices = [
         np.eye(size) if size <= rank else rademacher_reference(start, size, rank, key, stream)
-        for size, stream in ((rows, 2), (columns, 3))
+        for size, rank, stream in ((rows, more * rank, 2), (columns, rank, 3))
     ]
     small = np.einsum("bij,il,jr->blr", gradient.dense().double().numpy(), *matrices).reshape(2, -1)
     expected = small @ sparse_reference(start, small.shape[1], k, key)

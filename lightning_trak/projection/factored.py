@@ -12,6 +12,8 @@ from lightning_trak.projection.philox import random_signs
 from lightning_trak.projection.projector import Drawn, Projector
 from lightning_trak.projection.sparse import SparseProjector
 
+_VOCABULARY = 8  # times as many rows as columns make a parameter the table of a vocabulary
+_MORE = 8  # times the rank that other axes are left with
 _LEFT, _RIGHT = 2, 3  # fourth word of the Philox counter; the sparse projection has 1, the dense one 0
 
 
@@ -19,9 +21,10 @@ class FactoredProjector(Projector):
     """P = (L ⊗ R) S: every layer's gradient G becomes LᵀGR, and these go sparsely into one feature vector.
 
     L, (O, r), and R, (I, r), have entries ±1/√r, independent and equally likely; an axis no longer than r is left as it
-    is. S is the `SparseProjector`'s matrix. As E[L Lᵀ] = I, E[R Rᵀ] = I and E[S Sᵀ] = I, and the three are independent,
-    E[P Pᵀ] = I. Where G = Σₜ gₜ aₜᵀ, LᵀGR = Σₜ (Lᵀgₜ)(Rᵀaₜ)ᵀ: the cost is that of two thin layers. Parameters of one
-    axis, those of fewer than r rows and those no larger than r² go into S as they are.
+    is. Of the table of a vocabulary, with O ≥ 8 I, L is (O, 8 r) with entries ±1/√(8 r): a text is told by a few of its
+    rows. S is the `SparseProjector`'s matrix. As E[L Lᵀ] = I, E[R Rᵀ] = I and E[S Sᵀ] = I, and the three are
+    independent, E[P Pᵀ] = I. Where G = Σₜ gₜ aₜᵀ, LᵀGR = Σₜ (Lᵀgₜ)(Rᵀaₜ)ᵀ: the cost is that of two thin layers.
+    Parameters of one axis, those of fewer than r rows and those no larger than r² go into S as they are.
 
     Row i of L is drawn from Philox at counter (start + i, j div 128, 2), start the parameter's place among all p, and
     that of R at (start + i, j div 128, 3). The idea of projecting the factors is that of Choe et al., "What is your
@@ -55,18 +58,20 @@ class FactoredProjector(Projector):
         if len(shape) < 2 or shape[0] < self.rank or prod(shape) <= self.rank**2:
             super().add_gradient_(features, gradient, start, key)
             return
-        left = self._matrix(start, shape[0], _LEFT, key, features.device)
-        right = self._matrix(start, prod(shape[1:]), _RIGHT, key, features.device)
+        rows, columns = shape[0], prod(shape[1:])
+        vocabulary = rows >= _VOCABULARY * columns
+        left = self._matrix(start, rows, self.rank * (_MORE if vocabulary else 1), _LEFT, key, features.device)
+        right = self._matrix(start, columns, self.rank, _RIGHT, key, features.device)
         self._sparse.add_(features, as_rows(gradient.sketch(left, right)).float(), start, key)
 
-    def _matrix(self, start: int, rows: int, side: int, key: int, device: torch.device) -> Tensor | None:
+    def _matrix(self, start: int, rows: int, rank: int, side: int, key: int, device: torch.device) -> Tensor | None:
         """Return L or R; those of one key are kept, since batch after batch needs them."""
-        if rows <= self.rank:
+        if rows <= rank:
             return None
         return self._drawn.get(
             key,
             (start, rows, side, device),
-            lambda: random_signs(start, start + rows, self.rank, key, side, device) * self.rank**-0.5,
+            lambda: random_signs(start, start + rows, rank, key, side, device) * rank**-0.5,
         )
 
     def forget(self) -> None:
