@@ -48,11 +48,13 @@ def featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number
     entry.allocate(loop.dimension)
     where = f" (epoch {entry.meta['epoch']}, step {entry.meta['global_step']})" if "epoch" in entry.meta else ""
     description = f"Featurizing checkpoint {number}{where}"
+    rows = entry.missing_rows().tolist()
     with naming(entry):
-        explained = loop.run(weights, entry.digest, entry.missing_rows().tolist(), entry.write, description)
-    if explained is not None:
-        entry.supplement({"loss_explained": explained})
-        loop.report(explained)
+        projection = loop.run(weights, entry.digest, rows, entry.write, description)
+    if projection is not None and rows:
+        if len(rows) == loop.size:  # of a featurization that went on, the rest is all that is known
+            entry.supplement({"loss_explained": projection.explained()})
+        loop.report(projection)
     entry.finish()
 
 

@@ -27,7 +27,7 @@ from lightning_trak.data import loader_batch_size, read_batches, seed_all
 from lightning_trak.featurize import Featurizer
 from lightning_trak.gradients import EngineUnsuitable, ModelFunction, batch_gradient
 from lightning_trak.gradients.batch import same_tensors
-from lightning_trak.loss_projection import PER_SAMPLE_LOSS, LossProjection, projected_curvature
+from lightning_trak.loss_projection import PER_SAMPLE_LOSS, LossProjection
 from lightning_trak.module import LossTerms, prepared
 from lightning_trak.progress import progress
 from lightning_trak.projection import Projector, projection_key
@@ -216,7 +216,7 @@ class FeaturizationLoop:
         rows: Sequence[int],
         receive: Callable[[Sequence[int], Array, Array, Array], object],
         description: str,
-    ) -> float | None:
+    ) -> LossProjection | None:
         """Featurize ``rows`` at one checkpoint.
 
         Args:
@@ -227,7 +227,7 @@ class FeaturizationLoop:
             description: what the progress bar says.
 
         Returns:
-            How much of the loss's gradients is along those of the output; None where Q is not by projection.
+            How Q was found by projection; None where it was not.
         """
         rows = [int(row) for row in rows]
         projection = self._projection()
@@ -258,7 +258,7 @@ class FeaturizationLoop:
                 except EngineUnsuitable as error:
                     if engine is None:
                         raise
-                    engine = adaptation.mend(engine, error, function, batch, size)
+                    engine, unchecked = adaptation.mend(engine, error, function, batch, size), True
                 except RuntimeError as error:
                     out_of_memory = isinstance(error, torch.OutOfMemoryError) or is_oom_error(error)
                     if not out_of_memory or not adaptation.can_halve(engine):
@@ -267,26 +267,32 @@ class FeaturizationLoop:
                 if full:  # only now that nothing holds on to the batch
                     adaptation.halve()
         self._projector.forget()
-        return None if projection is None else projection.explained()
-
-    @staticmethod
-    def report(explained: float) -> None:
-        """Say how good Q by projection is."""
-        found = (
-            f"{explained:.1%} of the gradients of {PER_SAMPLE_LOSS} (of their squared norms) are along model_output's"
-        )
-        rank_zero_info(f"TRAKCallback: Q by projection: {found}.")
-        if explained < _LITTLE:
-            rank_zero_warn(
-                f"Only {found}; scores leave the rest out. Attribute an output that the loss depends on more:"
-                f" model_output may return log_odds(self.{PER_SAMPLE_LOSS}(batch)), which leaves nothing out."
-            )
+        return projection
 
     def _projection(self) -> LossProjection | None:
         if self._examples != "train" or not self._loss_terms.need_projection:
             return None
         rows = range(min(_TRIED, self._adaptation.batch_size))
         return LossProjection(self._gradients, lambda: (self._read_once(rows, seed=0), len(rows)))
+
+    @staticmethod
+    def report(projection: LossProjection) -> None:
+        """Say how Q was found by projection, and how good it is."""
+        explained = projection.explained()
+        found = (
+            f"{explained:.1%} of the gradients of {PER_SAMPLE_LOSS} (of their squared norms) are along model_output's"
+        )
+        rank_zero_info(f"TRAKCallback: Q by projection, {projection.engine}: {found}.")
+        if explained < _LITTLE:
+            rank_zero_warn(
+                f"Only {found}; scores leave the rest out. Attribute an output that the loss is a function of, as"
+                " minus its square root, with output_to_loss(self, output, batch): output.square()."
+            )
+        if projection.negative:
+            rank_zero_warn(
+                f"{PER_SAMPLE_LOSS} is negative for some examples; their curvature is taken for Q², as of logarithms of"
+                " densities. Define out_to_loss_curvature(self, batch) if you know it."
+            )
 
     def _featurize(
         self, featurizer: Featurizer, rows: Sequence[int], batch: Any, *, check: bool, projection: LossProjection | None
@@ -299,7 +305,7 @@ class FeaturizationLoop:
         if projection is not None:
             loss_grad, losses = projection(featurizer, batch, result)
             own = self._loss_terms.own_curvature(featurizer.function.call, batch, result.outputs)
-            curvature = projected_curvature(loss_grad, losses) if own is None else own
+            curvature = projection.curvature(loss_grad, losses) if own is None else own
         elif self._examples == "train":
             loss_grad, curvature = self._loss_terms(featurizer.function.call, batch, result.outputs)
         self._check_loss(loss_grad, curvature, rows)

@@ -46,7 +46,7 @@ def training_loss(trainer: Any, module: Any, batch: Any) -> float | None:
             submodule.training = training
         try:
             with prepared(module, _call):
-                loss = LossTerms(module).of_batch(module.model_output(batch), batch)
+                loss = LossTerms(module).of_batch(batch)
         finally:
             for buffer, before in buffers:
                 buffer.copy_(before)

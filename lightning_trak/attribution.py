@@ -41,7 +41,7 @@ class AttributionInfo:
         damping_rules: how they were chosen.
         temperature: by which model outputs were divided in Q and w.
         loss_explained: where the loss is no function of the output, how much of the squared norms of its gradients is
-            along those of the output, at every checkpoint.
+            along those of the output, at every checkpoint that was featurized in one go.
     """
 
     n_train: int

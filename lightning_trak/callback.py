@@ -158,7 +158,7 @@ class TRAKCallback(pl.Callback):
         if self.featurize_on == "save":
             self._featurize_pending()
         if not self._tried_loss:
-            self._expected_loss, self._tried_loss = training_loss(trainer, pl_module, batch), True
+            self._expected_loss, self._tried_loss = _expected_loss(trainer, pl_module, batch), True
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         """Compare the loss of the first batch."""
@@ -298,6 +298,18 @@ def check_supported(trainer: pl.Trainer, module: Any) -> None:
             " device: L.Trainer(devices=1, callbacks=[TRAKCallback(...)]).attribute(model, datamodule=dm,"
             " ckpt_path=[...])."
         )
+
+
+def _expected_loss(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> float | None:
+    """Return the loss of the first batch that scores are about; None if it cannot be told of batches of training."""
+    try:
+        return training_loss(trainer, module, batch)
+    except Exception as error:  # features are of the examples alone: it is no reason not to train
+        rank_zero_warn(
+            f"The loss of the first batch cannot be compared with that of {type(module).__name__}'s own methods:"
+            f" {type(error).__name__}: {error} If training augments or combines batches, ignore this."
+        )
+        return None
 
 
 def _compare_losses(module: pl.LightningModule, trained: float, expected: float) -> None:

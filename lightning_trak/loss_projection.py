@@ -38,28 +38,23 @@ def project_loss(features: Tensor, loss_features: Tensor) -> tuple[Tensor, Tenso
 
 
 def projected_curvature(loss_grad: Tensor, losses: Tensor) -> Tensor:
-    """Return w of losses that are taken for −log p of an event: Q² p / (1 − p), with p = exp(−L).
+    """Return w of losses that are taken for half the square of a number: Q² / (2 L).
 
-    Then L = softplus(−g) with the log-odds g of the event, whose curvature is p (1 − p) along ∇g = −∇L / (1 − p), and
-    so Q² p / (1 − p) along ∇f. Of cross-entropies, with Q = 1 − p, it is p (1 − p).
+    With L = g² / 2 the Gauss-Newton curvature of L is ∇g ∇gᵀ = ∇L ∇Lᵀ / (2 L), and so Q² / (2 L) along ∇f. It is 2 for
+    squared errors L = (f − y)², as it should be; of cross-entropies, with Q = 1 − p, half of p (1 − p) for p near 1. A
+    loss on another scale has w on that scale. Of negative losses, logarithms of densities, it is Q²: the empirical
+    Fisher information.
 
     Args:
         loss_grad: Q, (b,).
-        losses: L ≥ 0, (b,).
+        losses: L, (b,).
 
-    Raises:
-        ValueError: if a loss is negative.
-
-    >>> p = torch.tensor([0.25, 0.5])
-    >>> projected_curvature(1 - p, -p.log())
-    tensor([0.1875, 0.2500])
+    >>> residual = torch.tensor([0.5, -3.0])
+    >>> projected_curvature(-2 * residual, residual**2)
+    tensor([2., 2.])
     """
-    if bool((losses < 0).any()):
-        raise ValueError(
-            f"{PER_SAMPLE_LOSS} is negative for an example ({losses.min().item():.4g}), and so no −log p: its"
-            " curvature is unknown. Add a constant to it, or define out_to_loss_curvature(self, batch)."
-        )
-    return loss_grad.square() / torch.expm1(losses).clamp(min=torch.finfo(losses.dtype).tiny)
+    halves = (2 * losses).clamp(min=torch.finfo(losses.dtype).eps)  # what rounding leaves of a loss of zero
+    return loss_grad.square() / torch.where(losses < 0, 1, halves)
 
 
 class LossProjection:
@@ -70,6 +65,10 @@ class LossProjection:
     Args:
         gradients: ``"auto"`` or the name of an engine.
         read: returns a few examples and their number, to prepare an engine on.
+
+    Attributes:
+        engine: which engine differentiates the losses, and why.
+        negative: whether w was taken of a negative loss.
     """
 
     def __init__(self, gradients: str, read: Callable[[], tuple[Any, int]]) -> None:
@@ -77,10 +76,11 @@ class LossProjection:
         self._read = read
         self._engine: Engine | None = None
         self._whole, self._left = 0.0, 0.0
+        self.engine, self.negative = "", False
 
-    def explained(self) -> float | None:
-        """Return the part of the squared norms of all ∇L so far that is along ∇f; None if there were none."""
-        return 1 - self._left / self._whole if self._whole else None
+    def explained(self) -> float:
+        """Return the part of the squared norms of all ∇L so far that is along ∇f; 1 where all are zero."""
+        return 1 - self._left / self._whole if self._whole else 1.0
 
     def __call__(self, featurizer: Featurizer, batch: Any, result: Features) -> tuple[Tensor, Tensor]:
         """Return Q and L, (b,) each, of a batch.
@@ -97,6 +97,11 @@ class LossProjection:
         self._left += left.sum().item()
         return loss_grad, losses.outputs.to(loss_grad)
 
+    def curvature(self, loss_grad: Tensor, losses: Tensor) -> Tensor:
+        """Return w, (b,), of Q and L; see `projected_curvature`."""
+        self.negative |= bool((losses < 0).any())
+        return projected_curvature(loss_grad, losses)
+
     def _featurized(self, featurizer: Featurizer, batch: Any, size: int) -> Features:
         """Featurize the losses of a batch, with another engine if one turns out not to suit them."""
         function = featurizer.function.of(PER_SAMPLE_LOSS)
@@ -104,6 +109,8 @@ class LossProjection:
         while True:
             fresh = self._engine is None
             engine = self._engine = self._engine or self._choice.choose(function, *(examples or self._read()))
+            if fresh:
+                self.engine = self._choice.report(engine)
             own = featurizer.of(PER_SAMPLE_LOSS, engine)
             try:
                 return (own.checked if fresh else own)(batch, size)

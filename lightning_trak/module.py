@@ -75,6 +75,13 @@ class TRAKMixin:
         """
         return losses.mean()
 
+    def batch_loss(self, batch: Any) -> Tensor:
+        """Return the loss of a batch that training minimises, (): ``reduce_losses`` of its examples' losses.
+
+        Override it where it is no function of these. Scores do not depend on it either.
+        """
+        return self.reduce_losses(self.per_sample_loss(batch), batch)
+
     def out_to_loss_grad(self, batch: Any) -> Tensor:
         """Return Q = −∂L/∂f for every example, (b,): how hard training still pulls on it. Overridable."""
         return _derivatives_of(self, batch)[0]
@@ -185,15 +192,17 @@ class LossTerms:
         own_curvature = self.own_curvature(call, batch, output)
         return loss_grad, curvature if own_curvature is None else own_curvature
 
-    def of_batch(self, output: Tensor, batch: Any) -> Tensor | None:
+    def of_batch(self, batch: Any) -> Tensor | None:
         """Return the loss of a batch that training minimises; None where the module tells no loss, but its Q alone."""
-        reduce = _own(self._module, "reduce_losses")
+        whole, reduce = _own(self._module, "batch_loss"), _own(self._module, "reduce_losses")
+        if whole is not None:
+            return whole(batch)  # type: ignore[no-any-return]
         if self._per_sample_loss is not None:
             losses = self._per_sample_loss(batch)
         elif self._own_loss is None and self._own_grad is not None:
             return None
         else:
-            losses = self._output_to_loss(output, batch)
+            losses = self._output_to_loss(self._module.model_output(batch), batch)
         return losses.mean() if reduce is None else reduce(losses, batch)
 
     def _output_to_loss(self, output: Tensor, batch: Any) -> Tensor:

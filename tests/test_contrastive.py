@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_trak import ContrastiveMixin, TRAKCallback
 
@@ -97,8 +97,57 @@ def test_loss_terms(prepared_module):
 
 def test_the_loss_of_a_batch_is_that_of_clip(prepared_module):
     batch = [half.double() for half in pairs(6, 3)]
-    losses = prepared_module.output_to_loss(prepared_module.model_output(batch), batch)
-    torch.testing.assert_close(prepared_module.reduce_losses(losses, batch), prepared_module.training_step(batch, 0))
+    torch.testing.assert_close(prepared_module.batch_loss(batch), prepared_module.training_step(batch, 0))
+
+
+def test_a_pair_is_not_among_its_own_others(prepared_module):
+    """Nor is one that is the same in both halves; one of which either half is the same is."""
+    images, texts = (half.double() for half in pairs(SIZE, 2))
+    prepared_module.get_contrast_batch = lambda: [images, texts]
+    prepared_module.prepare_checkpoint()
+    others = [torch.cat([images[:3], images[:1]]), torch.cat([texts[:3], texts[1:2]])]  # three members, and a mixture
+    for row in range(4):
+        rest = [half[torch.arange(SIZE) != row] if row < 3 else half for half in (images, texts)]
+        first, second = margins_by_loop(prepared_module, [half[row : row + 1] for half in others], rest)
+        output = prepared_module.model_output([half[row : row + 1] for half in others])
+        torch.testing.assert_close(output, first + second)
+
+
+def test_members_of_the_contrast_set_count_like_others():
+    """In float32, where a pair's embeddings in a batch differ from those in the contrast set by rounding."""
+    torch.manual_seed(0)
+    module, batch = Pairs(), pairs(200, 0)
+    with torch.no_grad():
+        module.logit_scale.fill_(4.0)
+        for layer in (module.image[0], module.image[2], module.text):
+            layer.weight.mul_(2)
+    module.get_contrast_batch = lambda: [half[:50] for half in batch]
+    module.prepare_checkpoint()
+    grads = [module.out_to_loss_grad([half[i : i + 7] for half in batch]) for i in range(0, 196, 7)]
+    members, rest = torch.cat(grads)[:50], torch.cat(grads)[50:]
+    assert members.median().item() == pytest.approx(rest.median().item(), abs=0.1)
+
+
+class Augmented(Data):
+    """Training examples differ from read to read; a loader without that is there for features."""
+
+    def train_dataloader(self):
+        examples = TensorDataset(*pairs(N, 0))
+        collate = lambda rows: [half + torch.randn_like(half) for half in default_collate(rows)]  # noqa: E731
+        return DataLoader(examples, batch_size=10, shuffle=True, collate_fn=collate)
+
+    def featurize_dataloader(self):
+        return super().train_dataloader()
+
+
+def test_the_contrast_set_is_not_augmented(tmp_path):
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[TRAKCallback(tmp_path / "store")],
+    )  # fmt: skip
+    trainer.fit(Pairs(), datamodule=Augmented())
+    first, second = (trainer.attribute(datamodule=Augmented()).scores for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.fixture

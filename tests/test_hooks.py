@@ -9,7 +9,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_trak.featurize import Featurizer
-from lightning_trak.gradients import EngineChoice, EngineUnsuitable, HooksEngine, ModelFunction, VmapEngine, layer_rule
+from lightning_trak.gradients import (
+    EngineChoice,
+    EngineUnsuitable,
+    HooksEngine,
+    ModelFunction,
+    NotPrepared,
+    VmapEngine,
+    layer_rule,
+)
 from lightning_trak.gradients.batch import map_tensors
 from lightning_trak.projection import SparseProjector
 from tests.test_gradients import collect, reference
@@ -156,6 +164,71 @@ def test_right_by_hooks_alone(case, size):
     engine = run(model, torch.randn(size, *shape), tried=torch.randn(4, *shape))
     if "reentrant" not in case:
         assert str(engine) == "hooks"
+
+
+def masked(model, x):
+    """A token in the place of some positions: one in each of the first examples, any number later."""
+    hidden = model.one(x).clone()
+    hidden[x[..., 0] > 9] = model.own
+    return model.two(hidden)
+
+
+def with_marks(*counts):
+    x = torch.randn(len(counts), 6, 3)
+    for row, count in enumerate(counts):
+        x[row, :count, 0] = 10
+    return x
+
+
+NOT_COPIED = {  # what a copy for each example would be mistaken in, in one batch or another
+    "a slice": (
+        lambda m, x: m.two(m.one(x) + m.own[: x.shape[1]]),
+        (10, 3),
+        [torch.randn(size, length, 3) for size, length in ((4, 10), (32, 10), (8, 7), (3, 1))],
+    ),
+    "a mask": (masked, (3,), [with_marks(1, 1, 1, 1), with_marks(2, 0, 1, 1, 1, 1), with_marks(0, 3), with_marks(1)]),
+    "channels": (
+        lambda m, x: m.two(m.one(x) + m.own[:, None]),
+        (3,),
+        [torch.randn(size, 3, 3) for size in (4, 3, 8)],
+    ),
+    "a layer of one's own": (
+        lambda m, x: m.two(m.one(x) @ m.own),
+        (3, 3),
+        [torch.randn(4, 5, 3), torch.randn(2, 1, 3)],
+    ),
+}
+
+
+@pytest.mark.parametrize("value", [torch.randn, torch.zeros])
+@pytest.mark.parametrize("case", NOT_COPIED)
+def test_what_is_no_scale_or_token_is_not_copied(case, value):
+    torch.manual_seed(0)
+    forward, shape, batches = NOT_COPIED[case]
+    model = Model(forward, one=linear(3, 3), two=linear(3, 3), own=nn.Parameter(value(shape))).eval()
+    for batch in batches[1:]:
+        engine = run(model, batch, tried=batches[0])
+        assert not engine._copies
+
+
+def test_copies_that_do_not_fit_a_batch_are_given_up():
+    """The first examples have one position each, so that copies fit them; then one batch has more."""
+    model = Model(
+        lambda m, x: m.two(m.one(x.flatten(0, 1)) * m.scale).unflatten(0, (len(x), -1)),
+        one=linear(3, 3), two=linear(3, 3), scale=nn.Parameter(torch.randn(3)),
+    ).eval()  # fmt: skip
+    names = [name for name, _ in model.named_parameters()]
+    function, engine = ModelFunction(model, model.state_dict(), names), HooksEngine()
+    engine.prepare(function, torch.randn(4, 1, 3), 4)
+    assert engine._copies
+    batch = torch.randn(5, 6, 3)
+    with pytest.raises(NotPrepared, match="copies of scale did not fit this batch"):
+        engine(function, batch, 5, lambda *_: None)
+    engine.prepare(function, batch, 5)
+    assert not engine._copies
+    _, gradients = collect(engine, function, batch, 5)
+    _, expected = reference(model, batch, 5, names)
+    torch.testing.assert_close(gradients.double(), torch.from_numpy(expected), rtol=1e-3, atol=1e-5)
 
 
 HANDED_OVER = {

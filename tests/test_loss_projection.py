@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
+
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_trak import Attribution, ClassificationMixin, FeatureStore, TRAKCallback, TRAKMixin
+from lightning_trak import Attribution, ClassificationMixin, FeatureStore, RegressionMixin, TRAKCallback, TRAKMixin
 from lightning_trak.loss_projection import project_loss, projected_curvature
 
 N = 20
@@ -88,7 +92,7 @@ def run(root, module, **options):
     torch.manual_seed(0)
     trainer = L.Trainer(
         default_root_dir=root, max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[TRAKCallback(root / "trak", projector="identity", **options)],
+        enable_model_summary=False, callbacks=[TRAKCallback(root / "trak", **{"projector": "identity", **options})],
     )  # fmt: skip
     trainer.fit(module)
     return trainer
@@ -126,7 +130,7 @@ def test_against_a_loop(tmp_path, kind, gradients):
     expected, losses, explained = slow(kind(), torch.load(entry.weights_path, weights_only=True))
     loss_grad, curvature = (torch.tensor(value) for value in (entry.loss_grad, entry.curvature))
     torch.testing.assert_close(loss_grad, expected, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(curvature, expected.square() / (losses.exp() - 1), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(curvature, expected.square() / (2 * losses), rtol=1e-3, atol=1e-4)
     attribution = trainer.attribute()
     assert attribution.info.loss_explained == pytest.approx((explained,), rel=1e-3)
     attribution.save(tmp_path / "saved")
@@ -134,18 +138,17 @@ def test_against_a_loop(tmp_path, kind, gradients):
 
 
 def test_a_function_of_the_output_is_found_to_be_one(tmp_path):
-    """Then Q and w are those of the formulas."""
+    """Then Q is that of the formula."""
     trainer = run(tmp_path, OneTask())
     (entry,) = FeatureStore(tmp_path / "trak")
     p = trainer.lightning_module.model_output(data()[:]).sigmoid().detach()
     torch.testing.assert_close(torch.tensor(entry.loss_grad), 1 - p, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(torch.tensor(entry.curvature), p * (1 - p), rtol=1e-3, atol=1e-4)
     assert entry.meta["loss_explained"] == pytest.approx(1, abs=1e-5)
 
 
 def test_how_good_it_is_is_said(tmp_path, said):
     run(tmp_path, Smoothed())
-    assert any("Q by projection: 9" in line and "% of the gradients of per_sample_loss" in line for line in said())
+    assert any("Q by projection, gradients by hooks: 9" in line and "% of the gradients of" in line for line in said())
 
 
 class Elsewhere(TwoTasks):
@@ -154,12 +157,12 @@ class Elsewhere(TwoTasks):
 
 
 def test_a_loss_that_the_output_says_little_of_is_warned_of(tmp_path):
-    with pytest.warns(UserWarning, match=r"Only \d+\.\d% of the gradients of per_sample_loss .* log_odds"):
+    with pytest.warns(UserWarning, match=r"Only \d+\.\d% of the gradients of per_sample_loss .* minus its square root"):
         run(tmp_path, Elsewhere())
 
 
 def test_a_curvature_of_ones_own(tmp_path):
-    run(tmp_path, OwnCurvature())
+    run(tmp_path, OwnCurvature())  # and so it is no matter that losses are negative
     (entry,) = FeatureStore(tmp_path / "trak")
     assert (entry.curvature == 0.25).all()
 
@@ -167,6 +170,80 @@ def test_a_curvature_of_ones_own(tmp_path):
 class Negative(TwoTasks):
     def per_sample_loss(self, batch):
         return super().per_sample_loss(batch) - 10
+
+
+def test_negative_losses_have_the_fisher_information_for_curvature(tmp_path):
+    with pytest.warns(UserWarning, match="per_sample_loss is negative for some examples"):
+        run(tmp_path, Negative())
+    (entry,) = FeatureStore(tmp_path / "trak")
+    torch.testing.assert_close(torch.tensor(entry.curvature), torch.tensor(entry.loss_grad).square())
+
+
+class Squared(RegressionMixin, Module):
+    """Its loss is that of the mixin, in another unit."""
+
+    unit = 1.0
+
+    def get_predictions(self, batch):
+        return self(batch[0])[1]
+
+    def get_labels(self, batch):
+        return batch[2]
+
+    def per_sample_loss(self, batch):
+        return self.unit * (self.get_predictions(batch) - batch[2]).square()
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
+def test_squared_errors_have_the_right_curvature_in_any_unit(tmp_path, unit):
+    module = Squared()
+    module.unit = unit
+    module.training_step = lambda batch, batch_idx: module.per_sample_loss(batch).mean() / unit
+    with pytest.warns(UserWarning, match="training_step") if unit != 1 else nullcontext():
+        run(tmp_path, module)
+    (entry,) = FeatureStore(tmp_path / "trak")
+    residuals = data().tensors[2] - module.get_predictions(data()[:]).detach()
+    torch.testing.assert_close(torch.tensor(entry.loss_grad), 2 * unit * residuals, rtol=1e-3, atol=1e-3 * unit)
+    torch.testing.assert_close(torch.tensor(entry.curvature), torch.full((N,), 2 * unit), rtol=1e-3, atol=0)
+
+
+def test_what_is_learnt_by_heart_does_not_count_for_more():
+    """Its loss is zero by rounding, while its gradient is not."""
+    logits = torch.tensor([[20.0, 0, 0], [17.5, 0, 0], [1.0, 0, 0]])
+    losses = F.cross_entropy(logits, torch.zeros(3, dtype=torch.long), reduction="none")
+    assert losses[0] == 0
+    curvature = projected_curvature(1 - logits.double().softmax(1)[:, 0].float(), losses)
+    assert curvature[0] <= curvature[1] < curvature[2]
+
+
+def test_featurization_that_goes_on_says_nothing_of_the_rest(tmp_path):
+    """Q and w are the same, and how much of the gradients is along the output's is not noted for a part."""
+    trainer = run(tmp_path, TwoTasks())
+    (entry,) = FeatureStore(tmp_path / "trak")
+    whole = entry.loss_grad.copy()
+    written = np.arange(N) < 12
+    np.save(entry.path / "written.npy", written)
+    meta = json.loads((entry.path / "meta.json").read_text())
+    del meta["checksums"], meta["loss_explained"]
+    (entry.path / "meta.json").write_text(json.dumps(meta))
+    info = trainer.attribute().info
+    (entry,) = FeatureStore(tmp_path / "trak")
+    np.testing.assert_allclose(entry.loss_grad, whole, rtol=1e-4)
+    assert info.loss_explained == ()
+
+
+@pytest.mark.parametrize("projector", ["factored", "sparse", "rademacher"])
+def test_sketches_do_as_well(tmp_path, projector):
+    class Wide(TwoTasks):
+        def __init__(self):
+            super().__init__()
+            self.body, self.classes, self.number = nn.Linear(4, 300), nn.Linear(300, 3), nn.Linear(300, 1)
+
+    run(tmp_path / "exact", Wide())
+    run(tmp_path / "sketch", Wide(), projector=projector, proj_dim=512)
+    ((exact,), (sketch,)) = (FeatureStore(tmp_path / name / "trak") for name in ("exact", "sketch"))
+    assert np.corrcoef(exact.loss_grad, sketch.loss_grad)[0, 1] > 0.99
+    assert sketch.meta["loss_explained"] == pytest.approx(exact.meta["loss_explained"], abs=0.1)
 
 
 class Averaged(TwoTasks):
@@ -193,7 +270,6 @@ class Detached(TwoTasks):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Negative, "per_sample_loss is negative for an example"),
         (Averaged, r"Averaged\.per_sample_loss\(batch\) returned a tensor of shape \(\)"),
         (Batchwise, r"Batchwise\.per_sample_loss gives .* in a batch, and .* for it alone"),
         (NotANumber, "per_sample_loss is NaN or infinite for train rows 0, 1"),

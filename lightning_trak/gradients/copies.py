@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from lightning_trak.gradients.batch import tensors_of
 from lightning_trak.gradients.engine import close
 from lightning_trak.gradients.function import ModelFunction
 from lightning_trak.gradients.loop import batch_gradient
@@ -17,31 +19,98 @@ from lightning_trak.gradients.tracing import Layer
 _LARGEST = 2**20  # entries of a parameter: larger ones are no scales or tokens, and copies of them might not fit
 _MOST_AXES = 3  # between the examples and a parameter's own axes: channels or positions, height and width
 
+_ALONE = {"abs", "clamp", "clone", "contiguous", "cos", "detach", "exp", "float", "log", "log1p", "neg", "positive"}
+_ALONE |= {"reciprocal", "relu", "sigmoid", "sin", "softplus", "sqrt", "square", "tanh", "to", "type", "type_as"}
+_TOGETHER = {"add", "div", "iadd", "imul", "isub", "itruediv", "mul", "pow", "radd", "rdiv", "rmul", "rpow", "rsub"}
+_TOGETHER |= {"rtruediv", "sub", "true_divide", "truediv"}
+_ATTRIBUTES = {"device", "dim", "dtype", "is_cuda", "ndim", "requires_grad", "requires_grad_", "shape", "size"}
+
+
+class _Unsuitable(Exception):
+    """A copy is put to a use in which its first axis might be taken for another."""
+
+
+class _Watch(TorchFunctionMode):
+    """Lets copies be used in those ways only that keep their examples apart, whatever the sizes: entry by entry.
+
+    What is computed of copies alone is watched as they are; what is computed of them and the batch is the batch's.
+
+    Args:
+        copies: the leaves.
+    """
+
+    def __init__(self, copies: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._copies = {id(copy): copy for copy in copies}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = tensors_of((args, kwargs))
+        own = [tensor for tensor in tensors if id(tensor) in self._copies]
+        result = func(*args, **kwargs)
+        if not own:
+            return result
+        name = _name(func)
+        if not (name in _ALONE | _TOGETHER | _ATTRIBUTES or _keeps_first_axis(name, own, args, kwargs, result)):
+            raise _Unsuitable(name)
+        if isinstance(result, Tensor) and result.shape[:1] == own[0].shape[:1]:
+            others = [tensor for tensor in tensors if id(tensor) not in self._copies]
+            if all(tensor.ndim < result.ndim or tensor.shape[0] == 1 for tensor in others):
+                self._copies[id(result)] = result
+        return result
+
+
+def _name(func: Any) -> str:
+    """Return the name of an operation, or of an attribute that is read, without underscores."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        name = getattr(getattr(func, "__self__", None), "__name__", "")
+    return str(name).strip("_")
+
+
+def _keeps_first_axis(name: str, own: list[Tensor], args: Any, kwargs: Any, result: Any) -> bool:
+    """Tell whether an operation on axes leaves the first one alone."""
+    if name == "expand":
+        return bool(result.ndim == own[0].ndim)
+    if name in ("cat", "concat", "concatenate"):
+        return bool((args[1] if len(args) > 1 else kwargs.get("dim", 0)) not in (0, -result.ndim))
+    return False
+
 
 class CopyTrial:
     """Finds the parameters in whose place a model takes a copy for each example, as broadcasting has it.
 
     The gradient of copy i is then that of example i, and it comes with the backward pass of the batch. It is found out
-    on a few examples: the outputs must stay what they are, and where each is weighted, the gradient of an example's
-    copy must have grown by the example's weight.
+    on a few examples: the outputs must stay what they are; where each is weighted, the gradient of an example's copy
+    must have grown by the example's weight, and all must add up to the parameter's; and nothing must be done to copies
+    but what keeps their examples apart in other batches, too.
 
     Args:
         function: the model at some weights.
         batch: a few examples.
         weights: v, (b,), no two the same.
         outputs: f of these examples, (b,).
+        reference: Σᵢ vᵢ ∇f(zᵢ) by parameter.
     """
 
-    def __init__(self, function: ModelFunction, batch: Any, weights: Tensor, outputs: Tensor) -> None:
+    def __init__(
+        self,
+        function: ModelFunction,
+        batch: Any,
+        weights: Tensor,
+        outputs: Tensor,
+        reference: Mapping[str, Tensor],
+    ) -> None:
         self._function, self._batch = function, batch
-        self._weights, self._outputs = weights, outputs
+        self._weights, self._outputs, self._reference = weights, outputs, reference
 
     def find(self, layers: Iterable[Layer]) -> dict[str, torch.Size]:
         """Try the parameters of modules without a rule, alike in modules of one class; return the shapes of copies."""
         groups: dict[tuple[type, str], list[str]] = {}
         for layer in layers:
             for local, name in layer.parameters.items():
-                if layer.rule is None and self._function.parameters[name].numel() <= _LARGEST:
+                small = self._function.parameters[name].numel() <= _LARGEST
+                if layer.rule is None and small and name in self._reference:
                     groups.setdefault((type(layer.module), local), []).append(name)
         found: dict[str, torch.Size] = {}
         for names in groups.values():
@@ -64,20 +133,21 @@ class CopyTrial:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of shapes that do not go together
-                outputs, plain = batch_gradient(function, self._batch)
+                outputs, plain = batch_gradient(function, self._batch, watch=_Watch)
                 _, weighted = batch_gradient(function, self._batch, self._weights)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # a model may do with an axis more whatever it likes
             return False
+        pairs = zip(copies, plain, weighted, strict=True)
         same = close(outputs, self._outputs, function.tolerance)
-        return same and all(self._scales(*pair) for pair in zip(plain, weighted, strict=True))
+        return same and all(self._scales(*pair) for pair in pairs)
 
-    def _scales(self, plain: Tensor | None, weighted: Tensor | None) -> bool:
+    def _scales(self, name: str, plain: Tensor | None, weighted: Tensor | None) -> bool:
         """Tell whether a gradient grows by the examples' weights; of none at all nothing can be told."""
         if plain is None or weighted is None or not bool(plain.any()):
             return False
-        first, second = (
-            gradient.flatten(1) if gradient.ndim > 1 else gradient[:, None] for gradient in (plain, weighted)
-        )
-        return close(first * self._weights[:, None].to(first), second, self._function.tolerance)
+        tolerance, reference = self._function.tolerance, self._reference[name]
+        first, second = (gradient.reshape(len(gradient), -1) for gradient in (plain, weighted))
+        scaled = close(first * self._weights[:, None].to(first), second, tolerance)
+        return scaled and close(second.sum(0).reshape(reference.shape), reference, tolerance)

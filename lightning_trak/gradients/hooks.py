@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
+import torch
 from torch import Size, Tensor
 
-from lightning_trak.gradients.calls import layer_gradients
+from lightning_trak.gradients.calls import WrongRule, layer_gradients
 from lightning_trak.gradients.engine import Engine, EngineUnsuitable, NotPrepared, Sink
 from lightning_trak.gradients.function import ModelFunction
 from lightning_trak.gradients.gradient import DenseGradient
@@ -41,6 +42,7 @@ class HooksEngine:
         self._layers: list[Layer] = []
         self._handled: list[str] = []
         self._copies: dict[str, Size] = {}
+        self._copying = True
         self._others: Engine | None = None
         self._other_names: list[str] = []
         self._reasons: dict[str, str] = {}
@@ -48,7 +50,7 @@ class HooksEngine:
     def prepare(self, function: ModelFunction, batch: Any, size: int) -> None:
         """Find a way for every parameter; see `Engine.prepare`. What another batch told before is kept."""
         known = {layer.name: layer for layer in self._layers if layer.known}
-        layers, self._copies, self._reasons = plan_layers(function, batch, size)
+        layers, self._copies, self._reasons = plan_layers(function, batch, size, copying=self._copying)
         self._layers = [layer if layer.known else known.get(layer.name, layer) for layer in layers]
         self._other_names = [name for name in function.parameters if name in self._reasons]
         self._handled = [name for name in function.parameters if name not in self._reasons]
@@ -69,8 +71,7 @@ class HooksEngine:
                     sink(slice(0, size), name, gradient)
 
         names = set(self._handled)
-        copying = function.with_copies(self._copies, size)
-        outputs, arrived = Tracer(self._layers, receive).run(copying, batch, size, names=self._handled)
+        outputs, arrived = self._run(Tracer(self._layers, receive), function, batch, size)
         for name, gradient in arrived.items():
             if name not in self._copies:
                 raise EngineUnsuitable(f"{name} is used outside its layers, but not on the first examples")
@@ -78,6 +79,18 @@ class HooksEngine:
         if self._others is not None:
             self._others(function.restrict(self._other_names), batch, size, sink)
         return outputs
+
+    def _run(self, tracer: Tracer, function: ModelFunction, batch: Any, size: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run it with copies; where they do not fit a batch, they are not to be used any more."""
+        try:
+            return tracer.run(function.with_copies(self._copies, size), batch, size, names=self._handled)
+        except (torch.OutOfMemoryError, EngineUnsuitable, WrongRule):
+            raise
+        except RuntimeError as error:
+            if not self._copies:
+                raise
+            self._copying = False
+            raise NotPrepared(f"copies of {next(iter(self._copies))} did not fit this batch: {error}") from error
 
     def __str__(self) -> str:
         said = [self.name]

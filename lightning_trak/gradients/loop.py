@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -49,7 +51,10 @@ def _row(batch: Any, row: int, size: int) -> Any:
 
 
 def batch_gradient(
-    function: ModelFunction, batch: Any, weights: Tensor | None = None
+    function: ModelFunction,
+    batch: Any,
+    weights: Tensor | None = None,
+    watch: Callable[[Iterable[Tensor]], AbstractContextManager[Any]] = lambda leaves: nullcontext(),
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Differentiate the weighted sum of a batch's outputs once.
 
@@ -57,6 +62,7 @@ def batch_gradient(
         function: the model at some weights.
         batch: what ``model_output`` takes.
         weights: v, (b,); None for ones.
+        watch: takes the parameters that are differentiated by, and returns what surrounds the forward pass.
 
     Returns:
         The outputs (b,), detached, and for each parameter Σᵢ vᵢ ∇θ f(zᵢ), None where f does not depend on it.
@@ -66,7 +72,8 @@ def batch_gradient(
     def differentiate(batch: Any) -> Tensor:
         # within the call, where the checkpoint's weights are in place: activation checkpointing runs forward again,
         # and for it ``backward`` is right where ``autograd.grad`` is not. The leaves are ours, not the module's.
-        output = function.model_output(batch)
+        with watch(parameters.values()):
+            output = function.model_output(batch)
         if output.requires_grad:
             (output if weights is None else output * weights.to(output)).sum().backward()
         return output.detach()

@@ -20,7 +20,9 @@ from lightning_trak.gradients.tracing import Call, Layer, Tracer
 _AXES = ("first", "second", "minor")
 
 
-def plan_layers(function: ModelFunction, batch: Any, size: int) -> tuple[list[Layer], dict[str, Size], dict[str, str]]:
+def plan_layers(
+    function: ModelFunction, batch: Any, size: int, copying: bool = True
+) -> tuple[list[Layer], dict[str, Size], dict[str, str]]:
     """Find the layers whose parameters' gradients follow from hooks, and parameters that can be copied instead.
 
     Every example is given a weight of its own, and the weighted sum of outputs differentiated. Where a gradient has
@@ -31,6 +33,7 @@ def plan_layers(function: ModelFunction, batch: Any, size: int) -> tuple[list[La
         function: the model at some weights.
         batch: a few examples, two at least if there are so many.
         size: their number.
+        copying: whether copies may be used.
 
     Returns:
         The layers, the shapes of copies, and for each parameter that is left to neither the reason.
@@ -43,7 +46,7 @@ def plan_layers(function: ModelFunction, batch: Any, size: int) -> tuple[list[La
     reasons: dict[str, str] = {}
     layers = []
     found = find_layers(function)
-    copies = CopyTrial(function, batch, weights.to(outputs), outputs).find(found)
+    copies = CopyTrial(function, batch, weights.to(outputs), outputs, reference).find(found) if copying else {}
     function = function.restrict(name for name in function.parameters if name not in copies)
     trial = _Trial(function, batch, size, weights.to(outputs), outputs)
     for layer in trial.with_axes(_without(found, copies)):

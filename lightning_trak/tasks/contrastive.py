@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, softplus
 
-from lightning_trak.data import read_batches
+from lightning_trak.data import read_batches, seed_all
 from lightning_trak.gradients.batch import describe
 from lightning_trak.module import TRAKMixin
 
@@ -23,6 +24,7 @@ class ContrastiveMixin(TRAKMixin):
 
     - m₁ = −log Σ_j exp(s u·v_j − s u·v), the log-odds of the text given the image, and likewise
       m₂ = −log Σ_j exp(s u_j·v − s u·v);
+    - a pair that is itself in the contrast set is left out of the sums: it is no other;
     - f = m₁ + m₂;
     - L = (softplus(−m₁) + softplus(−m₂)) / 2, as a function of f with m₁ − m₂ held fixed;
     - Q = (2 − p₁ − p₂) / 4, with p = sigmoid(m);
@@ -74,7 +76,9 @@ class ContrastiveMixin(TRAKMixin):
         loader = _train_loader(self)
         order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(self.contrast_seed))
         rows, trainer = order[: self.contrast_size].tolist(), self.trainer  # type: ignore[attr-defined]
-        return next(read_batches(trainer, self, loader, rows, len(rows), num_workers=0))[1]
+        with isolate_rng():
+            seed_all(self.contrast_seed)
+            return next(read_batches(trainer, self, loader, rows, len(rows), num_workers=0))[1]
 
     def prepare_checkpoint(self) -> None:
         """Embed the contrast set."""
@@ -93,7 +97,7 @@ class ContrastiveMixin(TRAKMixin):
         half = (first - second) / 2
         return (softplus(-output / 2 - half) + softplus(-output / 2 + half)) / 2
 
-    def reduce_losses(self, losses: Tensor, batch: Any) -> Tensor:
+    def batch_loss(self, batch: Any) -> Tensor:
         """Return the loss that CLIP minimises, of the pairs of a batch among each other."""
         images, texts = (normalize(half, dim=1) for half in self.get_embeddings(batch))
         logits, pairs = self.get_logit_scale() * images @ texts.T, torch.arange(len(images), device=images.device)
@@ -104,18 +108,30 @@ class ContrastiveMixin(TRAKMixin):
         images, texts = (normalize(half, dim=1) for half in self.get_embeddings(batch))
         other_images, other_texts = self._contrast
         scale, own = self.get_logit_scale(), (images * texts).sum(1, keepdim=True)
-        first = -(scale * (images @ other_texts.T - own)).logsumexp(1)
-        second = -(scale * (texts @ other_images.T - own)).logsumexp(1)
+        to_texts, to_images = images @ other_texts.T, texts @ other_images.T
+        itself = self._is_itself(images @ other_images.T, texts @ other_texts.T)
+        first = -(scale * (to_texts - own)).masked_fill(itself, -torch.inf).logsumexp(1)
+        second = -(scale * (to_images - own)).masked_fill(itself, -torch.inf).logsumexp(1)
         return first, second
+
+    @staticmethod
+    def _is_itself(images: Tensor, texts: Tensor) -> Tensor:
+        """Tell from the cosines of both halves which pairs of the contrast set are a pair itself, (b, M)."""
+        almost = 1 - torch.finfo(images.dtype).eps ** 0.5
+        return (images.detach() > almost) & (texts.detach() > almost)
 
 
 def _train_loader(module: Any) -> Any:
-    """Return the loader of the train set: that of a running ``fit``, else the datamodule's or the module's own."""
+    """Return the loader of the train set that is featurized, as `attribute` finds it."""
     trainer = module.trainer
-    if trainer.train_dataloader is not None:
+    owners = [owner for owner in (trainer.datamodule, module) if owner is not None]
+    for owner in owners:
+        if hasattr(owner, "featurize_dataloader"):
+            return owner.featurize_dataloader()
+    if trainer.train_dataloader is not None:  # of a running fit
         return trainer.train_dataloader
-    for owner in (trainer.datamodule, module):
-        if owner is not None and is_overridden("train_dataloader", owner):
+    for owner in owners:
+        if is_overridden("train_dataloader", owner):
             return owner.train_dataloader()
     raise TypeError(
         f"{type(module).__name__} needs training examples for its contrast set, and there is no train_dataloader. Pass"
