@@ -53,6 +53,7 @@ from lightning_trak.store import FeatureStore
 from lightning_trak.tasks import (
     ClassificationMixin,
     ContrastiveMixin,
+    DiffusionMixin,
     LanguageModelingMixin,
     MultilabelMixin,
     RegressionMixin,
@@ -67,6 +68,7 @@ __all__ = [
     "ClassificationMixin",
     "ContrastiveMixin",
     "Counterfactuals",
+    "DiffusionMixin",
     "FeatureStore",
     "GroundTruth",
     "LanguageModelingMixin",

@@ -121,7 +121,7 @@ class TRAKCallback(pl.Callback):
         self._featurized = 0
         self._training: TrainingTime | None = None
         self._expected_loss: float | None = None
-        self._tried_loss = False
+        self._tried_losses = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the wiring, and start to watch checkpoint files."""
@@ -131,7 +131,7 @@ class TRAKCallback(pl.Callback):
         check_supported(trainer, pl_module)
         self._store = self._loop = self.train_loader = self.last_saved = None
         self._files, self._pending, self._featurized = {}, {}, 0
-        self._expected_loss, self._tried_loss = None, False
+        self._expected_loss, self._tried_losses = None, 0
         watched = trainer.strategy.checkpoint_io
         inner = watched.inner if isinstance(watched, _WatchedCheckpointIO) else watched
         trainer.strategy.checkpoint_io = _WatchedCheckpointIO(inner, self)
@@ -153,15 +153,16 @@ class TRAKCallback(pl.Callback):
         elif self._training is not None and self._training.steps != trainer.global_step:
             self._training = None  # of another run, while this one goes on from a file that does not say
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
-        """Featurize what was saved since the last training step; of the first batch, find what its loss should be."""
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Featurize what was saved since the last training step; of an epoch's first batch, find its loss."""
         if self.featurize_on == "save":
             self._featurize_pending()
-        if not self._tried_loss:
-            self._expected_loss, self._tried_loss = _expected_loss(trainer, pl_module, batch), True
+        if batch_idx == 0 and self._tried_losses < 2:  # again when training has come somewhere: at first any labels do
+            self._expected_loss = _expected_loss(trainer, pl_module, batch)
+            self._tried_losses += 1
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
-        """Compare the loss of the first batch."""
+        """Compare the loss of the first batch of the first two epochs."""
         expected, self._expected_loss = self._expected_loss, None
         if expected is not None and isinstance(outputs, Mapping) and "loss" in outputs:
             _compare_losses(pl_module, outputs["loss"].item() * trainer.accumulate_grad_batches, expected)

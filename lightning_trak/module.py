@@ -59,6 +59,14 @@ class TRAKMixin:
         """
         return softplus(-output)
 
+    def kernel_weight(self, output: Tensor, batch: Any) -> Tensor:
+        """Return the weight of every example in the kernel H, (b,): w, of its model output.
+
+        Override it where one output stands for many parts of an example, tokens for example, whose losses together have
+        more curvature than ∂²L/∂f² tells: it is that of one direction.
+        """
+        return loss_derivatives(lambda f: self.output_to_loss(f, batch), output)[1]
+
     def per_sample_loss(self, batch: Any) -> Tensor:
         """Return the training loss of every example, (b,): by default ``output_to_loss`` of its output.
 
@@ -75,24 +83,20 @@ class TRAKMixin:
         """
         return losses.mean()
 
-    def batch_loss(self, batch: Any) -> Tensor:
+    def batch_loss(self, batch: Any) -> Tensor | None:
         """Return the loss of a batch that training minimises, (): ``reduce_losses`` of its examples' losses.
 
-        Override it where it is no function of these. Scores do not depend on it either.
+        Override it where it is no function of these, or unknown, None. Scores do not depend on it either.
         """
         return self.reduce_losses(self.per_sample_loss(batch), batch)
 
     def out_to_loss_grad(self, batch: Any) -> Tensor:
         """Return Q = −∂L/∂f for every example, (b,): how hard training still pulls on it. Overridable."""
-        return _derivatives_of(self, batch)[0]
+        return loss_derivatives(lambda output: self.output_to_loss(output, batch), self.model_output(batch))[0]
 
     def out_to_loss_curvature(self, batch: Any) -> Tensor:
         """Return w = ∂²L/∂f² for every example, (b,). Overridable."""
-        return _derivatives_of(self, batch)[1]
-
-
-def _derivatives_of(module: Any, batch: Any) -> tuple[Tensor, Tensor]:
-    return loss_derivatives(lambda output: module.output_to_loss(output, batch), module.model_output(batch))
+        return loss_derivatives(lambda output: self.output_to_loss(output, batch), self.model_output(batch))[1]
 
 
 def loss_derivatives(output_to_loss: Callable[[Tensor], Tensor], output: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,6 +166,7 @@ class LossTerms:
         self._own_grad = _own(module, "out_to_loss_grad")
         self._own_curvature = _own(module, "out_to_loss_curvature")
         self._own_loss = _own(module, "output_to_loss")
+        self._kernel_weight = _own(module, "kernel_weight")
         self._per_sample_loss = _own(module, "per_sample_loss")
 
     @property
@@ -189,6 +194,8 @@ class LossTerms:
             if self._own_curvature is None:
                 _check_consistent(own, loss_grad)
             loss_grad = own
+        if self._own_curvature is None and self._kernel_weight is not None:
+            curvature = _checked("kernel_weight", call(self._kernel_weight, output, batch), output)
         own_curvature = self.own_curvature(call, batch, output)
         return loss_grad, curvature if own_curvature is None else own_curvature
 

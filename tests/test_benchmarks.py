@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.benchmarks import features, fit, gpu, memory, quality, scoring
+from tests.benchmarks import diffusion, features, fit, gpu, memory, quality, scoring, tasks
 from tests.benchmarks.measuring import silence
 from tests.benchmarks.models import MODELS
 from tests.benchmarks.quality.runs import check_folder
@@ -131,3 +131,18 @@ def test_tasks_of_the_quality_benchmark(key):
     batch = data.train_set[:20]
     mean = module.output_to_loss(module.model_output(batch), batch).mean()
     torch.testing.assert_close(module.training_step(batch, 0), mean, rtol=1e-4, atol=1e-6)
+
+
+def test_tasks(table):
+    cases = tuple(features.Case(key, n_train=8, n_targets=4) for key in ("tagger", "regressor", "segmenter", "clip"))
+    found = table(tasks.run, cases)
+    assert [row[0] for row in found] == [
+        f"`{name}Mixin`" for name in ("Multilabel", "Regression", "Segmentation", "Contrastive")
+    ]
+    assert {row[2] for row in found} == {"hooks"}
+
+
+def test_diffusion(table, tmp_path):
+    found = table(diffusion.run, 3, 1, tmp_path, 2)
+    assert [row[0] for row in found][:2] == ["ours, last checkpoint", "ours, 2 checkpoints"]
+    assert all(re.fullmatch(r"-?\d\.\d{3} \(±\d\.\d{3}\)", row[1]) for row in found[:-1])

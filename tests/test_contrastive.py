@@ -100,32 +100,18 @@ def test_the_loss_of_a_batch_is_that_of_clip(prepared_module):
     torch.testing.assert_close(prepared_module.batch_loss(batch), prepared_module.training_step(batch, 0))
 
 
-def test_a_pair_is_not_among_its_own_others(prepared_module):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_pair_is_not_among_its_own_others(prepared_module, dtype):
     """Nor is one that is the same in both halves; one of which either half is the same is."""
-    images, texts = (half.double() for half in pairs(SIZE, 2))
-    prepared_module.get_contrast_batch = lambda: [images, texts]
+    images, texts = (half.to(dtype) for half in pairs(SIZE, 2))
+    prepared_module.to(dtype).get_contrast_batch = lambda: [images, texts]
     prepared_module.prepare_checkpoint()
     others = [torch.cat([images[:3], images[:1]]), torch.cat([texts[:3], texts[1:2]])]  # three members, and a mixture
     for row in range(4):
         rest = [half[torch.arange(SIZE) != row] if row < 3 else half for half in (images, texts)]
         first, second = margins_by_loop(prepared_module, [half[row : row + 1] for half in others], rest)
         output = prepared_module.model_output([half[row : row + 1] for half in others])
-        torch.testing.assert_close(output, first + second)
-
-
-def test_members_of_the_contrast_set_count_like_others():
-    """In float32, where a pair's embeddings in a batch differ from those in the contrast set by rounding."""
-    torch.manual_seed(0)
-    module, batch = Pairs(), pairs(200, 0)
-    with torch.no_grad():
-        module.logit_scale.fill_(4.0)
-        for layer in (module.image[0], module.image[2], module.text):
-            layer.weight.mul_(2)
-    module.get_contrast_batch = lambda: [half[:50] for half in batch]
-    module.prepare_checkpoint()
-    grads = [module.out_to_loss_grad([half[i : i + 7] for half in batch]) for i in range(0, 196, 7)]
-    members, rest = torch.cat(grads)[:50], torch.cat(grads)[50:]
-    assert members.median().item() == pytest.approx(rest.median().item(), abs=0.1)
+        torch.testing.assert_close(output.double(), first + second, rtol=1e-4, atol=1e-5)
 
 
 class Augmented(Data):

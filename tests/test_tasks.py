@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from lightning_trak import (
     ClassificationMixin,
+    ContrastiveMixin,
+    DiffusionMixin,
     LanguageModelingMixin,
     MultilabelMixin,
     RegressionMixin,
@@ -254,7 +256,214 @@ def test_shapes_that_do_not_fit_name_the_hook(mixin, net, batch, message):
         with_net(mixin, net).model_output(batch)
 
 
+class Clip(ContrastiveMixin, nn.Module):
+    def __init__(self, result):
+        super().__init__()
+        self._result = result
+
+    def forward(self, **inputs):
+        return self._result
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: with_net(ClassificationMixin, nn.Linear(4, 3)).model_output({"image": numbers(6, 4), "y": TAGS}),
+            TypeError,
+            r"forward cannot be called with 'image', 'y' of the batch, dict\(image: .*Override get_logits",
+        ),
+        (
+            lambda: with_net(ClassificationMixin, nn.Linear(4, 3)).model_output((numbers(6, 4), classes(9, 6) + 3)),
+            ValueError,
+            "get_labels returned labels outside of 0 to 2",
+        ),
+        (
+            lambda: with_net(SegmentationMixin, nn.Conv2d(2, 4, 1)).model_output((numbers(3, 2, 5, 5), PIXELS + 250)),
+            ValueError,
+            "classes outside of 0 to 3.* Set ignore_index, which is -100",
+        ),
+        (
+            lambda: with_net(
+                ClassificationMixin, nn.Linear(4, 2), label_smoothing=0.1, class_weights=torch.ones(2)
+            ).out_to_loss_grad((numbers(6, 4), classes(2, 6))),
+            ValueError,
+            "class_weights and label_smoothing together.* per_sample_loss",
+        ),
+        (
+            lambda: with_net(RegressionMixin, nn.Linear(4, 1)).model_output((numbers(6, 4), numbers(6, 3))),
+            ValueError,
+            r"get_labels returned shape \(6, 3\) for one prediction an example. Override get_labels",
+        ),
+        (
+            lambda: with_net(LanguageModelingMixin, nn.Embedding(7, 7)).get_labels({"text": ["a"]}),
+            TypeError,
+            "Override get_labels",
+        ),
+        (
+            lambda: with_net(
+                LanguageModelingMixin, nn.Embedding(7, 7), get_output_mask=lambda batch: torch.ones(3, 5)
+            ).model_output(TOKENS),
+            ValueError,
+            r"get_output_mask returned shape \(3, 5\) for tokens \(3, 6\)",
+        ),
+        (lambda: Clip((1, 2)).get_embeddings({"a": 1}), TypeError, r"forward returned .* Override get_embeddings"),
+        (lambda: Clip(None).get_logit_scale(), TypeError, "no parameter logit_scale. Override get_logit_scale"),
+        (lambda: DiffusionMixin().model_output(["a"]), TypeError, "Override get_clean"),
+        (lambda: DiffusionMixin().model_output(numbers(2, 3)), TypeError, "no tensor alphas_cumprod"),
+    ],
+)
+def test_what_is_wrong_names_the_hook(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_inputs_of_a_batch_may_be_a_mapping():
+    model = with_net(ClassificationMixin, nn.Linear(4, 3))
+    x, y = numbers(6, 4), classes(3, 6)
+    torch.testing.assert_close(model.model_output(({"x": x}, y)), model.model_output((x, y)))
+
+
+@pytest.mark.parametrize("name", ["class_weights", "temperature"])
+def test_a_module_may_register_its_own(name):
+    class Own(ClassificationMixin, nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(4, 3)
+            self.register_buffer(name, torch.full((3,) if name == "class_weights" else (), 2.0))
+
+        def forward(self, x):
+            return self.net(x)
+
+    model, batch = Own(), (numbers(6, 4).float(), classes(3, 6))
+    logits = model(batch[0]) / (2 if name == "temperature" else 1)
+    losses = F.cross_entropy(logits, batch[1], reduction="none") * (2 if name == "class_weights" else 1)
+    torch.testing.assert_close(model.output_to_loss(model.model_output(batch), batch), losses)
+
+
+@pytest.mark.parametrize("labels", [classes(2, 75).reshape(3, 5, 5), classes(2, 75).reshape(3, 1, 5, 5)])
+def test_pixels_of_one_logit(labels):
+    model, x = with_net(SegmentationMixin, nn.Conv2d(2, 1, 1)), numbers(3, 2, 5, 5)
+    loss = F.binary_cross_entropy_with_logits(model(x).squeeze(1), labels.reshape(3, 5, 5).double())
+    batch = x, labels
+    torch.testing.assert_close(model.output_to_loss(model.model_output(batch), batch).mean(), loss)
+    model.out_to_loss_grad(batch)
+    assert (model.kernel_weight(model.model_output(batch).detach(), batch) > 0).all()
+
+
+class Denoiser(DiffusionMixin, nn.Module):
+    n_pairs = 4
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(5, 5).double()
+        self.alphas_cumprod = torch.linspace(0.99, 0.01, 40).double()
+
+    def predict_noise(self, noisy, steps, batch):
+        return self.net(noisy) * (1 + steps[:, None])
+
+
+def test_diffusion_is_the_squared_error_of_the_noise():
+    """Against a loop over examples and pairs; and its Q against autograd of the loss."""
+    model, x = Denoiser(), numbers(6, 5)
+    generator = torch.Generator().manual_seed(0)
+    noises = torch.stack([torch.randn(5, generator=generator, dtype=torch.float32) for _ in range(4)])
+    losses = []
+    for row in x:
+        errors = []
+        for step, noise in zip((5, 15, 25, 35), noises.double(), strict=True):
+            share = model.alphas_cumprod[step]
+            predicted = model.net(share.sqrt() * row + (1 - share).sqrt() * noise) * (1 + step)
+            errors.append((predicted - noise).square().mean())
+        losses.append(torch.stack(errors).mean())
+    losses = torch.stack(losses)
+    output = model.model_output(x)
+    torch.testing.assert_close(output, -losses.sqrt())
+    torch.testing.assert_close(model.output_to_loss(output, x), losses)
+    torch.testing.assert_close(model.model_output(x[2:3]), output[2:3])
+    expected = -flat_gradient((model.out_to_loss_grad(x) * output).mean(), model)
+    torch.testing.assert_close(expected, flat_gradient(losses.mean(), model))
+    torch.testing.assert_close(model.out_to_loss_curvature(x), torch.full((6,), 2.0).double())
+    torch.testing.assert_close(model.kernel_weight(output.detach(), x), torch.full((6,), 10.0).double())
+
+
+def test_predicted_noise_of_another_shape():
+    model = Denoiser()
+    model.net = nn.Linear(5, 10).double()
+    with pytest.raises(ValueError, match="Return the predicted noise alone, without a predicted variance"):
+        model.model_output(numbers(2, 5))
+
+
+def test_the_kernel_of_several_numbers_has_the_trace_of_their_curvature():
+    model = at_zero(RegressionMixin, nn.Linear(1, 4, bias=False))
+    batch = torch.ones(1, 1).double(), numbers(1, 4)
+    output = model.model_output(batch)
+    weight = model.kernel_weight(output.detach(), batch)
+    trace = 4 * 2 / 4  # of (2 / 4) Σ ∇ŷ ∇ŷᵀ, each of norm 1
+    assert (weight * flat_gradient(output[0], model).square().sum()).item() == pytest.approx(trace)
+
+
 def test_a_reduction_that_is_none():
     model = with_net(MultilabelMixin, nn.Linear(4, 5), reduction="median")
     with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum', got 'median'"):
         model.out_to_loss_grad((numbers(6, 4), TAGS))
+
+
+PARTS = 6
+LABELS = torch.arange(PARTS)[None] % 2
+ONE_HOT = torch.eye(PARTS)[None].double()  # (1, channels, pixels): no two pixels share a weight
+
+
+def at_zero(mixin, net):
+    for value in net.parameters():
+        nn.init.zeros_(value)
+    return with_net(mixin, net.double())
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "logits"),
+    [
+        (
+            at_zero(MultilabelMixin, nn.Linear(1, PARTS, bias=False)),
+            (torch.ones(1, 1).double(), LABELS),
+            lambda g, y: g,  # of the label that is there, against its absence
+        ),
+        (
+            at_zero(SegmentationMixin, nn.Conv1d(PARTS, 2, 1, bias=False)),
+            (ONE_HOT, LABELS),
+            lambda g, y: (g[:, 1] - g[:, 0]),
+        ),
+        (
+            at_zero(LanguageModelingMixin, nn.Embedding(2 * PARTS, 2)),
+            (torch.tensor([[0, 3, 5, 7, 8, 10, 11]]) % 12, torch.tensor([[0, 1, 0, 1, 1, 0, 1]])),
+            lambda g, y: (g[:, :-1, 1] - g[:, :-1, 0]),
+        ),
+    ],
+)  # fmt: skip
+def test_the_kernel_has_the_trace_of_the_curvature(model, batch, logits):
+    """Of the mean of the parts' losses, Σ p (1 − p) ∇g ∇gᵀ / parts, where parts have nothing in common."""
+    parts = logits(model(batch[0]), batch[1]).flatten()
+    assert len(parts) == PARTS
+    trace = sum(flat_gradient(part, model, retain_graph=True).square().sum() / 4 for part in parts) / PARTS
+    output = model.model_output(batch)
+    (weight,) = model.kernel_weight(output.detach(), batch)
+    torch.testing.assert_close(weight * flat_gradient(output[0], model).square().sum(), trace)
+
+
+def test_the_kernel_of_many_labels_does_not_vanish():
+    """The probability of all together does."""
+    model = with_net(MultilabelMixin, nn.Linear(1, 2000))
+    batch = torch.ones(3, 1).double(), torch.ones(3, 2000).long()
+    output = model.model_output(batch)
+    assert (model.out_to_loss_curvature(batch) == 0).all()
+    weight = model.kernel_weight(output.detach(), batch)
+    assert (weight > 1e-4).all()
+    assert torch.isfinite(weight).all()
+
+
+def test_the_kernel_of_one_label_has_its_curvature():
+    model = with_net(MultilabelMixin, nn.Linear(4, 1).double())
+    batch = numbers(5, 4), torch.tensor([[0], [1], [1], [0], [1]])
+    torch.testing.assert_close(
+        model.kernel_weight(model.model_output(batch), batch), model.out_to_loss_curvature(batch)
+    )

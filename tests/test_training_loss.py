@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -43,13 +44,13 @@ class Squared(Classifier):
         return output.square()
 
 
-def fit(root, module, watched=True, **options):
+def fit(root, module, watched=True, data=None, **options):
     torch.manual_seed(1)
     trainer = L.Trainer(
-        default_root_dir=root, max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[TRAKCallback(root / "trak")] if watched else [], **options,
+        default_root_dir=root, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[TRAKCallback(root / "trak")] if watched else [], **{"max_epochs": 1, **options},
     )  # fmt: skip
-    trainer.fit(module, DataLoader(DATA, 8, shuffle=True))
+    trainer.fit(module, DataLoader(DATA, 8, shuffle=True) if data is None else None, datamodule=data)
     return module
 
 
@@ -114,3 +115,54 @@ def test_a_module_that_tells_no_loss_is_not_compared(tmp_path):
             return self.inner.configure_optimizers()
 
     fit(tmp_path, OnlyQ())
+
+
+class Unlabelled(Classifier):
+    """Trains on other labels than it tells; at first any labels have the same loss."""
+
+    def __init__(self):
+        super().__init__()
+        torch.nn.init.zeros_(self.net[3].weight)
+        torch.nn.init.zeros_(self.net[3].bias)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), torch.zeros_like(batch[1]))
+
+
+def test_a_difference_that_shows_later_is_seen_in_the_second_epoch(tmp_path):
+    fit(tmp_path / "one", Unlabelled())
+    with pytest.warns(UserWarning, match="training_step returned a loss of"):
+        fit(tmp_path / "two", Unlabelled(), max_epochs=2)
+
+
+class Elsewhere(Classifier):
+    """Has a loss of its own for each example, and Dropout before and in it."""
+
+    def per_sample_loss(self, batch):
+        return F.cross_entropy(self(batch[0]), batch[1], reduction="none")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_losses_of_ones_own_draw_the_same(tmp_path, seed):
+    torch.manual_seed(seed)
+    fit(tmp_path, Elsewhere())  # warnings are errors
+
+
+class Mixed(L.LightningDataModule):
+    """Training batches are combined of two, which model_output does not take."""
+
+    def train_dataloader(self):
+        return CombinedLoader({"one": DataLoader(DATA, 8), "other": DataLoader(DATA, 8)}, "min_size")
+
+    def featurize_dataloader(self):
+        return DataLoader(DATA, 8)
+
+
+class MixedClassifier(Classifier):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch["one"], batch_idx)
+
+
+def test_batches_of_training_that_cannot_be_told_are_no_reason_to_stop(tmp_path):
+    with pytest.warns(UserWarning, match="cannot be compared with that of MixedClassifier's own methods: TypeError"):
+        fit(tmp_path, MixedClassifier(), data=Mixed())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_trak.tasks.classification import ClassificationMixin
 from lightning_trak.tasks.contrastive import ContrastiveMixin
+from lightning_trak.tasks.diffusion import DiffusionMixin
 from lightning_trak.tasks.joint import log_odds
 from lightning_trak.tasks.language import LanguageModelingMixin
 from lightning_trak.tasks.multilabel import MultilabelMixin
@@ -13,6 +14,7 @@ from lightning_trak.tasks.segmentation import SegmentationMixin
 __all__ = [
     "ClassificationMixin",
     "ContrastiveMixin",
+    "DiffusionMixin",
     "LanguageModelingMixin",
     "MultilabelMixin",
     "RegressionMixin",

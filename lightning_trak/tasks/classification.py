@@ -45,9 +45,9 @@ class ClassificationMixin(TRAKMixin):
     True
     """
 
-    temperature: float = 1.0
+    temperature: float | Tensor  # without values here, so that a module may register its own as buffers or parameters
+    class_weights: Tensor | None
     label_smoothing: float = 0.0
-    class_weights: Tensor | None = None
 
     def get_logits(self, batch: Any) -> Tensor:
         """Return the logits, (b, classes), (b, 1) or (b,): ``self(x)``, or ``self(**inputs)`` for a mapping."""
@@ -59,7 +59,7 @@ class ClassificationMixin(TRAKMixin):
 
     def model_output(self, batch: Any) -> Tensor:
         """Return the log-odds of every example's label, (b,)."""
-        logits, classes = self.get_logits(batch) / self.temperature, self.get_labels(batch)
+        logits, classes = self.get_logits(batch) / getattr(self, "temperature", 1), self.get_labels(batch)
         if logits.ndim == 1 or (logits.ndim == 2 and logits.shape[1] == 1):
             logits = torch.stack([torch.zeros_like(logits), logits], -1).reshape(len(logits), 2)
             classes = None if classes is None else _binary(classes)
@@ -72,7 +72,13 @@ class ClassificationMixin(TRAKMixin):
             )
         classes = logits.argmax(1) if classes is None else classes
         _check_labels(classes, len(logits))
-        others = logits.scatter(1, classes[:, None], float("-inf"))
+        try:
+            others = logits.scatter(1, classes[:, None], float("-inf"))
+        except (IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"get_labels returned labels outside of 0 to {logits.shape[1] - 1}, the classes of get_logits: {error}."
+                " Override get_labels(self, batch); it may return None for targets without labels."
+            ) from error
         return logits.gather(1, classes[:, None]).squeeze(1) - others.logsumexp(1)
 
     def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
@@ -94,9 +100,15 @@ class ClassificationMixin(TRAKMixin):
 
     def _weights(self, like: Tensor, classes: Tensor | None) -> Tensor | None:
         """Return the weight of every example's label, (b,)."""
-        if self.class_weights is None or classes is None:
+        weights = getattr(self, "class_weights", None)
+        if weights is None or classes is None:
             return None
-        return torch.as_tensor(self.class_weights).to(like)[classes.reshape(len(like)).long()]
+        if self.label_smoothing:
+            raise ValueError(
+                "class_weights and label_smoothing together: the loss weighs either class by its own weight. Set"
+                " neither here and define per_sample_loss(self, batch), the losses, (b,)."
+            )
+        return torch.as_tensor(weights).to(like)[classes.reshape(len(like)).long()]
 
 
 def _binary(classes: Tensor) -> Tensor:

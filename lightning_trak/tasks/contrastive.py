@@ -64,12 +64,22 @@ class ContrastiveMixin(TRAKMixin):
                 f" get_embeddings(self, batch) in {type(self).__name__} to return the embeddings of both halves."
             )
         result = self(**{key: batch[key] for key in batch if key not in ("labels", "return_loss")})  # type: ignore[operator]
+        if not (hasattr(result, "image_embeds") and hasattr(result, "text_embeds")):
+            raise TypeError(
+                f"{type(self).__name__}.forward returned {describe(result)}; expected an object with .image_embeds and"
+                " .text_embeds. Override get_embeddings(self, batch) to return the embeddings of both halves."
+            )
         return result.image_embeds, result.text_embeds
 
     def get_logit_scale(self) -> Tensor | float:
         """Return s, by which the products of embeddings are multiplied: ``self.logit_scale.exp()``."""
-        scale: Tensor = self.logit_scale.exp()  # type: ignore[attr-defined]
-        return scale
+        scale = getattr(self, "logit_scale", None)
+        if not isinstance(scale, Tensor):
+            raise TypeError(
+                f"{type(self).__name__} has no parameter logit_scale. Override get_logit_scale(self) to return the"
+                " number by which the products of embeddings are multiplied."
+            )
+        return scale.exp()
 
     def get_contrast_batch(self) -> Any:
         """Return the contrast set: ``contrast_size`` random examples of the train set."""
@@ -106,6 +116,8 @@ class ContrastiveMixin(TRAKMixin):
     def _margins(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return m₁ and m₂, (b,) each."""
         images, texts = (normalize(half, dim=1) for half in self.get_embeddings(batch))
+        if not hasattr(self, "_contrast"):
+            raise RuntimeError("Call prepare_checkpoint() before model_output: it embeds the contrast set.")
         other_images, other_texts = self._contrast
         scale, own = self.get_logit_scale(), (images * texts).sum(1, keepdim=True)
         to_texts, to_images = images @ other_texts.T, texts @ other_images.T

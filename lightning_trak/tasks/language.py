@@ -22,7 +22,8 @@ class LanguageModelingMixin(TRAKMixin):
     - f = log(p / (1 − p)), the margin of a token of the sequence;
     - L = softplus(−f) = −log p, the cross-entropy averaged over these tokens;
     - Q = 1 − p;
-    - w = p (1 − p).
+    - w = p (1 − p); in the kernel T w, for T tokens that count: the curvature of the mean of T losses, in trace, were
+      their gradients orthogonal and alike.
 
     As L is a function of f, so is its gradient exactly −Q ∇f. The log-odds of the paper (TRAK, arXiv 2303.14186,
     Section 3.3) for a sequence. Where sequences have different numbers of tokens, each sequence counts the same.
@@ -82,6 +83,10 @@ class LanguageModelingMixin(TRAKMixin):
         losses = cross_entropy(predicted, next_tokens, ignore_index=self.ignore_index, reduction="none")
         return log_odds(losses.sum(1) / self._counted(tokens).clamp(min=1))
 
+    def kernel_weight(self, output: Tensor, batch: Any) -> Tensor:
+        """Return the examples' weights in the kernel, (b,)."""
+        return self._counted(self._masked_labels(batch)) * super().kernel_weight(output, batch)
+
     def reduce_losses(self, losses: Tensor, batch: Any) -> Tensor:
         """Return the mean over all tokens of a batch that count."""
         counted = self._counted(self._masked_labels(batch))
@@ -90,6 +95,11 @@ class LanguageModelingMixin(TRAKMixin):
     def _masked_labels(self, batch: Any) -> Tensor:
         """Return the tokens, (b, length), those outside of the output mask left out."""
         tokens, mask = self.get_labels(batch), self.get_output_mask(batch)
+        if mask is not None and mask.shape != tokens.shape:
+            raise ValueError(
+                f"get_output_mask returned shape {tuple(mask.shape)} for tokens {tuple(tokens.shape)}; expected the"
+                " same. A mask says of every token, the first too, whether the output is of it."
+            )
         return tokens if mask is None else tokens.masked_fill(~mask.bool(), self.ignore_index)
 
     def _counted(self, tokens: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
@@ -20,10 +21,11 @@ class MultilabelMixin(TRAKMixin):
     - f = log(p / (1 − p));
     - L = softplus(−f) / c = −(log p) / c, the binary cross-entropy, averaged over labels;
     - Q = (1 − p) / c;
-    - w = p (1 − p) / c.
+    - w = p (1 − p) / c; in the kernel q / (1 − q) (1 − p)² / c, with q = p^{1/c}: the curvature of the mean of c
+      losses, in trace, were their gradients orthogonal and alike. For one label it is w.
 
     As L is a function of f, so is its gradient exactly −Q ∇f. Where training sums over labels, ``reduction = "sum"``
-    leaves the division by c out. The log-odds of the paper (TRAK, arXiv 2303.14186, Section 3.3) for joint labels.
+    leaves the divisions by c out. The log-odds of the paper (TRAK, arXiv 2303.14186, Section 3.3) for joint labels.
 
     Batches ``(x, y)`` and mappings with ``"labels"`` are understood, with y (b, c) of zeros and ones; for others
     override `get_logits` and `get_labels`.
@@ -31,7 +33,6 @@ class MultilabelMixin(TRAKMixin):
     Attributes:
         reduction: over labels, ``"mean"`` or ``"sum"``.
 
-    >>> import torch
     >>> class Tagger(MultilabelMixin, torch.nn.Linear): ...
     >>> model, batch = Tagger(4, 3), (torch.randn(2, 4), torch.tensor([[0, 1, 1], [1, 0, 0]]))
     >>> loss = torch.nn.functional.binary_cross_entropy_with_logits(model(batch[0]), batch[1].float())
@@ -61,6 +62,15 @@ class MultilabelMixin(TRAKMixin):
 
     def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
         """Return the binary cross-entropies, (b,)."""
+        return softplus(-output) / self._divisor(batch)
+
+    def kernel_weight(self, output: Tensor, batch: Any) -> Tensor:
+        """Return the examples' weights in the kernel, (b,)."""
+        mean = softplus(-output) / self.get_labels(batch).shape[1]  # −log q
+        odds = 1 / torch.expm1(mean).clamp(min=torch.finfo(mean.dtype).tiny)
+        return odds * (-output).sigmoid() ** 2 / self._divisor(batch)
+
+    def _divisor(self, batch: Any) -> int:
         if self.reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {self.reduction!r}.")
-        return softplus(-output) / (self.get_labels(batch).shape[1] if self.reduction == "mean" else 1)
+        return self.get_labels(batch).shape[1] if self.reduction == "mean" else 1

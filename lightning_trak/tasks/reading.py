@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,7 @@ def forward(module: Any, batch: Any, *fields: str, hook: str, leave_out: tuple[s
 
     Args:
         module: a module.
-        batch: ``(inputs, ...)``, a mapping of keyword arguments, or the inputs alone.
+        batch: the inputs, a tensor or a mapping of keyword arguments, or ``(inputs, ...)``.
         fields: names that the tensor may have, where forward returns an object or a mapping.
         hook: the method to override where the batch or the result is of another form.
         leave_out: keys of a mapping that are not arguments of forward.
@@ -23,12 +24,13 @@ def forward(module: Any, batch: Any, *fields: str, hook: str, leave_out: tuple[s
     Raises:
         TypeError: if it is of another form.
     """
-    if isinstance(batch, Mapping):
-        result = module(**{key: value for key, value in batch.items() if key not in leave_out})
-    elif isinstance(batch, (list, tuple)) and batch:
-        result = module(batch[0])
-    elif isinstance(batch, Tensor):
-        result = module(batch)
+    inputs = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+    if isinstance(inputs, Mapping):
+        kwargs = {key: value for key, value in inputs.items() if key not in leave_out}
+        _check_taken(module, batch, kwargs, hook)
+        result = module(**kwargs)
+    elif isinstance(inputs, Tensor):
+        result = module(inputs)
     else:
         raise _wrong_form(module, batch, hook)
     for field in fields:
@@ -60,6 +62,17 @@ def labels(module: Any, batch: Any, *, hook: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise _wrong_form(module, batch, hook)
     return value
+
+
+def _check_taken(module: Any, batch: Any, kwargs: Mapping[str, Any], hook: str) -> None:
+    """Raise a TypeError if a module's forward does not take what a batch has."""
+    try:
+        signature(module.forward).bind(**kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"{type(module).__name__}.forward cannot be called with {', '.join(map(repr, kwargs))} of the batch,"
+            f" {describe(batch)}: {error}. Override {hook}(self, batch) to call it; labels are expected as 'labels'."
+        ) from error
 
 
 def _wrong_form(module: Any, batch: Any, hook: str) -> TypeError:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_trak.module import TRAKMixin
-from lightning_trak.tasks.reading import forward, labels
+from lightning_trak.tasks.reading import forward, labels, labels_or_none
 
 
 class RegressionMixin(TRAKMixin):
@@ -25,10 +25,11 @@ class RegressionMixin(TRAKMixin):
     - f = −‖ŷ − y‖: a positive score says that the training example brings the prediction nearer to the label;
     - L = f² / d;
     - Q = −2 f / d;
-    - w = 2 / d.
+    - w = 2 / d; in the kernel 2: the curvature of the mean of d squares, in trace, were the gradients of the d
+      predictions orthogonal and alike.
 
     Batches ``(x, y)`` and mappings with ``"labels"`` are understood; for others override `get_predictions` and
-    `get_labels`. To attribute one of several predictions, or one without a label, let `get_predictions` choose it.
+    `get_labels`. To attribute one of several predictions let both choose it.
 
     >>> import torch
     >>> class Regressor(RegressionMixin, torch.nn.Linear): ...
@@ -50,6 +51,12 @@ class RegressionMixin(TRAKMixin):
         """Return the predictions, or minus their distances from the labels, (b,)."""
         predictions = _rows(self.get_predictions(batch), "get_predictions")
         if predictions.ndim == 1:
+            given = labels_or_none(batch)
+            if isinstance(given, Tensor) and self.get_labels(batch).numel() != len(predictions):
+                raise ValueError(
+                    f"get_labels returned shape {tuple(self.get_labels(batch).shape)} for one prediction an example."
+                    " Override get_labels(self, batch) too, to choose the label of the prediction that is attributed."
+                )
             return predictions
         targets = _rows(self.get_labels(batch), "get_labels")
         if targets.shape != predictions.shape:
@@ -65,6 +72,11 @@ class RegressionMixin(TRAKMixin):
         if targets.ndim == 1:
             return (output - targets).square()
         return output.square() / targets.shape[1]
+
+    def kernel_weight(self, output: Tensor, batch: Any) -> Tensor:
+        """Return the examples' weights in the kernel, (b,)."""
+        targets = _rows(self.get_labels(batch), "get_labels")
+        return targets[:1].numel() * super().kernel_weight(output, batch)
 
 
 def _rows(value: Tensor, hook: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -20,10 +21,14 @@ class SegmentationMixin(TRAKMixin):
     - f = log(p / (1 − p)), the margins of all pixels as one;
     - L = softplus(−f) = −log p, the cross-entropy averaged over the labelled pixels of an image;
     - Q = 1 − p;
-    - w = p (1 − p).
+    - w = p (1 − p); in the kernel N w, for N labelled pixels: the curvature of the mean of N losses, in trace, were
+      their gradients orthogonal and alike.
 
     As L is a function of f, so is its gradient exactly −Q ∇f. The log-odds of the paper (TRAK, arXiv 2303.14186,
     Section 3.3) for an image. Where images have different numbers of labelled pixels, each image counts the same.
+
+    With a single logit, for two classes and labels 0 and 1, it stands against zero. Token classification is the same
+    with one spatial axis: let `get_logits` return them as (b, classes, length).
 
     Batches ``(x, y)`` and mappings with ``"labels"`` are understood; for others override `get_logits` and `get_labels`.
     The forward may return ``.logits``, or a mapping with ``"out"`` as torchvision's models do.
@@ -31,7 +36,6 @@ class SegmentationMixin(TRAKMixin):
     Attributes:
         ignore_index: the label of pixels that do not count.
 
-    >>> import torch
     >>> class Segmenter(SegmentationMixin, torch.nn.Conv2d): ...
     >>> model = Segmenter(3, 4, 1)
     >>> batch = torch.randn(2, 3, 8, 8), torch.randint(0, 4, (2, 8, 8))
@@ -43,7 +47,7 @@ class SegmentationMixin(TRAKMixin):
     ignore_index: int = -100
 
     def get_logits(self, batch: Any) -> Tensor:
-        """Return the logits of ``batch``, (b, classes, ...) with any number of spatial axes."""
+        """Return the logits of ``batch``, (b, classes, ...) or (b, 1, ...), with any number of spatial axes."""
         return forward(self, batch, "logits", "out", hook="get_logits")
 
     def get_labels(self, batch: Any) -> Tensor:
@@ -53,13 +57,26 @@ class SegmentationMixin(TRAKMixin):
     def model_output(self, batch: Any) -> Tensor:
         """Return the log-odds of all labelled pixels of an image, (b,)."""
         logits, classes = self.get_logits(batch), self.get_labels(batch)
+        if logits.ndim >= 3 and logits.shape[1] == 1:  # against a logit of zero
+            logits = torch.cat([torch.zeros_like(logits), logits], 1)
+            classes = classes.squeeze(1) if classes.ndim == logits.ndim else classes
         if logits.ndim < 3 or logits.shape[:1] + logits.shape[2:] != classes.shape:
             raise ValueError(
                 f"get_logits returned shape {tuple(logits.shape)}, get_labels {tuple(classes.shape)}; expected (b,"
                 " classes, height, width) and (b, height, width). Override them to say where logits and labels are."
             )
-        losses = cross_entropy(logits, classes.long(), ignore_index=self.ignore_index, reduction="none").flatten(1)
+        try:
+            losses = cross_entropy(logits, classes.long(), ignore_index=self.ignore_index, reduction="none").flatten(1)
+        except (IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"get_labels returned classes outside of 0 to {logits.shape[1] - 1}, those of get_logits: {error}. Set"
+                f" ignore_index, which is {self.ignore_index}, to the label of pixels that do not count."
+            ) from error
         return log_odds(losses.sum(1) / self._counted(classes).clamp(min=1))
+
+    def kernel_weight(self, output: Tensor, batch: Any) -> Tensor:
+        """Return the examples' weights in the kernel, (b,)."""
+        return self._counted(self.get_labels(batch)) * super().kernel_weight(output, batch)
 
     def reduce_losses(self, losses: Tensor, batch: Any) -> Tensor:
         """Return the mean over all labelled pixels of a batch."""

@@ -1,0 +1,121 @@
+"""Denoising diffusion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_trak.gradients.batch import describe
+from lightning_trak.module import TRAKMixin
+
+
+class DiffusionMixin(TRAKMixin):
+    """Denoising diffusion, trained with the squared error of the predicted noise.
+
+    The loss of an example is an expectation over steps t and noise ε, for which K pairs (t_k, ε_k) stand, the same for
+    all examples: steps from the middle of each K-th of the schedule, noise drawn once. With the noisy example
+    x_k = √ᾱ x + √(1 − ᾱ) ε_k at ᾱ of step t_k, and d its number of entries:
+
+    - f = −(Σ_k ‖ε_θ(x_k, t_k) − ε_k‖² / (K d))^½: a positive score says that the training example makes the model
+      denoise the target better;
+    - L = f², their mean squared error;
+    - Q = −2 f;
+    - w = 2; in the kernel 2 d: the curvature of the mean of d squares, in trace, were the gradients of the d
+      predictions orthogonal and alike.
+
+    Scores rank training examples; their size is not that of the change to expect (``python -m tests.benchmarks
+    diffusion``). Other outputs are compared in Zheng et al., "Intriguing properties of data attribution on diffusion
+    models", ICLR 2024, arXiv 2311.00500; the noisy example is that of Ho et al., "Denoising diffusion probabilistic
+    models", NeurIPS 2020, arXiv 2006.11239, Equation 4.
+
+    Define `predict_noise`; and `add_noise` and `get_n_steps`, unless the module has ᾱ as ``alphas_cumprod``, (steps,).
+    Examples must be of one shape.
+
+    Attributes:
+        n_pairs: K. Each takes a forward and backward pass.
+        pair_seed: chooses the noise.
+
+    >>> class Denoiser(DiffusionMixin, torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.net, self.alphas_cumprod = torch.nn.Linear(4, 4), torch.linspace(0.99, 0.01, 50)
+    ...     def predict_noise(self, noisy, steps, batch):
+    ...         return self.net(noisy)
+    >>> Denoiser().model_output(torch.randn(3, 4)).shape
+    torch.Size([3])
+    """
+
+    n_pairs: int = 10
+    pair_seed: int = 0
+
+    def get_clean(self, batch: Any) -> Tensor:
+        """Return the examples as they are without noise, (b, ...): ``batch`` or the first of it."""
+        clean = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+        if not isinstance(clean, Tensor):
+            raise TypeError(
+                f"The batch is {describe(batch)}; expected examples or (examples, ...). Override"
+                f" get_clean(self, batch) in {type(self).__name__} to say where to find them."
+            )
+        return clean
+
+    def predict_noise(self, noisy: Tensor, steps: Tensor, batch: Any) -> Tensor:
+        """Return ε_θ, (b, ...), for noisy examples (b, ...) at steps (b,); what conditions it is in ``batch``."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define predict_noise(self, noisy, steps, batch), which returns the noise that"
+            " the model sees in noisy examples, e.g. self(noisy, steps)."
+        )
+
+    def add_noise(self, clean: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
+        """Return the noisy examples, (b, ...), at steps (b,), as in training."""
+        share = self._schedule()[steps].reshape(-1, *[1] * (clean.ndim - 1)).to(clean)
+        return share.sqrt() * clean + (1 - share).sqrt() * noise
+
+    def get_n_steps(self) -> int:
+        """Return the number of steps."""
+        return len(self._schedule())
+
+    def model_output(self, batch: Any) -> Tensor:
+        """Return minus the root of the mean squared error over the pairs, (b,)."""
+        clean = self.get_clean(batch)
+        errors = []
+        for steps, noise in self._pairs(clean):
+            predicted = self.predict_noise(self.add_noise(clean, noise, steps), steps, batch)
+            if predicted.shape != noise.shape:
+                raise ValueError(
+                    f"predict_noise returned shape {tuple(predicted.shape)} for noise {tuple(noise.shape)}; expected"
+                    " the same. Return the predicted noise alone, without a predicted variance."
+                )
+            errors.append((predicted - noise).square().flatten(1).mean(1))
+        return -torch.stack(errors).mean(0).sqrt()
+
+    def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
+        """Return the mean squared errors, (b,)."""
+        return output.square()
+
+    def kernel_weight(self, output: Tensor, batch: Any) -> Tensor:
+        """Return the examples' weights in the kernel, (b,)."""
+        return self.get_clean(batch)[0].numel() * super().kernel_weight(output, batch)
+
+    def batch_loss(self, batch: Any) -> None:
+        """Return None: training draws other steps and noise, so that its loss is another."""
+        return
+
+    def _pairs(self, clean: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield steps (b,) and noise (b, ...), the same in every row."""
+        generator = torch.Generator().manual_seed(self.pair_seed)
+        for pair in range(self.n_pairs):
+            noise = torch.randn(clean.shape[1:], generator=generator, dtype=torch.float32).to(clean)
+            step = int((pair + 0.5) * self.get_n_steps() / self.n_pairs)
+            yield torch.full((len(clean),), step, device=clean.device), noise.expand_as(clean)
+
+    def _schedule(self) -> Tensor:
+        schedule = getattr(self, "alphas_cumprod", None)
+        if not isinstance(schedule, Tensor):
+            raise TypeError(
+                f"{type(self).__name__} has no tensor alphas_cumprod, (steps,). Set it, or override add_noise(self,"
+                " clean, noise, steps) and get_n_steps(self)."
+            )
+        return schedule
