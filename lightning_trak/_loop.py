@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -36,7 +37,6 @@ from lightning_trak.weights import Weights
 Array = npt.NDArray[Any]
 
 _TRIED = 8  # examples of the first batch that are tried before training
-_LITTLE = 0.5  # of the loss's gradients: if less is along the output's, the user is warned
 
 
 @contextmanager
@@ -154,6 +154,7 @@ class FeaturizationLoop:
         )
         self._examples = examples
         self._loss_terms = LossTerms(module)
+        self._label: Callable[[Any], Any] | None = None
         self.repeatable = True  # whether two reads of an example are the same; preflight finds out
 
     @property
@@ -166,6 +167,11 @@ class FeaturizationLoop:
         """k, the number of features."""
         parameters = dict(self._module.named_parameters())
         return self._projector.dimension(sum(parameters[name].numel() for name in self._parameters))
+
+    def label_targets(self, weights: Weights) -> None:
+        """Let the module label targets at these weights, whatever those at which they are featurized."""
+        if hasattr(self._module, "label_targets"):
+            self._label = partial(self._function(weights).call, self._module.label_targets)
 
     def preflight(self, weights: Weights, digest: str | None = None) -> None:
         """Try the first batch, so that what cannot work fails now with its reason, and not after hours of training.
@@ -278,21 +284,9 @@ class FeaturizationLoop:
     @staticmethod
     def report(projection: LossProjection) -> None:
         """Say how Q was found by projection, and how good it is."""
-        explained = projection.explained()
-        found = (
-            f"{explained:.1%} of the gradients of {PER_SAMPLE_LOSS} (of their squared norms) are along model_output's"
-        )
-        rank_zero_info(f"TRAKCallback: Q by projection, {projection.engine}: {found}.")
-        if explained < _LITTLE:
-            rank_zero_warn(
-                f"Only {found}; scores leave the rest out. Attribute an output that the loss is a function of, as"
-                " minus its square root, with output_to_loss(self, output, batch): output.square()."
-            )
-        if projection.negative:
-            rank_zero_warn(
-                f"{PER_SAMPLE_LOSS} is negative for some examples; their curvature is taken for Q², as of logarithms of"
-                " densities. Define out_to_loss_curvature(self, batch) if you know it."
-            )
+        rank_zero_info(f"TRAKCallback: {projection}.")
+        for doubt in projection.doubts():
+            rank_zero_warn(doubt)
 
     def _featurize(
         self, featurizer: Featurizer, rows: Sequence[int], batch: Any, *, check: bool, projection: LossProjection | None
@@ -327,7 +321,8 @@ class FeaturizationLoop:
         return ModelFunction(self._module, weights, self._parameters, device, plugin.convert_input)
 
     def _read(self, rows: Sequence[int], batch_size: int, num_workers: int | None = None) -> Iterator[tuple[Any, Any]]:
-        return read_batches(self._trainer, self._module, self._loader, rows, batch_size, num_workers)
+        batches = read_batches(self._trainer, self._module, self._loader, rows, batch_size, num_workers)
+        return batches if self._label is None else ((rows, self._label(batch)) for rows, batch in batches)
 
     def _read_once(self, rows: Sequence[int], seed: int) -> Any:
         seed_all(seed)

@@ -12,6 +12,7 @@ from lightning_trak.featurize import Features, Featurizer
 from lightning_trak.gradients import Engine, EngineChoice, EngineUnsuitable, NotPrepared
 
 PER_SAMPLE_LOSS = "per_sample_loss"
+_LITTLE = 0.5  # of the loss's gradients: if less is along the output's, it is doubtful
 
 
 def project_loss(features: Tensor, loss_features: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,6 +102,28 @@ class LossProjection:
         """Return w, (b,), of Q and L; see `projected_curvature`."""
         self.negative |= bool((losses < 0).any())
         return projected_curvature(loss_grad, losses)
+
+    def __str__(self) -> str:
+        return f"Q by projection, {self.engine}: {self._found()}"
+
+    def doubts(self) -> list[str]:
+        """Return what the user should be warned of."""
+        doubts = []
+        if self.explained() < _LITTLE:
+            doubts.append(
+                f"Only {self._found()}; scores leave the rest out. Attribute an output that the loss is a function of,"
+                " as minus its square root, with output_to_loss(self, output, batch): output.square()."
+            )
+        if self.negative:
+            doubts.append(
+                f"{PER_SAMPLE_LOSS} is negative for some examples; their curvature is taken for Q², as of logarithms of"
+                " densities. Define out_to_loss_curvature(self, batch) if you know it."
+            )
+        return doubts
+
+    def _found(self) -> str:
+        part = f"{self.explained():.1%} of the gradients of {PER_SAMPLE_LOSS} (of their squared norms)"
+        return f"{part} are along model_output's"
 
     def _featurized(self, featurizer: Featurizer, batch: Any, size: int) -> Features:
         """Featurize the losses of a batch, with another engine if one turns out not to suit them."""

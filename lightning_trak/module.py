@@ -52,6 +52,13 @@ class TRAKMixin:
             " every example of the batch, shape (b,). ClassificationMixin and RegressionMixin have it ready."
         )
 
+    def label_targets(self, batch: Any) -> Any:
+        """Return a batch of targets as it is to be attributed, e.g. with labels for those that have none. Optional.
+
+        It is called at the weights of the last checkpoint, so that at all checkpoints the same is attributed.
+        """
+        return batch
+
     def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
         """Return the training loss of every example as a function of its model output, (b,) → (b,).
 

@@ -1077,3 +1077,19 @@ def test_only_the_lightning_side_imports_lightning():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not any(name.split(".")[0] in ("lightning", "pytorch_lightning") for name in names), path
+
+
+@pytest.mark.parametrize("form", [lambda x: TensorDataset(x), lambda x: list(x), lambda x: [{"x": row} for row in x]])
+def test_targets_without_labels_are_of_the_class_that_the_last_checkpoint_predicts(run, form):
+    """At all checkpoints the same, though they predict others."""
+    root, trainer, _, _ = run
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(5))
+    store, predicted = FeatureStore(root / "store"), []
+    for entry in store:
+        model = Classifier().eval()
+        model.load_state_dict(torch.load(entry.weights_path, weights_only=True))
+        predicted.append(model(x).argmax(1).detach())
+    assert (predicted[0] != predicted[-1]).any()
+    expected = trainer.attribute(dataloaders=DataLoader(TensorDataset(x, predicted[-1]), 20)).scores
+    scores = trainer.attribute(dataloaders=DataLoader(form(x), 20)).scores
+    torch.testing.assert_close(scores, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ class ClassificationMixin(TRAKMixin):
 
     TRAK, arXiv 2303.14186, Section 3.3. Batches ``(x, y)`` and mappings with ``"labels"`` (Hugging Face inputs, whose
     model returns ``.logits``) are understood; for others override `get_logits` and `get_labels`. For targets without
-    labels the output is that of the class that the model predicts.
+    labels the output is that of the class that the last checkpoint predicts; where `get_logits` or `get_labels` is
+    overridden, the class that each checkpoint predicts.
 
     Attributes:
         temperature: divides the logits; 1 unless training does the same.
@@ -56,6 +58,20 @@ class ClassificationMixin(TRAKMixin):
     def get_labels(self, batch: Any) -> Tensor | None:
         """Return the labels of ``batch``, (b,), integers; None if it has none, for the predicted class."""
         return None if labels_or_none(batch) is None else labels(self, batch, hook="get_labels")
+
+    def label_targets(self, batch: Any) -> Any:
+        """Return the batch with the predicted classes for labels, if it has none."""
+        own = type(self).get_logits, type(self).get_labels
+        if own != (ClassificationMixin.get_logits, ClassificationMixin.get_labels):
+            return batch  # methods of the module's own need not understand another batch
+        if labels_or_none(batch) is not None:
+            return batch
+        with torch.no_grad():
+            logits = self.get_logits(batch)
+        classes = logits.argmax(1) if logits.ndim == 2 and logits.shape[1] > 1 else (logits.reshape(-1) > 0).long()
+        if isinstance(batch, Mapping):
+            return {**batch, "labels": classes}
+        return (batch[0] if isinstance(batch, (list, tuple)) else batch), classes
 
     def model_output(self, batch: Any) -> Tensor:
         """Return the log-odds of every example's label, (b,)."""
