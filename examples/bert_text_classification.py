@@ -116,6 +116,11 @@ class PairData(L.LightningDataModule):
 
     def __init__(self, pairs: list[Pair], tokenizer: Any, n_train: int, n_test: int, max_length: int) -> None:
         super().__init__()
+        if n_train + n_test > len(pairs):
+            raise SystemExit(
+                f"There are {len(pairs)} pairs, {n_test} of them for the test:"
+                f" --n-train must be at most {len(pairs) - n_test}, got {n_train}."
+            )
         self.train_pairs, self.test_pairs = pairs[:n_train], pairs[n_train : n_train + n_test]
         self.flipped = torch.rand(n_train, generator=torch.Generator().manual_seed(0)) < 0.05  # to be found out
         for row in self.flipped.nonzero().flatten().tolist():
@@ -199,13 +204,16 @@ def print_flipped(self_influence: torch.Tensor, data: PairData) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=6, help="a checkpoint is featurized after each")
     parser.add_argument("--n-train", type=int, default=2400, help="training pairs")
     parser.add_argument("--model", help="a BERT of the Hugging Face hub, instead of a small untrained one")
     parser.add_argument("--dataset", choices=["qnli", "rte", "mrpc"], help="a task of GLUE, instead of docstrings")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output" / "bert")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder to write into")
     arguments = parser.parse_args()
 
+    model_name = re.sub(r"\W+", "_", arguments.model or "small")
+    setting = f"{arguments.dataset or 'docstrings'}-{model_name}-n_train{arguments.n_train}-epochs{arguments.epochs}"
+    folder = arguments.output / "bert_text_classification" / setting  # a store is for one setting
     L.seed_everything(0)
     pairs = hub_pairs(arguments.dataset) if arguments.dataset else docstring_pairs()
     max_length = 128 if arguments.dataset else 48
@@ -221,10 +229,11 @@ def main() -> None:
     trainer = L.Trainer(
         max_epochs=arguments.epochs,
         accelerator="auto" if arguments.model else "cpu",
+        devices=1,
         logger=False,
         callbacks=[
-            ModelCheckpoint(arguments.output / "checkpoints", save_top_k=-1, save_weights_only=True),
-            TRAKCallback(arguments.output / "attributions", proj_dim=512),
+            ModelCheckpoint(folder / "checkpoints", save_top_k=-1, save_weights_only=True),
+            TRAKCallback(folder / "attributions", proj_dim=512),
         ],
     )
     trainer.fit(model, datamodule=data)

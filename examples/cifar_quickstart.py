@@ -82,8 +82,14 @@ def read_cifar(files: list[Path], classes: tuple[int, int], n: int) -> tuple[tor
 def cats_and_dogs(folder: Path, n_train: int, n_test: int, batch_size: int) -> Images:
     """Take the cats and dogs out of a folder with ``data_batch_1`` to ``data_batch_5`` and ``test_batch``."""
     cat_and_dog = (3, 5)
-    train = read_cifar([folder / f"data_batch_{i}" for i in range(1, 6)], cat_and_dog, n_train)
-    test = read_cifar([folder / "test_batch"], cat_and_dog, n_test)
+    files = [*(folder / f"data_batch_{i}" for i in range(1, 6)), folder / "test_batch"]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise SystemExit(
+            f"--cifar must be CIFAR-10's folder cifar-10-batches-py: '{folder}' is without {', '.join(missing)}."
+        )
+    train = read_cifar(files[:5], cat_and_dog, n_train)
+    test = read_cifar(files[5:], cat_and_dog, n_test)
     return Images(train, test, ("cat", "dog"), batch_size)
 
 
@@ -235,14 +241,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--n-test", type=int, default=100, help="number of test images, the targets")
     parser.add_argument("--width", type=int, default=8, help="channels of the first layer; 64 in the tutorial")
     parser.add_argument("--epochs", type=int, default=12, help="a checkpoint is featurized each quarter")
-    parser.add_argument("--batch-size", type=int, default=25)
+    parser.add_argument("--batch-size", type=int, default=25, help="of training")
     parser.add_argument("--lr", type=float, default=0.1, help="the highest learning rate")
     parser.add_argument("--runs", type=int, default=3, help="trainings whose checkpoints are attributed")
     parser.add_argument("--subsets", type=int, default=16, help="random halves of the train set to train on")
     parser.add_argument("--repeats", type=int, default=2, help="trainings on each half")
-    parser.add_argument("--proj-dim", type=int, default=1024)
-    parser.add_argument("--accelerator", default="cpu")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
+    parser.add_argument("--proj-dim", type=int, default=1024, help="number of features")
+    parser.add_argument("--accelerator", default="cpu", help="of Lightning's Trainer, such as gpu")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder to write into")
     return parser.parse_args()
 
 
@@ -257,11 +263,10 @@ def main() -> None:
         train, test = (generate_shapes(size, seed) for seed, size in enumerate(sizes))
         data = Images(train[:2], test[:2], ("curved", "straight"), arguments.batch_size)
 
-    setting = "-".join(
-        f"{name}{getattr(arguments, name)}" for name in ("n_train", "width", "epochs", "batch_size", "lr", "proj_dim")
-    )
+    names = ("n_train", "n_test", "width", "epochs", "batch_size", "lr", "proj_dim")
+    setting = "-".join(f"{name}{getattr(arguments, name)}" for name in names)
     folder = arguments.output / "cifar_quickstart" / f"{'-'.join(data.names)}-{setting}"
-    trainer = train_runs(arguments, data, folder)
+    trainer = train_runs(arguments, data, folder / f"runs{arguments.runs}")
     attribution = trainer.attribute(datamodule=data)
     print(attribution)
     save_picture(attribution, data, arguments.output / "cifar_quickstart.png")

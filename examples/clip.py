@@ -191,11 +191,12 @@ def save_picture(attribution: Attribution, data: CaptionedDigits, targets: list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
+    parser.add_argument("--epochs", type=int, default=20, help="a checkpoint is featurized after each")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder to write into")
     arguments = parser.parse_args()
     mpl.use("Agg")
 
+    folder = arguments.output / "clip" / f"epochs{arguments.epochs}"  # a store is for one setting
     L.seed_everything(0)
     data, model = CaptionedDigits(), DigitsCLIP()
     trainer = L.Trainer(
@@ -203,8 +204,8 @@ def main() -> None:
         accelerator="cpu",
         logger=False,
         callbacks=[
-            ModelCheckpoint(arguments.output / "clip" / "checkpoints", save_top_k=-1),
-            TRAKCallback(arguments.output / "clip" / "attributions", proj_dim=512),
+            ModelCheckpoint(folder / "checkpoints", save_top_k=-1),
+            TRAKCallback(folder / "attributions", proj_dim=512),
         ],
     )
     trainer.fit(model, datamodule=data)

@@ -2,7 +2,7 @@
 
 A ranker is trained on comparisons of scikit-learn's digits, some of which are the wrong way round. All that
 attribution needs is ``model_output``: by how much does the first image win? The default loss, softplus(−f), is the one
-of Bradley and Terry that the ranker is trained on. A few seconds on two cores; nothing is downloaded.
+of Bradley and Terry that the ranker is trained on. Under twenty seconds on two cores; nothing is downloaded.
 
     python examples/custom_task.py
 """
@@ -53,15 +53,16 @@ def comparisons(n: int, wrong: int) -> TensorDataset:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
+    parser.add_argument("--epochs", type=int, default=10, help="a checkpoint is featurized after each")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder to write into")
     arguments = parser.parse_args()
 
+    folder = arguments.output / "custom_task" / f"epochs{arguments.epochs}"  # a store is for one setting
     L.seed_everything(0)
     wrong = torch.arange(1500) < 75
     train = DataLoader(comparisons(1500, int(wrong.sum())), batch_size=50, shuffle=True)
-    saving = ModelCheckpoint(arguments.output / "custom_task" / "checkpoints", save_top_k=-1)
-    trak = TRAKCallback(arguments.output / "custom_task" / "attributions")
+    saving = ModelCheckpoint(folder / "checkpoints", save_top_k=-1)
+    trak = TRAKCallback(folder / "attributions", proj_dim=512)
     trainer = L.Trainer(max_epochs=arguments.epochs, accelerator="cpu", logger=False, callbacks=[saving, trak])
     trainer.fit(Ranker(), train)
 

@@ -109,11 +109,12 @@ def print_mislabels(self_influence: torch.Tensor, data: DigitsData) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
+    parser.add_argument("--epochs", type=int, default=15, help="a checkpoint is featurized after each")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder to write into")
     arguments = parser.parse_args()
     mpl.use("Agg")
 
+    folder = arguments.output / "digits" / f"epochs{arguments.epochs}"  # a store is for one setting
     L.seed_everything(0)
     data, model = DigitsData(), DigitsCNN()
     trainer = L.Trainer(
@@ -121,8 +122,8 @@ def main() -> None:
         accelerator="cpu",
         logger=False,
         callbacks=[
-            ModelCheckpoint(arguments.output / "digits" / "checkpoints", save_top_k=-1),
-            TRAKCallback(arguments.output / "digits" / "attributions", proj_dim=512),
+            ModelCheckpoint(folder / "checkpoints", save_top_k=-1),
+            TRAKCallback(folder / "attributions", proj_dim=512),
         ],
     )
     trainer.fit(model, datamodule=data)

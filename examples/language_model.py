@@ -2,8 +2,8 @@
 
 Trains a small transformer on passages of Python's language reference. The targets are copies of some of these passages
 with half of their words replaced by others; the output is the log-odds of a copy's second half, the completion, given
-its first (`output_mask`). As it is known which training passage each completion came from, the example counts how often that
-passage is found. Under two minutes on two cores; nothing is downloaded.
+its first (`output_mask`). As it is known which training passage each completion came from, the example counts how often
+that passage is found. Under two minutes on two cores; nothing is downloaded.
 
     python examples/language_model.py
     python examples/language_model.py --text FILE    # trains on a text of your own
@@ -29,6 +29,14 @@ from lightning_trak import Attribution, LanguageModelingMixin, TRAKCallback
 
 Batch = dict[str, torch.Tensor]
 UNKNOWN = "…"
+
+
+def read(path: Path) -> str:
+    """Return the text of a file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"--text must be a text file in UTF-8: '{path}' cannot be read ({error}).") from error
 
 
 class Passages(Dataset):
@@ -60,7 +68,7 @@ class TextData(L.LightningDataModule):
         passages = passages[torch.randperm(len(passages), generator=generator)[:n_train]]
         if len(passages) < n_targets:
             raise SystemExit(
-                f"The text has {len(passages)} passages of {length} words; at least {n_targets} are needed."
+                f"There are {len(passages)} training passages of {length} words; at least {n_targets} are needed."
             )
 
         self.source = torch.randperm(len(passages), generator=generator)[:n_targets]  # to be found out
@@ -149,14 +157,17 @@ def print_found(attribution: Attribution, data: TextData) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=6, help="a checkpoint is featurized after each")
     parser.add_argument("--n-train", type=int, default=1000, help="training passages")
     parser.add_argument("--text", type=Path, help="a text file to train on, instead of Python's language reference")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output" / "language_model")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder to write into")
     arguments = parser.parse_args()
 
+    name = arguments.text.stem if arguments.text else "python"
+    setting = f"{name}-n_train{arguments.n_train}-epochs{arguments.epochs}"
+    folder = arguments.output / "language_model" / setting  # a store is for one setting
     L.seed_everything(0)
-    text = arguments.text.read_text(encoding="utf-8") if arguments.text else "\n".join(topics.values())
+    text = read(arguments.text) if arguments.text else "\n".join(topics.values())
     data = TextData(text, n_train=arguments.n_train, n_targets=40)
     model = LanguageModel(len(data.vocabulary), data.train_set.tokens.shape[1])
     trainer = L.Trainer(
@@ -164,8 +175,8 @@ def main() -> None:
         accelerator="cpu",
         logger=False,
         callbacks=[
-            ModelCheckpoint(arguments.output / "checkpoints", save_top_k=-1, save_weights_only=True),
-            TRAKCallback(arguments.output / "attributions", proj_dim=512),
+            ModelCheckpoint(folder / "checkpoints", save_top_k=-1, save_weights_only=True),
+            TRAKCallback(folder / "attributions", proj_dim=512),
         ],
     )
     trainer.fit(model, datamodule=data)

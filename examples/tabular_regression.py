@@ -11,6 +11,8 @@ two cores; nothing is downloaded.
 from __future__ import annotations
 
 import argparse
+import csv
+from itertools import zip_longest
 from pathlib import Path
 
 import lightning as L
@@ -27,14 +29,36 @@ from torchmetrics.functional import auroc
 from lightning_trak import Attribution, RegressionMixin, TRAKCallback, evaluate, retrain_subsets
 
 
-def read(csv: Path | None, target: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Return measurements (n, columns), what is to be predicted (n,), and the names of the columns."""
-    if csv is None:
-        data = load_diabetes()
-        return data.data, data.target, list(data.feature_names)
-    table = np.genfromtxt(csv, delimiter=",", names=True)
-    columns = [name for name in table.dtype.names if name != target]
-    return np.stack([table[name] for name in columns], 1), table[target], columns
+def read(path: Path, target: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Read a table: measurements (n, columns), what is to be predicted (n,), and the names of the columns."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            header, *rows = [row for row in csv.reader(file, skipinitialspace=True) if row]
+    except (OSError, ValueError, csv.Error) as error:
+        raise SystemExit(f"--csv must be a table in UTF-8 with a header: '{path}' cannot be read ({error}).") from error
+    if target not in header:
+        raise SystemExit(f"--target must be a column of '{path}', got '{target}'. There are: {', '.join(header)}.")
+    if len(rows) < 40:
+        raise SystemExit(f"'{path}' has {len(rows)} rows; at least 40 are needed.")
+    cells = zip_longest(header, *rows, fillvalue="")
+    columns = [(name, np.array([number(cell) for cell in column])) for name, *column in cells]
+    wrong = [(name, np.flatnonzero(~np.isfinite(values))) for name, values in columns]
+    places = "; ".join(f"'{name}': {len(at)} rows, first in line {at[0] + 2}" for name, at in wrong if len(at))
+    if places:
+        raise SystemExit(f"'{path}' must hold numbers alone. Take out these columns, or their rows: {places}.")
+    varying = [(name, values) for name, values in columns if values.min() < values.max()]
+    y, x = dict(varying).get(target), [(name, values) for name, values in varying if name != target]
+    if y is None or not x:
+        raise SystemExit(f"In '{path}' the target or all other columns are constant: there is nothing to learn.")
+    return np.stack([values for _, values in x], 1), y, [name for name, _ in x]
+
+
+def number(cell: str) -> float:
+    """Return the number in a cell, NaN if there is none."""
+    try:
+        return float(cell)
+    except ValueError:
+        return float("nan")
 
 
 class Tabular(L.LightningDataModule):
@@ -81,14 +105,15 @@ def print_examples(attribution: Attribution, data: Tabular, columns: list[str], 
     """Print the training examples that raised and lowered a prediction the most, by their three largest columns."""
     x, y = data.test_set[target]
     print(f"\ntest example {target} ({describe(x, columns)}), in truth {y:+.1f}:")
-    for name, ranked in (("raised", attribution.top(3)), ("lowered", attribution.bottom(3))):
+    for ranked in (attribution.top(3), attribution.bottom(3)):
         for row, value in zip(ranked.indices[target].tolist(), ranked.values[target].tolist(), strict=True):
             x, y = data.train_set[row]
-            print(f"  {name} by {value:+.3f}: #{row} ({describe(x, columns)}), labelled {y:+.1f}")
+            change = "raised" if value > 0 else "lowered"
+            print(f"  {change} by {abs(value):.3f}: #{row} ({describe(x, columns)}), labelled {y:+.1f}")
 
 
 def describe(x: torch.Tensor, columns: list[str]) -> str:
-    """Name the three columns that are farthest from the mean, in standard deviations."""
+    """Name the three columns that are farthest from the mean."""
     return ", ".join(f"{columns[place]} {x[place]:+.1f}" for place in x.abs().topk(min(3, len(x))).indices.tolist())
 
 
@@ -96,13 +121,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", type=Path, help="a table of numbers with a header, in place of the diabetes data")
     parser.add_argument("--target", default="target", help="the column of --csv to predict")
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=15, help="a checkpoint is featurized after each")
     parser.add_argument("--subsets", type=int, default=20, help="retrainings to hold the scores against")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder to write into")
     arguments = parser.parse_args()
     mpl.use("Agg")
 
-    x, y, columns = read(arguments.csv, arguments.target)
+    name = "diabetes"
+    if arguments.csv:
+        x, y, columns = read(arguments.csv, arguments.target)
+        name = f"{arguments.csv.stem}-{arguments.target}"
+    else:
+        source = load_diabetes()
+        x, y, columns = source.data, source.target, list(source.feature_names)
+    # A store and its retrainings are for one setting.
+    folder = arguments.output / "tabular_regression" / f"{name}-epochs{arguments.epochs}"
     L.seed_everything(0)
     data = Tabular(x, y)
 
@@ -110,11 +143,12 @@ def main() -> None:
         quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
         return L.Trainer(max_epochs=arguments.epochs, accelerator="cpu", **quiet, **options)
 
-    saving = ModelCheckpoint(arguments.output / "tabular_regression" / "checkpoints", save_top_k=-1)
-    trainer = make_trainer(callbacks=[saving, TRAKCallback(arguments.output / "tabular_regression" / "attributions")])
+    saving = ModelCheckpoint(folder / "checkpoints", save_top_k=-1)
+    trainer = make_trainer(callbacks=[saving, TRAKCallback(folder / "attributions")])
     trainer.fit(Regressor(x.shape[1]), datamodule=data)
 
     attribution = trainer.attribute(datamodule=data)
+    print("\nAll numbers are in standard deviations; columns and labels are counted from their means.")
     for target in (0, 1):
         print_examples(attribution, data, columns, target)
     figure, _ = attribution.plot(columns=[0, 1], k=5)
@@ -126,9 +160,12 @@ def main() -> None:
     print(f"Self-influence finds them with an AUROC of {area:.3f}; 0.5 is chance.")
 
     truth = retrain_subsets(
-        lambda: Regressor(x.shape[1]), data, lambda: make_trainer(enable_checkpointing=False), arguments.subsets,
-        dirpath=arguments.output / "tabular_regression" / "retraining",
-    )  # fmt: skip
+        lambda: Regressor(x.shape[1]),
+        data,
+        lambda: make_trainer(enable_checkpointing=False),
+        arguments.subsets,
+        dirpath=folder / "retraining",
+    )
     print(f"\n{evaluate(attribution, truth)}")
     print(f"\nThe picture is in {arguments.output / 'tabular_regression.png'}.")
 

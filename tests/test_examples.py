@@ -60,7 +60,7 @@ def cifar(tmp_path):
 
 def test_cifar_is_read(cifar):
     folder, pixels, labels = cifar
-    read_cifar = runpy.run_path(str(EXAMPLES / "cifar_quickstart.py"))["read_cifar"]
+    read_cifar = functions("cifar_quickstart.py")["read_cifar"]
     images, classes = read_cifar([folder / "data_batch_1", folder / "data_batch_2"], (3, 5), 20)
     assert images.shape == (20, 3, 32, 32)
     chosen = np.isin(labels, (3, 5))
@@ -76,6 +76,13 @@ def test_cifar_quickstart_on_cifar(cifar, tmp_path):
     result = subprocess.run([*script, *options], check=True, capture_output=True, text=True)
     assert "n_train=60, n_targets=12" in result.stdout
     assert (tmp_path / "cifar_quickstart.png").stat().st_size > 20_000
+
+
+def test_cifar_is_not_there(cifar):
+    folder, _, _ = cifar
+    (folder / "data_batch_4").unlink()
+    with pytest.raises(SystemExit, match=r"folder cifar-10-batches-py: '.*' is without data_batch_4\.$"):
+        functions("cifar_quickstart.py")["cats_and_dogs"](folder, 10, 10, 10)
 
 
 def test_clip(tmp_path):
@@ -115,7 +122,21 @@ def test_language_model_on_a_text(tmp_path):
     command = [sys.executable, EXAMPLES / "language_model.py", "--text", tmp_path / "text", "--output", tmp_path]
     result = subprocess.run(command, check=False, capture_output=True, text=True)
     assert result.returncode == 1
-    assert "The text has 0 passages of 48 words; at least 40 are needed." in result.stderr
+    assert "There are 0 training passages of 48 words; at least 40 are needed." in result.stderr
+
+
+def test_language_model_of_other_passages(tmp_path):
+    smaller = ["--epochs", "1", "--n-train"]
+    assert numbers("language_model.py", r"among (60) passages", tmp_path, *smaller, "60")
+    assert numbers("language_model.py", r"among (50) passages", tmp_path, *smaller, "50")
+
+
+@pytest.mark.parametrize("content", [None, b"caf\xe9"])
+def test_language_model_of_no_text(tmp_path, content):
+    if content:
+        (tmp_path / "text").write_bytes(content)
+    with pytest.raises(SystemExit, match="--text must be a text file in UTF-8: '.*text' cannot be read"):
+        functions("language_model.py")["read"](tmp_path / "text")
 
 
 def test_bert_text_classification(tmp_path):
@@ -128,12 +149,24 @@ def test_bert_text_classification(tmp_path):
     assert float(found[3]) > 0.68
 
 
+def test_bert_of_too_few_pairs():
+    example = functions("bert_text_classification.py")
+    pairs = [(f"the first of {row}", "the second", row % 2) for row in range(30)]
+    tokenizer = example["train_tokenizer"]([first for first, _, _ in pairs])
+    data = example["PairData"](pairs, tokenizer, n_train=20, n_test=10, max_length=8)
+    assert (len(data.train_set), len(data.test_set)) == (20, 10)
+    with pytest.raises(SystemExit, match=r"There are 30 pairs, 10 of them for the test: .* at most 20, got 21\."):
+        example["PairData"](pairs, tokenizer, n_train=21, n_test=10, max_length=8)
+
+
 def test_custom_task(tmp_path):
     found, of, _, area = numbers(
         "custom_task.py", r"(\d+) of the (\d+) wrong .* first (\d+) .*AUROC (\d\.\d+)", tmp_path
     )
     assert found >= of / 2
     assert area > 0.9
+    (other,) = numbers("custom_task.py", r"AUROC (\d\.\d+)", tmp_path, "--epochs", "1")
+    assert other != area  # the ten checkpoints are left alone
 
 
 def test_tabular_regression(tmp_path):
@@ -148,7 +181,66 @@ def test_tabular_regression_of_a_table(tmp_path):
     rows = ["a,b,price", *(f"{i % 7},{i % 5},{2 * (i % 7) - i % 5}" for i in range(80))]
     (tmp_path / "table.csv").write_text("\n".join(rows))
     options = ["--csv", tmp_path / "table.csv", "--target", "price", "--subsets", "2", "--epochs", "2"]
-    numbers("tabular_regression.py", r"(8|6) of (60) train labels", tmp_path, *options)
+    numbers("tabular_regression.py", r"(6) of (60) train labels", tmp_path, *options)
+    numbers("tabular_regression.py", r"(6) of (60) train labels", tmp_path, *options, "--epochs", "3")
+    assert len(list(tmp_path.glob("tabular_regression/*/retraining/runs/*.npz"))) == 4  # two for each setting
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Writes a table, and returns what the example reads there."""
+    read = functions("tabular_regression.py")["read"]
+
+    def write_and_read(*columns, target="house price"):
+        path = tmp_path / "table.csv"
+        header = ("size", "house price", "district", "year")
+        path.write_text("\n".join(", ".join(map(str, row)) for row in [header, *zip(*columns, strict=True)]))
+        return read(path, target)
+
+    return write_and_read
+
+
+SIZE, PRICE, DISTRICT = range(60), range(100, 160), [row % 7 for row in range(60)]
+
+
+def test_tabular_regression_drops_constant_columns(table):
+    x, y, columns = table(SIZE, PRICE, DISTRICT, [2020] * 60)
+    assert columns == ["size", "district"]
+    assert np.array_equal(x, np.stack([SIZE, DISTRICT], 1))
+    assert np.array_equal(y, PRICE)
+    with pytest.raises(SystemExit, match="target or all other columns are constant"):
+        table(SIZE, [1] * 60, DISTRICT, SIZE)
+    with pytest.raises(SystemExit, match="target or all other columns are constant"):
+        table([1] * 60, PRICE, [2] * 60, [3] * 60)
+
+
+def test_tabular_regression_names_what_is_no_number(table):
+    year = [*range(5), "", *range(54)]
+    with pytest.raises(SystemExit, match=r"'district': 60 rows, first in line 2; 'year': 1 rows, first in line 7\."):
+        table(SIZE, PRICE, ["north"] * 60, year)
+    with pytest.raises(SystemExit, match=r"numbers alone.*: 'size': 1 rows, first in line 61\."):
+        table([*range(59), "inf"], PRICE, DISTRICT, SIZE)
+
+
+def test_tabular_regression_names_the_columns(table):
+    with pytest.raises(SystemExit, match=r"got 'price'\. There are: size, house price, district, year\."):
+        table(SIZE, PRICE, DISTRICT, SIZE, target="price")
+
+
+def test_tabular_regression_of_no_table(table, tmp_path):
+    with pytest.raises(SystemExit, match="has 10 rows; at least 40 are needed"):
+        table(*[range(10)] * 4)
+    read = functions("tabular_regression.py")["read"]
+    (tmp_path / "empty").touch()
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    for name in ("missing", "empty", "latin"):
+        with pytest.raises(SystemExit, match="--csv must be a table in UTF-8 with a header: .* cannot be read"):
+            read(tmp_path / name, "target")
+
+
+def functions(script):
+    """Return what an example defines."""
+    return runpy.run_path(str(EXAMPLES / script))
 
 
 def numbers(script, pattern, output, *options):
