@@ -138,6 +138,8 @@ def select_parameters(module: nn.Module, parameters: str | Sequence[str] | None)
             )
         return chosen
     patterns = [parameters] if isinstance(parameters, str) else list(parameters)
+    if not patterns:
+        raise ValueError("parameters names none; leave it at None for all that require a gradient.")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in floating):
             near = difflib.get_close_matches(pattern, floating, n=3, cutoff=0.4) or list(floating)[:3]

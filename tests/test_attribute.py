@@ -986,6 +986,9 @@ def test_checkpoints_that_do_not_fit(tmp_path, run):
         trainer.attribute(ckpt_path=tmp_path / "wide.pt")
     with pytest.raises(ValueError, match=r"does not fit Classifier: missing: net.0.weight"):
         trainer.attribute(ckpt_path=[tmp_path / "other.pt"])
+    torch.save(Classifier().net.state_dict(), tmp_path / "net.pt")
+    with pytest.raises(ValueError, match=r"those of its part 'net': load them into module\.net, and save module\."):
+        trainer.attribute(ckpt_path=tmp_path / "net.pt")
     with pytest.raises(FileNotFoundError, match="which is no file"):
         trainer.attribute(ckpt_path=tmp_path / "nowhere.pt")
     with pytest.raises(ValueError, match="empty list"):

@@ -127,6 +127,8 @@ def test_select_parameters():
     net.register_parameter("counts", nn.Parameter(torch.tensor([1, 2]), requires_grad=False))
     assert select_parameters(net, None) == ["1.weight", "1.bias", "2.weight", "2.bias"]
     assert select_parameters(net, "0.weight") == ["0.weight"]
+    with pytest.raises(ValueError, match="parameters names none"):
+        select_parameters(net, [])
     assert select_parameters(net, ["2.*", "*.weight"]) == ["0.weight", "1.weight", "2.weight", "2.bias"]
     for unknown in ("3.*", ["2.*", "2.wait"], "counts"):
         with pytest.raises(ValueError, match=r"matches no parameter of Sequential; there are, for example, '\d"):

@@ -183,6 +183,16 @@ def check_fit(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     if problems:
         shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
         raise ValueError(
-            f"The checkpoint does not fit {type(module).__name__}: {shown}. Build the model with the hyperparameters it"
-            " was trained with, or attribute other checkpoints with ckpt_path=..."
+            f"The checkpoint does not fit {type(module).__name__}: {shown}. {_remedy(own, weights)}, or attribute other"
+            " checkpoints with ckpt_path=..."
         )
+
+
+def _remedy(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+    """Say what to do about weights that do not fit: they may be those of a part of the module."""
+    first = next(iter(weights), "")
+    prefix = next((name[: -len(first)] for name in own if name.endswith(f".{first}")), None)
+    if prefix is not None and set(own) >= {prefix + name for name in weights}:
+        part = prefix.rstrip(".")
+        return f"They are those of its part {part!r}: load them into module.{part}, and save module.state_dict()"
+    return "Build the model with the hyperparameters it was trained with"
