@@ -134,12 +134,9 @@ def test_tasks_of_the_quality_benchmark(key):
 
 
 def test_tasks(table):
-    cases = tuple(features.Case(key, n_train=8, n_targets=4) for key in ("tagger", "regressor", "segmenter", "clip"))
+    cases = tuple(features.Case(key, n_train=8, n_targets=4) for key in ("regressor", "clip"))
     found = table(tasks.run, cases)
-    assert [row[0] for row in found] == [
-        f"`{name}Mixin`" for name in ("Multilabel", "Regression", "Segmentation", "Contrastive")
-    ]
-    assert {row[2] for row in found} == {"hooks"}
+    assert [(row[0], row[2]) for row in found] == [("`RegressionMixin`", "hooks"), ("`ContrastiveMixin`", "hooks")]
 
 
 def test_diffusion(table, tmp_path):

@@ -30,8 +30,8 @@ class ClassificationMixin(TRAKMixin):
 
     TRAK, arXiv 2303.14186, Section 3.3. Batches ``(x, y)`` and mappings with ``"labels"`` (Hugging Face inputs, whose
     model returns ``.logits``) are understood; for others override `get_logits` and `get_labels`. For targets without
-    labels the output is that of the class that the last checkpoint predicts; where `get_logits` or `get_labels` is
-    overridden, the class that each checkpoint predicts.
+    labels the output is that of the class that the last checkpoint predicts; where one of the
+    methods is overridden, the class that each checkpoint predicts.
 
     Attributes:
         temperature: divides the logits; 1 unless training does the same.
@@ -61,8 +61,8 @@ class ClassificationMixin(TRAKMixin):
 
     def label_targets(self, batch: Any) -> Any:
         """Return the batch with the predicted classes for labels, if it has none."""
-        own = type(self).get_logits, type(self).get_labels
-        if own != (ClassificationMixin.get_logits, ClassificationMixin.get_labels):
+        names = ("model_output", "get_logits", "get_labels")
+        if any(getattr(type(self), name) is not getattr(ClassificationMixin, name) for name in names):
             return batch  # methods of the module's own need not understand another batch
         if labels_or_none(batch) is not None:
             return batch
