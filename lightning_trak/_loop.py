@@ -29,7 +29,7 @@ from lightning_trak.featurize import Featurizer
 from lightning_trak.gradients import EngineUnsuitable, ModelFunction, batch_gradient
 from lightning_trak.gradients.batch import same_tensors
 from lightning_trak.loss_projection import PER_SAMPLE_LOSS, LossProjection
-from lightning_trak.module import LossTerms, prepared
+from lightning_trak.module import LossTerms, own_method, prepared
 from lightning_trak.progress import progress
 from lightning_trak.projection import Projector, projection_key
 from lightning_trak.weights import Weights
@@ -168,10 +168,11 @@ class FeaturizationLoop:
         parameters = dict(self._module.named_parameters())
         return self._projector.dimension(sum(parameters[name].numel() for name in self._parameters))
 
-    def label_targets(self, weights: Weights) -> None:
-        """Let the module label targets at these weights, whatever those at which they are featurized."""
-        if hasattr(self._module, "label_targets"):
-            self._label = partial(self._function(weights).call, self._module.label_targets)
+    def label_targets(self, load: Callable[[], Weights]) -> None:
+        """Let the module label targets, if it does, at the weights that are loaded, not those of a featurization."""
+        label = own_method(self._module, "label_targets")
+        if label is not None:
+            self._label = partial(self._function(load()).call, label)
 
     def preflight(self, weights: Weights, digest: str | None = None) -> None:
         """Try the first batch, so that what cannot work fails now with its reason, and not after hours of training.

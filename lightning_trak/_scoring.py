@@ -112,7 +112,8 @@ class Scoring:
     def _solve(self, loader: DataLoader[Any], trains: list[TrainFeatures], dampings: list[float]) -> list[Tensor]:
         """Featurize the targets at every checkpoint and solve with its kernel."""
         loop, solved, total = self.plan.loop(self.trainer, self.model, loader, "target"), [], len(self.digests)
-        loop.label_targets(load_weights(self.store[self.digests[-1]].weights_path, self.digests[-1]))
+        last = self.digests[-1]
+        loop.label_targets(lambda: load_weights(self.store[last].weights_path, last))
         for number, (digest, train, damping) in enumerate(zip(self.digests, trains, dampings, strict=True), 1):
             entry = self.store[digest]
             if number == 1:

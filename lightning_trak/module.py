@@ -72,7 +72,7 @@ class TRAKMixin:
         Override it where one output stands for many parts of an example, tokens for example, whose losses together have
         more curvature than ∂²L/∂f² tells: it is that of one direction.
         """
-        return loss_derivatives(lambda f: self.output_to_loss(f, batch), output)[1]
+        return _derivatives_of(self, output, batch)[1]
 
     def per_sample_loss(self, batch: Any) -> Tensor:
         """Return the training loss of every example, (b,): by default ``output_to_loss`` of its output.
@@ -99,11 +99,15 @@ class TRAKMixin:
 
     def out_to_loss_grad(self, batch: Any) -> Tensor:
         """Return Q = −∂L/∂f for every example, (b,): how hard training still pulls on it. Overridable."""
-        return loss_derivatives(lambda output: self.output_to_loss(output, batch), self.model_output(batch))[0]
+        return _derivatives_of(self, self.model_output(batch), batch)[0]
 
     def out_to_loss_curvature(self, batch: Any) -> Tensor:
         """Return w = ∂²L/∂f² for every example, (b,). Overridable."""
-        return loss_derivatives(lambda output: self.output_to_loss(output, batch), self.model_output(batch))[1]
+        return _derivatives_of(self, self.model_output(batch), batch)[1]
+
+
+def _derivatives_of(module: Any, output: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+    return loss_derivatives(lambda f: module.output_to_loss(f, batch), output)
 
 
 def loss_derivatives(output_to_loss: Callable[[Tensor], Tensor], output: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,11 +174,11 @@ class LossTerms:
 
     def __init__(self, module: Any) -> None:
         self._module = module
-        self._own_grad = _own(module, "out_to_loss_grad")
-        self._own_curvature = _own(module, "out_to_loss_curvature")
-        self._own_loss = _own(module, "output_to_loss")
-        self._kernel_weight = _own(module, "kernel_weight")
-        self._per_sample_loss = _own(module, "per_sample_loss")
+        self._own_grad = own_method(module, "out_to_loss_grad")
+        self._own_curvature = own_method(module, "out_to_loss_curvature")
+        self._own_loss = own_method(module, "output_to_loss")
+        self._kernel_weight = own_method(module, "kernel_weight")
+        self._per_sample_loss = own_method(module, "per_sample_loss")
 
     @property
     def need_projection(self) -> bool:
@@ -201,14 +205,16 @@ class LossTerms:
             if self._own_curvature is None:
                 _check_consistent(own, loss_grad)
             loss_grad = own
-        if self._own_curvature is None and self._kernel_weight is not None:
-            curvature = _checked("kernel_weight", call(self._kernel_weight, output, batch), output)
         own_curvature = self.own_curvature(call, batch, output)
-        return loss_grad, curvature if own_curvature is None else own_curvature
+        if own_curvature is not None:
+            curvature = own_curvature
+        elif self._kernel_weight is not None:
+            curvature = _checked("kernel_weight", call(self._kernel_weight, output, batch), output)
+        return loss_grad, curvature
 
     def of_batch(self, batch: Any) -> Tensor | None:
         """Return the loss of a batch that training minimises; None where the module tells no loss, but its Q alone."""
-        whole, reduce = _own(self._module, "batch_loss"), _own(self._module, "reduce_losses")
+        whole, reduce = own_method(self._module, "batch_loss"), own_method(self._module, "reduce_losses")
         if whole is not None:
             return whole(batch)  # type: ignore[no-any-return]
         if self._per_sample_loss is not None:
@@ -224,7 +230,7 @@ class LossTerms:
         return TRAKMixin.output_to_loss(self._module, output, batch) if own is None else own(output, batch)
 
 
-def _own(module: Any, name: str) -> Callable[..., Any] | None:
+def own_method(module: Any, name: str) -> Callable[..., Any] | None:
     """Return the module's own method of that name; None if it has none or merely inherits the mixin's default."""
     method = getattr(module, name, None)
     default = getattr(TRAKMixin, name)

@@ -19,11 +19,11 @@ from lightning_trak.gradients.tracing import Layer
 _LARGEST = 2**20  # entries of a parameter: larger ones are no scales or tokens, and copies of them might not fit
 _MOST_AXES = 3  # between the examples and a parameter's own axes: channels or positions, height and width
 
-_ALONE = {"abs", "clamp", "clone", "contiguous", "cos", "detach", "exp", "float", "log", "log1p", "neg", "positive"}
-_ALONE |= {"reciprocal", "relu", "sigmoid", "sin", "softplus", "sqrt", "square", "tanh", "to", "type", "type_as"}
-_TOGETHER = {"add", "div", "iadd", "imul", "isub", "itruediv", "mul", "pow", "radd", "rdiv", "rmul", "rpow", "rsub"}
-_TOGETHER |= {"rtruediv", "sub", "true_divide", "truediv"}
-_ATTRIBUTES = {"device", "dim", "dtype", "is_cuda", "ndim", "requires_grad", "requires_grad_", "shape", "size"}
+_HARMLESS = {"abs", "clamp", "clone", "contiguous", "cos", "detach", "exp", "float", "log", "log1p", "neg", "positive"}
+_HARMLESS |= {"reciprocal", "relu", "sigmoid", "sin", "softplus", "sqrt", "square", "tanh", "to", "type", "type_as"}
+_HARMLESS |= {"add", "div", "iadd", "imul", "isub", "itruediv", "mul", "pow", "radd", "rdiv", "rmul", "rpow", "rsub"}
+_HARMLESS |= {"rtruediv", "sub", "true_divide", "truediv"}
+_HARMLESS |= {"device", "dim", "dtype", "is_cuda", "ndim", "requires_grad", "requires_grad_", "shape", "size"}
 
 
 class _Unsuitable(Exception):
@@ -51,7 +51,7 @@ class _Watch(TorchFunctionMode):
         if not own:
             return result
         name = _name(func)
-        if not (name in _ALONE | _TOGETHER | _ATTRIBUTES or _keeps_first_axis(name, own, args, kwargs, result)):
+        if not (name in _HARMLESS or _keeps_first_axis(name, own, args, kwargs, result)):
             raise _Unsuitable(name)
         if isinstance(result, Tensor) and result.shape[:1] == own[0].shape[:1]:
             others = [tensor for tensor in tensors if id(tensor) not in self._copies]

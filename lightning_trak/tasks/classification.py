@@ -30,8 +30,8 @@ class ClassificationMixin(TRAKMixin):
 
     TRAK, arXiv 2303.14186, Section 3.3. Batches ``(x, y)`` and mappings with ``"labels"`` (Hugging Face inputs, whose
     model returns ``.logits``) are understood; for others override `get_logits` and `get_labels`. For targets without
-    labels the output is that of the class that the last checkpoint predicts; where one of the
-    methods is overridden, the class that each checkpoint predicts.
+    labels the output is that of the class that the last checkpoint predicts; where one of the methods
+    is overridden, the class that each checkpoint predicts.
 
     Attributes:
         temperature: divides the logits; 1 unless training does the same.
@@ -67,8 +67,7 @@ class ClassificationMixin(TRAKMixin):
         if labels_or_none(batch) is not None:
             return batch
         with torch.no_grad():
-            logits = self.get_logits(batch)
-        classes = logits.argmax(1) if logits.ndim == 2 and logits.shape[1] > 1 else (logits.reshape(-1) > 0).long()
+            classes = _two_at_least(self.get_logits(batch)).argmax(1)
         if isinstance(batch, Mapping):
             return {**batch, "labels": classes}
         return (batch[0] if isinstance(batch, (list, tuple)) else batch), classes
@@ -76,9 +75,8 @@ class ClassificationMixin(TRAKMixin):
     def model_output(self, batch: Any) -> Tensor:
         """Return the log-odds of every example's label, (b,)."""
         logits, classes = self.get_logits(batch) / getattr(self, "temperature", 1), self.get_labels(batch)
-        if logits.ndim == 1 or (logits.ndim == 2 and logits.shape[1] == 1):
-            logits = torch.stack([torch.zeros_like(logits), logits], -1).reshape(len(logits), 2)
-            classes = None if classes is None else _binary(classes)
+        if _is_single(logits):
+            logits, classes = _two_at_least(logits), None if classes is None else _binary(classes)
         _check_logits(logits)
         if self.label_smoothing and logits.shape[1] > 2:
             raise ValueError(
@@ -125,6 +123,17 @@ class ClassificationMixin(TRAKMixin):
                 " neither here and define per_sample_loss(self, batch), the losses, (b,)."
             )
         return torch.as_tensor(weights).to(like)[classes.reshape(len(like)).long()]
+
+
+def _is_single(logits: Tensor) -> bool:
+    return logits.ndim == 1 or (logits.ndim == 2 and logits.shape[1] == 1)
+
+
+def _two_at_least(logits: Tensor) -> Tensor:
+    """Return logits of two classes for a single one, (b, 2), which stands against zero; others as they are."""
+    if not _is_single(logits):
+        return logits
+    return torch.stack([torch.zeros_like(logits), logits], -1).reshape(len(logits), 2)
 
 
 def _binary(classes: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ class ContrastiveMixin(TRAKMixin):
     def prepare_checkpoint(self) -> None:
         """Embed the contrast set."""
         with torch.no_grad():
-            self._contrast = tuple(normalize(half, dim=1) for half in self.get_embeddings(self.get_contrast_batch()))
+            self._contrast = self._directions(self.get_contrast_batch())
 
     def model_output(self, batch: Any) -> Tensor:
         """Return the sum of the log-odds of both halves, (b,)."""
@@ -109,13 +109,18 @@ class ContrastiveMixin(TRAKMixin):
 
     def batch_loss(self, batch: Any) -> Tensor:
         """Return the loss that CLIP minimises, of the pairs of a batch among each other."""
-        images, texts = (normalize(half, dim=1) for half in self.get_embeddings(batch))
+        images, texts = self._directions(batch)
         logits, pairs = self.get_logit_scale() * images @ texts.T, torch.arange(len(images), device=images.device)
         return (cross_entropy(logits, pairs) + cross_entropy(logits.T, pairs)) / 2
 
+    def _directions(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the embeddings of both halves, (b, d) each, of length 1."""
+        images, texts = self.get_embeddings(batch)
+        return normalize(images, dim=1), normalize(texts, dim=1)
+
     def _margins(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return m₁ and m₂, (b,) each."""
-        images, texts = (normalize(half, dim=1) for half in self.get_embeddings(batch))
+        images, texts = self._directions(batch)
         if not hasattr(self, "_contrast"):
             raise RuntimeError("Call prepare_checkpoint() before model_output: it embeds the contrast set.")
         other_images, other_texts = self._contrast
