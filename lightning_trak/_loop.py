@@ -7,7 +7,7 @@ It never calls ``trainer.predict``, which would overwrite the state of a running
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -26,12 +26,15 @@ from lightning_trak.adaptation import Adaptation
 from lightning_trak.checks import check_dependent, check_finite, check_independent, check_size
 from lightning_trak.data import loader_batch_size, read_batches, seed_all
 from lightning_trak.featurize import Featurizer
+from lightning_trak.generators import kept_generators
 from lightning_trak.gradients import EngineUnsuitable, ModelFunction, batch_gradient
 from lightning_trak.gradients.batch import same_tensors
 from lightning_trak.loss_projection import PER_SAMPLE_LOSS, LossProjection
 from lightning_trak.module import LossTerms, own_method, prepared
+from lightning_trak.module_state import ModuleState, hidden_frozen, unchanged
 from lightning_trak.progress import progress
 from lightning_trak.projection import Projector, projection_key
+from lightning_trak.tempering import is_logistic
 from lightning_trak.weights import Weights
 
 Array = npt.NDArray[Any]
@@ -40,16 +43,33 @@ _TRIED = 8  # examples of the first batch that are tried before training
 
 
 @contextmanager
-def undisturbed(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
+def undisturbed(trainer: pl.Trainer, module: pl.LightningModule, *sources: Any) -> Iterator[None]:
     """Evaluate ``module`` as in ``predict`` but with gradients and without autocast, and leave no trace.
 
-    Kept are the modes of all submodules, the random states, the logs, and the trainer's state: hooks that augment
-    ``if self.trainer.training`` do not do so here, during ``fit`` as little as after it.
+    Kept are the module (see `ModuleState`), the random states, also of generators that the module or one of the
+    ``sources`` of examples holds, the logs, and the trainer's state.
+
+    Raises:
+        ModuleChanged: if the module is not what it was.
+    """
+    with (
+        torch.inference_mode(False),
+        kept_generators(module, *sources),
+        unchanged(module, trainer.optimizers),
+        hidden_frozen(module),
+        _as_in_predict(trainer, module),
+    ):
+        yield
+
+
+@contextmanager
+def _as_in_predict(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
+    """Set modes and states; who enters restores those of the module.
+
+    Hooks that augment ``if self.trainer.training`` do not do so here, during ``fit`` as little as after it.
     """
     state = trainer.state
     before = (state.fn, state.status, state.stage)
-    own: dict[str, Any] = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
-    modes = {submodule: submodule.training for submodule in module.modules()}
     isolated = isolate_rng()
     isolated.__enter__()
     state.fn, state.status, state.stage = TrainerFn.PREDICTING, TrainerStatus.RUNNING, RunningStage.PREDICTING
@@ -63,11 +83,6 @@ def undisturbed(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[Non
             vars(module).update(log=_log_nothing, log_dict=_log_nothing)  # model_output may log, as training_step does
             yield
     finally:
-        for name in ("log", "log_dict"):
-            vars(module).pop(name, None)
-        vars(module).update(own)
-        for submodule, training in modes.items():
-            submodule.training = training
         state.fn, state.status, state.stage = before
         isolated.__exit__(None, None, None)  # not with the exception: isolate_rng restores nothing then
 
@@ -84,8 +99,7 @@ def attached(
     strategy, connector = trainer.strategy, trainer._data_connector
     connected, model, device = strategy.lightning_module, strategy.model, module.device
     before = (connector._datahook_selector, trainer.datamodule)
-    structure = [(m, dict(m._modules), dict(m._parameters), dict(m._buffers)) for m in module.modules()]
-    trainers = (module._trainer, None if datamodule is None else datamodule.trainer)
+    state, own_trainer = ModuleState(module), None if datamodule is None else datamodule.trainer
     try:
         strategy.connect(module)
         strategy.setup_environment()
@@ -93,16 +107,14 @@ def attached(
         connector._datahook_selector = _DataHookSelector(module, datamodule)
         if datamodule is not None:
             trainer.datamodule, datamodule.trainer = datamodule, trainer
-        with undisturbed(trainer, module):
+        with _as_in_predict(trainer, module):
             strategy.model_to_device()
             yield
     finally:
-        for part, modules, parameters, buffers in structure:  # a module's setup() may have built layers anew
-            part._modules, part._parameters, part._buffers = modules, parameters, buffers
+        state.restore()  # a module's setup() may have built layers anew
         module.to(device)
-        module.trainer = trainers[0]
         if datamodule is not None:
-            datamodule.trainer = trainers[1]
+            datamodule.trainer = own_trainer
         connector._datahook_selector, trainer.datamodule = before
         strategy._lightning_module, strategy.model = connected, model
 
@@ -156,6 +168,7 @@ class FeaturizationLoop:
         self._loss_terms = LossTerms(module)
         self._label: Callable[[Any], Any] | None = None
         self.repeatable = True  # whether two reads of an example are the same; preflight finds out
+        self.logistic = not self._loss_terms.need_projection  # whether the loss is softplus(−f), as far as is known
 
     @property
     def size(self) -> int:
@@ -168,6 +181,13 @@ class FeaturizationLoop:
         parameters = dict(self._module.named_parameters())
         return self._projector.dimension(sum(parameters[name].numel() for name in self._parameters))
 
+    @property
+    def n_trainable(self) -> int:
+        """How many parameters are trained; where all are frozen, how many are attributed."""
+        own = dict(self._module.named_parameters())
+        trained = sum(value.numel() for value in own.values() if value.requires_grad)
+        return trained or sum(own[name].numel() for name in self._parameters)
+
     def label_targets(self, load: Callable[[], Weights]) -> None:
         """Let the module label targets, if it does, at the weights that are loaded, not those of a featurization."""
         label = own_method(self._module, "label_targets")
@@ -178,25 +198,25 @@ class FeaturizationLoop:
         """Try the first batch, so that what cannot work fails now with its reason, and not after hours of training.
 
         Args:
-            weights: of any checkpoint.
+            weights: of any checkpoint, to which the module may do what it likes.
             digest: their digest, if they are going to be used.
 
         Raises:
             ValueError: if outputs have the wrong shape, do not depend on the parameters, depend on the rest of the
                 batch, or are not finite; or if the loss terms do not belong together.
         """
-        with undisturbed(self._trainer, self._module), ExitStack() as stack:
+        with self._undisturbed(), ExitStack() as stack:
             rows = range(min(self._adaptation.batch_size, _TRIED))
             batch = self._read_once(rows, seed=0)
             self.repeatable = self._is_repeatable(batch, self._read_once(rows, seed=1))
             function = self._function(weights)
-            stack.enter_context(prepared(self._module, function.call))
+            stack.enter_context(prepared(self._module, function.prepare))
             function.observe(batch)
             outputs = self._try(function, batch, rows)
             if self._examples == "train" and self._loss_terms.need_projection:
                 self._try(function.of(PER_SAMPLE_LOSS), batch, rows)
             elif self._examples == "train":
-                self._check_loss(*self._loss_terms(function.call, batch, outputs), rows)
+                self._check_loss(outputs, *self._loss_terms(function.call, batch, outputs), rows)
             self._adaptation.prepare(function, digest)
             rows = range(self._adaptation.batch_size)
             with torch.no_grad(), suppress(torch.OutOfMemoryError):  # it will come in smaller batches
@@ -240,12 +260,12 @@ class FeaturizationLoop:
         projection = self._projection()
         done, engine, batch, size, adaptation = 0, None, None, 0, self._adaptation
         with (
-            undisturbed(self._trainer, self._module),
+            self._undisturbed(),
             progress(self._trainer, description, len(rows)) as advance,
             ExitStack() as stack,
         ):
             function, key = self._function(weights), projection_key(self._seed, digest)
-            stack.enter_context(prepared(self._module, function.call))
+            stack.enter_context(prepared(self._module, function.prepare))
             while done < len(rows):
                 full = False
                 try:
@@ -276,6 +296,9 @@ class FeaturizationLoop:
         self._projector.forget()
         return projection
 
+    def _undisturbed(self) -> AbstractContextManager[None]:
+        return undisturbed(self._trainer, self._module, self._loader.dataset, self._loader.collate_fn)
+
     def _projection(self) -> LossProjection | None:
         if self._examples != "train" or not self._loss_terms.need_projection:
             return None
@@ -303,12 +326,14 @@ class FeaturizationLoop:
             curvature = projection.curvature(loss_grad, losses) if own is None else own
         elif self._examples == "train":
             loss_grad, curvature = self._loss_terms(featurizer.function.call, batch, result.outputs)
-        self._check_loss(loss_grad, curvature, rows)
+        self._check_loss(result.outputs, loss_grad, curvature, rows)
         return result.features.cpu().numpy(), loss_grad.float().cpu().numpy(), curvature.float().cpu().numpy()
 
-    def _check_loss(self, loss_grad: Tensor, curvature: Tensor, rows: Sequence[int]) -> None:
+    def _check_loss(self, outputs: Tensor, loss_grad: Tensor, curvature: Tensor, rows: Sequence[int]) -> None:
+        """Check Q and w, and note whether they are those of the logistic loss, on which the estimator depends."""
         check_finite("out_to_loss_grad", loss_grad, self._examples, rows)
         check_finite("out_to_loss_curvature", curvature, self._examples, rows)
+        self.logistic &= is_logistic(outputs.to(loss_grad.device), loss_grad, curvature)
 
     def _function(self, weights: Weights) -> ModelFunction:
         device, plugin = self._trainer.strategy.root_device, self._trainer.precision_plugin

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from lightning_trak.gradients.batch import fresh
+from lightning_trak.module_state import ModuleState, unchanged
+
 
 class TRAKMixin:
     """Says what to attribute: the model output f, and the loss L as a function of it.
@@ -38,7 +41,7 @@ class TRAKMixin:
     def prepare_checkpoint(self) -> None:
         """Compute what ``model_output`` needs of every checkpoint, once, at its weights.
 
-        What it sets on the module is taken away again. Optional.
+        It may set attributes and buffers; afterwards the module is as it was. Optional.
         """
 
     def model_output(self, batch: Any) -> Tensor:
@@ -144,22 +147,24 @@ def loss_derivatives(output_to_loss: Callable[[Tensor], Tensor], output: Tensor)
 
 @contextmanager
 def prepared(module: Any, call: Callable[..., Any]) -> Iterator[None]:
-    """Let a module prepare for a checkpoint, and leave it as it was.
+    """Let a module prepare for a checkpoint, and leave it as it was: attributes, buffers, parameters, submodules.
 
     Args:
         module: defines ``prepare_checkpoint``, or does not.
         call: calls a bound method of the module at the checkpoint's weights.
     """
-    prepare, before = getattr(module, "prepare_checkpoint", None), dict(vars(module))
-    try:
-        if prepare is not None:
-            with torch.no_grad():
-                call(prepare)
+    prepare = getattr(module, "prepare_checkpoint", None)
+    if prepare is None:
         yield
+        return
+    state = ModuleState(module)
+    try:
+        with torch.no_grad():
+            call(prepare)
+        with unchanged(module):
+            yield
     finally:
-        for name in set(vars(module)) - set(before):
-            delattr(module, name)
-        vars(module).update(before)
+        state.restore()
 
 
 class LossTerms:
@@ -218,11 +223,11 @@ class LossTerms:
         if whole is not None:
             return whole(batch)  # type: ignore[no-any-return]
         if self._per_sample_loss is not None:
-            losses = self._per_sample_loss(batch)
+            losses = self._per_sample_loss(fresh(batch))
         elif self._own_loss is None and self._own_grad is not None:
             return None
         else:
-            losses = self._output_to_loss(self._module.model_output(batch), batch)
+            losses = self._output_to_loss(self._module.model_output(fresh(batch)), fresh(batch))
         return losses.mean() if reduce is None else reduce(losses, batch)
 
     def _output_to_loss(self, output: Tensor, batch: Any) -> Tensor:

@@ -22,6 +22,16 @@ def tensors_in(state_dict: Mapping[str, Any]) -> Weights:
     return {name: value.detach() for name, value in state_dict.items() if isinstance(value, Tensor)}
 
 
+def copy_of_weights(module: nn.Module) -> Weights:
+    """Return a copy of a module's weights: a forward pass may change its own in place, as with ``max_norm=1``.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> copy_of_weights(layer)["weight"].data_ptr() == layer.weight.data_ptr()
+    False
+    """
+    return {name: value.clone() for name, value in tensors_in(module.state_dict()).items()}
+
+
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
     """Return the identity of a checkpoint: a digest of its weights' names, types, shapes and bytes.
 

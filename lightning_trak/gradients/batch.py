@@ -33,6 +33,16 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
     return batch
 
 
+def fresh(batch: Any) -> Any:
+    """Return a batch with the same tensors in containers of its own, so that what is taken out of it is still there.
+
+    >>> batch = {"x": 1, "y": 2}
+    >>> fresh(batch).pop("y"), batch
+    (2, {'x': 1, 'y': 2})
+    """
+    return map_tensors(batch, lambda tensor: tensor)
+
+
 def _rebuild_mapping(like: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
     try:
         return type(like)(items)  # type: ignore[call-arg]

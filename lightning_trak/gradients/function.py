@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+
+from lightning_trak.gradients.batch import fresh
+from lightning_trak.gradients.substitution import places_of_tensors, with_values
 
 _HALF = {torch.float16, torch.bfloat16}
 _EXACT, _COARSE = 1e-3, 0.05  # relative difference of numbers that should be the same, in float32 and in half of it
@@ -76,12 +78,14 @@ class ModelFunction:
     ) -> None:
         check_fit(module, weights)
         self.module, self.method = module, "model_output"
+        weights = _by_name(module, weights)
         values = {name: weights.get(name, value).detach().to(device) for name, value in module.named_parameters()}
         for name, buffer in module.named_buffers():  # cloned, since a forward pass may change them in place
             values[name] = (weights[name] if name in weights else convert(buffer)).detach().clone().to(device)
         self.parameters = {name: values.pop(name) for name in parameters}
         self._others = values
         self._call = _MethodCall(module)
+        self._places = {f"module.{place}": name for place, name in places_of_tensors(module).items()}
         floating = {value.dtype for value in (*self.parameters.values(), *self._others.values())}
         self.tolerance = _COARSE if floating & _HALF else _EXACT
 
@@ -115,14 +119,29 @@ class ModelFunction:
 
         Args:
             method: e.g. ``module.model_output``.
-            args: its arguments.
+            args: its arguments; it may take things out of them.
             parameters: put in the place of `parameters`, to differentiate by them.
         """
         values = {**self._others, **(self.parameters if parameters is None else parameters)}
         with self._differentiable():
-            return functional_call(
-                self._call, {f"module.{name}": value for name, value in values.items()}, (method, *args)
-            )
+            return with_values(self._call, values, self._places, (method, *fresh(args)))
+
+    def prepare(self, method: Callable[[], object]) -> None:
+        """Call a method without arguments, and keep the buffers that it sets for all later calls.
+
+        Parameters that it adds are no leaves: no backward pass is to reach them.
+        """
+        buffers, parameters = dict(self.module.named_buffers()), dict(self.module.named_parameters())
+
+        def keep() -> None:
+            method()
+            found = dict(self.module.named_buffers())
+            self._others.update({name: found[name].detach() for name in buffers if name in found})
+            for name, value in self.module.named_parameters():
+                if name not in parameters:
+                    value.requires_grad_(False)
+
+        self.call(keep)
 
     @contextmanager
     def _differentiable(self) -> Iterator[None]:
@@ -158,7 +177,7 @@ class ModelFunction:
 
     def model_output(self, batch: Any) -> Tensor:
         """Return the module's own ``model_output(batch)``, its form checked; to be called through `call`."""
-        output = getattr(self.module, self.method)(batch)
+        output = getattr(self.module, self.method)(fresh(batch))
         if not isinstance(output, Tensor) or output.ndim != 1:
             got = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
@@ -167,6 +186,13 @@ class ModelFunction:
                 " .squeeze(-1) or .sum(dim=...) over everything but the batch."
             )
         return output
+
+
+def _by_name(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights by the name of each parameter and buffer; of one with several the last, as it is loaded last."""
+    names = {id(value): name for name, value in (*module.named_parameters(), *module.named_buffers())}
+    own = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return {names[id(value)]: weights[name] for name, value in own if name in weights}
 
 
 def check_fit(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch.func import vjp, vmap
 
 from lightning_trak.gradients.batch import tensors_of, with_tensors
 from lightning_trak.gradients.engine import EngineUnsuitable
+from lightning_trak.gradients.substitution import places_of_tensors, with_values
 from lightning_trak.gradients.vmap import without_advice
 
 
@@ -55,12 +56,13 @@ def module_gradients(
         raise EngineUnsuitable(f"{type(module).__name__} is called otherwise than on the first examples")
     values = dict(module.named_parameters())
     chosen = {name: values[name].detach() for name in parameters}
+    places = places_of_tensors(module)
 
     def outputs(chosen: dict[str, Tensor], *examples: Tensor) -> list[Tensor]:
         rows = iter(examples)
         mine = [next(rows).unsqueeze(0) if own else whole for own, whole in zip(batched, tensors, strict=True)]
         own_args, own_kwargs = with_tensors((args, kwargs), mine)
-        found = tensors_of(functional_call(module, chosen, own_args, own_kwargs))
+        found = tensors_of(with_values(module, chosen, places, own_args, own_kwargs))
         found = [tensor for tensor in found if tensor.is_floating_point()]
         return [out for out, grad in zip(found, grads, strict=True) if grad is not None]
 

@@ -87,8 +87,10 @@ def find_layers(function: ModelFunction) -> list[Layer]:
         if whole:
             covered.update(module.modules())
         own = module.named_parameters(recurse=whole, remove_duplicate=False)
-        names = {local: canonical[id(value)] for local, value in own}
-        names = {local: name for local, name in names.items() if name in function.parameters}
+        firsts: dict[str, str] = {}  # one parameter may have several places in a module
+        for local, value in own:
+            firsts.setdefault(canonical[id(value)], local)
+        names = {local: name for name, local in firsts.items() if name in function.parameters}
         if names:
             rule = None if found is None else found.rule
             layers.append(Layer(module, path or type(module).__name__, names, rule, whole))

@@ -1,0 +1,56 @@
+"""Calling a module with other tensors in the places of its parameters and buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+def places_of_tensors(module: nn.Module) -> dict[str, str]:
+    """Return every place of a parameter or buffer, and the name by which the module lists what is there.
+
+    A tensor in two modules has two places and one name, the first, as in ``module.named_parameters()``. A module under
+    two names is one module: its tensors have one place each.
+
+    >>> layer = nn.Linear(2, 2, bias=False)
+    >>> places_of_tensors(nn.ModuleDict({"a": layer, "b": nn.Sequential(layer)}))  # one module under two names
+    {'a.weight': 'a.weight'}
+    >>> other = nn.Linear(2, 2, bias=False)
+    >>> other.weight = layer.weight  # one parameter in two modules
+    >>> places_of_tensors(nn.ModuleDict({"a": layer, "b": other}))
+    {'a.weight': 'a.weight', 'b.weight': 'a.weight'}
+    """
+    names = {id(value): name for name, value in (*module.named_parameters(), *module.named_buffers())}
+    places = {}
+    for path, part in module.named_modules():
+        own = part.named_parameters(recurse=False, remove_duplicate=False)
+        for local, value in (*own, *part.named_buffers(recurse=False, remove_duplicate=False)):
+            places[f"{path}.{local}" if path else local] = names[id(value)]
+    return places
+
+
+def with_values(
+    module: nn.Module,
+    values: Mapping[str, Tensor],
+    places: Mapping[str, str],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """Call ``module(*args, **kwargs)`` with ``values`` in the places of its tensors.
+
+    Every place is named once. `torch.func.functional_call` with its default ``tie_weights=True`` names the tensors of a
+    module that is registered twice twice; it then takes the first replacement for the original, and never puts the
+    module's own parameter back.
+
+    Args:
+        module: any module.
+        values: tensors by name; what they do not name stays as it is.
+        places: see `places_of_tensors`.
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
+    placed = {place: values[name] for place, name in places.items() if name in values}
+    return functional_call(module, placed, args, dict(kwargs or {}), tie_weights=False)
