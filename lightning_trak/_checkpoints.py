@@ -30,6 +30,14 @@ def add_checkpoint(store: FeatureStore, digest: str, weights: Weights, meta: dic
     store.add(digest, meta)
 
 
+def pool_of(store: FeatureStore, digests: Sequence[str] | None = None) -> str:
+    """Say how many checkpoints of the store are averaged over, all or some of them, and of how many runs they are."""
+    chosen = store.digests if digests is None else digests
+    runs = {store[digest].meta.get("run") for digest in chosen}
+    sources = [f"{len(runs - {None})} runs"] * bool(runs - {None}) + ["files"] * (None in runs)
+    return f"{len(chosen)} of {len(store)} checkpoints in '{store.dirpath}', from {' and '.join(sources)}"
+
+
 @contextmanager
 def naming(entry: CheckpointEntry) -> Iterator[None]:
     """Let a ValueError say at which checkpoint it came up, and how to go on without that one."""
@@ -55,6 +63,7 @@ def featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number
         if len(rows) == loop.size:  # of a featurization that went on, the rest is all that is known
             entry.supplement({"loss_explained": projection.explained()})
         loop.report(projection)
+    entry.supplement({"logistic": loop.logistic, "n_trainable": loop.n_trainable})
     entry.finish()
 
 

@@ -1,4 +1,4 @@
-"""What a model gives as it stands: its outputs as in ``predict``, its loss as in training. No gradients."""
+"""What a model gives as it stands: its outputs as in ``predict``. No gradients."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_trak._loop import attached, undisturbed
+from lightning_trak._loop import attached
 from lightning_trak.checks import check_size
 from lightning_trak.data import read_batches
-from lightning_trak.module import LossTerms, prepared
+from lightning_trak.module import prepared
 
 
 def model_outputs(
@@ -31,26 +31,6 @@ def model_outputs(
             check_size(module, values, len(batch_rows))
             outputs[batch_rows] = values.float().cpu()
     return outputs
-
-
-def training_loss(trainer: Any, module: Any, batch: Any) -> float | None:
-    """Return the loss of ``batch`` by ``model_output`` and ``output_to_loss``, just before ``training_step`` does.
-
-    It is in the mode, the precision and the random state of training, so that Dropout draws the same; and leaves no
-    trace. None where the module tells no loss.
-    """
-    modes = {submodule: submodule.training for submodule in module.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    with undisturbed(trainer, module), torch.no_grad(), trainer.precision_plugin.train_step_context():
-        for submodule, training in modes.items():
-            submodule.training = training
-        try:
-            with prepared(module, _call):
-                loss = LossTerms(module).of_batch(batch)
-        finally:
-            for buffer, before in buffers:
-                buffer.copy_(before)
-    return None if loss is None else loss.item()
 
 
 def _call(method: Callable[..., Any], *args: Any) -> Any:

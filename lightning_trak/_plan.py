@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,18 @@ class Plan:
         callback: says what the user asked for.
         module: the model.
         manifest: of an existing store; settings that the user left at their defaults are taken from it.
+        parameters: which to attribute, by name or pattern, where the callback does not say.
     """
 
-    def __init__(self, callback: TRAKCallback, module: Any, manifest: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        callback: TRAKCallback,
+        module: Any,
+        manifest: dict[str, Any] | None = None,
+        parameters: str | Sequence[str] | None = None,
+    ) -> None:
         self._callback = callback
-        parameters, projector = callback.parameters, callback.projector
+        parameters, projector = callback.parameters or parameters, callback.projector
         proj_dim, seed = callback.proj_dim, callback.seed
         if manifest is not None:
             defaults = {name: value.default for name, value in signature(type(self._callback)).parameters.items()}

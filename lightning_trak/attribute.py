@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_trak._checkpoints import add_checkpoint, check_features, featurize_checkpoint
+from lightning_trak._checkpoints import add_checkpoint, check_features, featurize_checkpoint, pool_of
 from lightning_trak._loop import attached
 from lightning_trak._plan import Plan
 from lightning_trak._scoring import Scoring
@@ -40,7 +40,7 @@ CkptPath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 
 def attribute(
     trainer: pl.Trainer,
-    model: pl.LightningModule | None = None,
+    model: pl.LightningModule | pl.LightningDataModule | None = None,
     dataloaders: DataLoader[Any] | pl.LightningDataModule | None = None,
     datamodule: pl.LightningDataModule | None = None,
     ckpt_path: CkptPath = None,
@@ -55,6 +55,7 @@ def attribute(
     Args:
         trainer: a ``lightning.pytorch.Trainer`` with one `TRAKCallback`.
         model: None for the model that the trainer fitted last. Its weights do not matter, those of the checkpoints do.
+            A datamodule in this place is the datamodule: ``trainer.attribute(datamodule)``.
         dataloaders: the targets, in the order of their dataset; else ``datamodule.attribute_dataloader()``,
             ``predict_dataloader()`` or ``test_dataloader()``, whichever is defined first, else those of the model.
         datamodule: also supplies the train set, from ``featurize_dataloader()`` or ``train_dataloader()``, where
@@ -84,6 +85,7 @@ def attribute(
         proj_dim=scoring.plan.proj_dim,
         damping=scoring.damping,
         curvature=scoring.curvature,
+        estimator=scoring.estimator,
         dampings=tuple(damping.value for damping in scored.dampings),
         damping_rules=tuple(damping.rule for damping in scored.dampings),
         temperature=scored.temperature,
@@ -102,21 +104,26 @@ def attribute(
 
 def attribute_self(
     trainer: pl.Trainer,
-    model: pl.LightningModule | None = None,
+    model: pl.LightningModule | pl.LightningDataModule | None = None,
     *,
     datamodule: pl.LightningDataModule | None = None,
     ckpt_path: CkptPath = None,
 ) -> Tensor:
-    """Score how much every training example raised the model output on itself: its self-influence.
+    """Return how much training on each example lowered its own loss: its self-influence, never negative.
 
-    It is high for examples that had to be learnt by heart since nothing else in the train set speaks for them:
-    mislabelled and unusual ones. Feldman and Zhang, "What neural networks memorize and why", NeurIPS 2020. No n × n
-    matrix is made.
+    It is high for examples that were memorised since nothing else in the train set supports them: mislabelled and
+    unusual ones (Feldman and Zhang, "What neural networks memorize and why", NeurIPS 2020, arXiv 2008.03703). Those
+    most likely to be wrong come first in ``attribute_self().argsort(descending=True)``, for every task: a label that is
+    too high counts like one that is too low.
+
+    At each checkpoint it is ∇Lᵀ H⁻¹ ∇L = qᵢ² φ(zᵢ)ᵀ H⁻¹ φ(zᵢ), of the loss, not of the model output; averaged over
+    checkpoints. It is qᵢ times what `attribute` would give for an example with itself as target. No n × n matrix is
+    made.
 
     Also a method: ``trainer.attribute_self(...)``. See `attribute` for arguments and errors.
 
     Returns:
-        The diagonal of what `attribute` would give with the train set as targets, (n,).
+        Self-influences in units of the loss, (n,), float32.
     """
     with _featurized(trainer, model, None, datamodule, ckpt_path) as (scoring, _):
         return scoring.self_influence()
@@ -128,6 +135,10 @@ def _featurized(
 ) -> Iterator[tuple[Scoring, Loaders]]:
     """Open the store, and featurize the train set wherever that is still to be done."""
     callback = find_callback(trainer)
+    if isinstance(model, pl.LightningDataModule):
+        if datamodule is not None:
+            raise TypeError("Two datamodules were passed, one in the place of the model. Pass datamodule=... alone.")
+        model, datamodule = None, model
     model = _model(trainer, model)
     check_supported(trainer, model)
     if isinstance(dataloaders, pl.LightningDataModule):
@@ -142,10 +153,9 @@ def _featurized(
         store, plan = _open_store(trainer, model, callback, data, create=ckpt_path is not None)
         digests = _select(trainer, store, ckpt_path)
         _featurize_missing(trainer, model, store, plan, data, digests)
-        yield (
-            Scoring(trainer, model, store, plan, digests, callback.damping, callback.temperature, callback.curvature),
-            data,
-        )
+        rank_zero_info(f"TRAKCallback: averaging over {pool_of(store, digests)}.")
+        asked = (callback.damping, callback.temperature, callback.curvature, callback.estimator)
+        yield Scoring(trainer, model, store, plan, digests, *asked), data
 
 
 class Loaders:
@@ -267,6 +277,11 @@ def _open_store(
     if not (path / "manifest.json").exists() and create:
         plan = Plan(callback, model)
         return FeatureStore.create(path, plan.manifest(data.train())), plan
+    if trainer.fast_dev_run and not (path / "manifest.json").exists():
+        raise MisconfigurationException(
+            "This Trainer ran with fast_dev_run, which saves no checkpoint, so there is nothing to attribute. Fit"
+            " without fast_dev_run, or pass checkpoint files with ckpt_path=[...]."
+        )
     store = FeatureStore(path)
     plan = Plan(callback, model, store.manifest)
     store.check(plan.settings)

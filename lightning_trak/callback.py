@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from typing import Any, TypeGuard
+from uuid import uuid4
 
 import lightning.pytorch as pl
-from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from lightning_trak._checkpoints import add_checkpoint, featurize_checkpoint
+from lightning_trak._checkpoints import add_checkpoint, featurize_checkpoint, pool_of
 from lightning_trak._loop import FeaturizationLoop, attached, undisturbed
-from lightning_trak._outputs import training_loss
 from lightning_trak._plan import Plan
+from lightning_trak.checkpoint_io import WatchedCheckpointIO
 from lightning_trak.data import check_loader
+from lightning_trak.generators import kept_generators
 from lightning_trak.gradients import ENGINES
+from lightning_trak.loss_check import LossCheck
+from lightning_trak.module_state import ModuleChanged
 from lightning_trak.projection import Projector, check_projector
 from lightning_trak.store import FeatureStore
 from lightning_trak.training_time import CHECKPOINT_KEY, TrainingTime
-from lightning_trak.weights import tensors_in, weights_digest
+from lightning_trak.weights import Weights, copy_of_weights, tensors_in, weights_digest
 
-_LOSS_TOLERANCE = 0.1  # Dropout may draw otherwise
+_FINISH_LATER = "trainer.attribute(...) computes what is missing, once the cause is mended."
 
 TRAIN_REMEDY = "Or define featurize_dataloader() in the LightningDataModule or LightningModule."
 
@@ -52,18 +57,27 @@ class TRAKCallback(pl.Callback):
             of them that suits the model; which, and why, is reported.
         featurize_on: ``"save"``: every distinct set of weights as it is saved, also those that are deleted later;
             ``"fit_end"``: once per run, the checkpoints that the run kept.
-        parameters: the attributed parameters: None for all trainable ones, else names or glob patterns.
+        parameters: the attributed parameters: None for all that are trainable when training begins, and with a
+            callback for finetuning, which unfreezes some later, for all; else names or glob patterns.
         damping: λ, added to H relative to its mean diagonal; ``"auto"``: from learning rate and steps where the
             optimizer is SGD, so that a Newton step goes as far as training did, on the mean of ``output_to_loss`` over
             the batch; else chosen at every checkpoint by leave-one-out cross-validation on the linearised model.
         temperature: for classification, divides the outputs f in Q and w, which stand for models that were not trained
             on all of the examples and are less certain; ``"auto"``: 1.3 with ``damping="auto"`` and no fewer
             trainable parameters than examples, else 1.
-        curvature: True: H = Φᵀ diag(w) Φ, a Newton step. False: H = Φᵀ Φ; with ``damping=0`` this is the estimator of
-            the TRAK paper (without its soft thresholding) and, up to a factor for each checkpoint, of its reference
-            implementation; they average Q over checkpoints apart from H⁻¹, and so is it done then.
+        curvature: True: H = Φᵀ diag(w) Φ, a Newton step. False: H = Φᵀ Φ.
+        estimator: ``"gauss_newton"``: at every checkpoint φ(z)ᵀ H⁻¹ φ(zᵢ) qᵢ with its own q, averaged. ``"trak"``: the
+            estimator of the TRAK paper, without its soft thresholding, and up to a factor for each checkpoint that of
+            its reference implementation: H = Φᵀ Φ, λ = 0 unless ``damping`` is given, no temperature, and Q averaged
+            over checkpoints apart from H⁻¹.
         seed: chooses the projections.
         batch_size: for featurization; None for that of the loader, or fewer where the memory would not be enough.
+        overwrite: True: when training begins, what earlier runs left in the store is deleted. False: checkpoints of
+            several runs are pooled, and ``trainer.attribute()`` averages over all of them. A training that is resumed
+            keeps its own.
+
+    Examples count alike, however often a sampler draws them: weights of a `WeightedRandomSampler` do not count, those
+    of the loss do (``output_to_loss``).
 
     Raises:
         ValueError, TypeError: for arguments out of range.
@@ -84,8 +98,10 @@ class TRAKCallback(pl.Callback):
         damping: float | str = "auto",
         temperature: float | str = "auto",
         curvature: bool = True,
+        estimator: str = "gauss_newton",
         seed: int = 0,
         batch_size: int | None = None,
+        overwrite: bool = False,
     ) -> None:
         Projector.check_proj_dim(proj_dim)
         check_projector(projector, proj_dim)
@@ -95,8 +111,14 @@ class TRAKCallback(pl.Callback):
             raise ValueError(f"damping must be 'auto' or a finite number of at least 0, got {damping!r}.")
         if temperature != "auto" and (not _is_finite(temperature) or temperature <= 0):
             raise ValueError(f"temperature must be 'auto' or a finite number above 0, got {temperature!r}.")
-        if not isinstance(curvature, bool):
-            raise TypeError(f"curvature must be True or False, got {curvature!r}.")
+        _check_choice("estimator", estimator, ("gauss_newton", "trak"))
+        for name, value in (("curvature", curvature), ("overwrite", overwrite)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}.")
+        if estimator == "trak":
+            if temperature not in ("auto", 1):
+                raise ValueError(f"estimator='trak' has no temperature, got temperature={temperature!r}. Leave it out.")
+            curvature, temperature, damping = False, 1.0, 0.0 if damping == "auto" else damping
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be an integer, got {seed!r}.")
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
@@ -110,6 +132,8 @@ class TRAKCallback(pl.Callback):
         self.damping = damping
         self.temperature = temperature
         self.curvature = curvature
+        self.estimator = estimator
+        self.overwrite = overwrite
         self.seed = seed
         self.batch_size = batch_size
         self.train_loader: DataLoader[Any] | None = None
@@ -120,8 +144,11 @@ class TRAKCallback(pl.Callback):
         self._pending: dict[str, bool] = {}  # digest to featurize → whether this run added it
         self._featurized = 0
         self._training: TrainingTime | None = None
-        self._expected_loss: float | None = None
-        self._tried_losses = 0
+        self._loss_check = LossCheck()
+        self._run: str | None = None  # the identity of this training, kept when it is resumed
+        self._saved = False
+        self._failed = 0
+        self._attributed: set[str] = set()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the wiring, and start to watch checkpoint files."""
@@ -129,43 +156,54 @@ class TRAKCallback(pl.Callback):
         if stage != "fit":
             return
         check_supported(trainer, pl_module)
-        self._store = self._loop = self.train_loader = self.last_saved = None
-        self._files, self._pending, self._featurized = {}, {}, 0
-        self._expected_loss, self._tried_losses = None, 0
+        self._store = self._loop = self.train_loader = self.last_saved = self._run = None
+        self._files, self._pending, self._featurized, self._failed = {}, {}, 0, 0
+        self._saved, self._attributed, self._loss_check = False, set(), LossCheck()
         watched = trainer.strategy.checkpoint_io
-        inner = watched.inner if isinstance(watched, _WatchedCheckpointIO) else watched
-        trainer.strategy.checkpoint_io = _WatchedCheckpointIO(inner, self)
+        inner = watched.inner if isinstance(watched, WatchedCheckpointIO) else watched
+        trainer.strategy.checkpoint_io = WatchedCheckpointIO(inner, self)
+        # First of all, to see a batch before another callback's on_train_batch_start changes it.
+        trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Try the first batch and open the store, so that what cannot work fails before training."""
         with undisturbed(trainer, pl_module):
             loader = self._find_train_loader(trainer, pl_module)
             _check_limit(trainer, loader)
-            plan = Plan(self, pl_module)
+            plan = Plan(self, pl_module, parameters=self._parameters_to_be(trainer, pl_module))
             loop = plan.loop(trainer, pl_module, loader, "train")
-            loop.preflight(tensors_in(pl_module.state_dict()))
+            loop.preflight(copy_of_weights(pl_module))
             if trainer.fast_dev_run:
                 return  # nothing will be saved
-            self._store = FeatureStore.create(self.store_path(trainer), plan.manifest(loader))
-        self.train_loader, self._loop = loader, loop
+            if self.overwrite and trainer.global_step == 0:
+                FeatureStore.remove(self.store_path(trainer))
+            with kept_generators(loader.dataset):
+                self._store = FeatureStore.create(self.store_path(trainer), plan.manifest(loader))
+        self.train_loader, self._loop, self._attributed = loader, loop, set(plan.parameters)
+        self._run = self._run or uuid4().hex
+        if not trainer.checkpoint_callbacks:
+            rank_zero_info(
+                "TRAKCallback: this Trainer has no ModelCheckpoint, so no checkpoint will be saved but by hand. If none"
+                " is, the final weights are featurized when fit ends."
+            )
         if trainer.global_step == 0:
             self._training = TrainingTime()
         elif self._training is not None and self._training.steps != trainer.global_step:
-            self._training = None  # of another run, while this one goes on from a file that does not say
+            self._training = None  # resumed without a recorded time: discard the old one
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Featurize what was saved since the last training step; of an epoch's first batch, find its loss."""
         if self.featurize_on == "save":
             self._featurize_pending()
-        if batch_idx == 0 and self._tried_losses < 2:  # again when training has come somewhere: at first any labels do
-            self._expected_loss = _expected_loss(trainer, pl_module, batch)
-            self._tried_losses += 1
+        if batch_idx == 0:
+            self._check_trained(pl_module)
+            self._loss_check.before_step(trainer, pl_module, batch)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
         """Compare the loss of the first batch of the first two epochs."""
-        expected, self._expected_loss = self._expected_loss, None
-        if expected is not None and isinstance(outputs, Mapping) and "loss" in outputs:
-            _compare_losses(pl_module, outputs["loss"].item() * trainer.accumulate_grad_batches, expected)
+        self._loss_check.after_step(trainer, pl_module, batch, outputs)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Note how far the step goes; that of a clipped gradient, or of one among several optimizers, is unknown."""
@@ -173,22 +211,33 @@ class TRAKCallback(pl.Callback):
         self._training = self._training.after_step(optimizer) if self._training is not None and known else None
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Say in a checkpoint how long training went on; not as a callback's state, for which Lightning would ask."""
-        checkpoint[CHECKPOINT_KEY] = {"training_time": self._training and asdict(self._training)}
+        """Note run and training time, under a key of our own: Lightning warns about missing callback states."""
+        checkpoint[CHECKPOINT_KEY] = {"run": self._run, "training_time": self._training and asdict(self._training)}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Go on from a checkpoint that training is resumed from."""
         if trainer.state.fn == TrainerFn.FITTING:
-            known = checkpoint.get(CHECKPOINT_KEY, {}).get("training_time")
+            noted = checkpoint.get(CHECKPOINT_KEY, {})
+            self._run, known = noted.get("run"), noted.get("training_time")
             self._training = TrainingTime(**known) if known else None
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Featurize what is left, or with ``featurize_on="fit_end"`` all that the run kept."""
+        if self._store is None:
+            return
+        if not self._saved and trainer.global_step:
+            weights = copy_of_weights(pl_module)
+            self._add(weights, weights_digest(weights), trainer.current_epoch, trainer.global_step, "none was saved")
         if self._pending:
             with attached(trainer, pl_module, trainer.datamodule):
                 self._featurize_pending()
-        if self._store is not None:
-            rank_zero_info(f"TRAKCallback: {self._featurized} checkpoints featurized in '{self._store.dirpath}'.")
+        others = "" if self._alone() else " (those of earlier runs too; TRAKCallback(overwrite=True) starts anew)"
+        rank_zero_info(
+            f"TRAKCallback: {self._featurized} checkpoints featurized. trainer.attribute() will average over"
+            f" {pool_of(self._store)}{others}."
+        )
+        if self._failed:
+            rank_zero_info(f"TRAKCallback: {self._failed} checkpoints could not be featurized. {_FINISH_LATER}")
 
     def store_path(self, trainer: pl.Trainer) -> Path:
         """Return the directory of the feature store."""
@@ -198,19 +247,14 @@ class TRAKCallback(pl.Callback):
         """Note the weights that a checkpoint file was written with, and put them into the store."""
         if self._store is None:
             return
+        self._saved = True
         weights = tensors_in(checkpoint["state_dict"])
         digest = self.last_saved = weights_digest(weights)
         if self._files.get(path) == digest:
             return
         self.file_removed(path)
         self._files[path] = digest
-        if digest in self._store and self._store[digest].complete:
-            return
-        added = digest not in self._store
-        meta = {"epoch": checkpoint["epoch"], "global_step": checkpoint["global_step"], "file": os.path.basename(path)}
-        meta["training_time"] = self._training and asdict(self._training)
-        add_checkpoint(self._store, digest, weights, meta)
-        self._pending.setdefault(digest, added)
+        self._add(weights, digest, checkpoint["epoch"], checkpoint["global_step"], os.path.basename(path))
 
     def file_removed(self, path: str) -> None:
         """Forget a checkpoint file that was deleted or overwritten, and its weights if they are not featurized yet."""
@@ -220,13 +264,71 @@ class TRAKCallback(pl.Callback):
         if self._pending.pop(digest, False):
             self._store.discard(digest)
 
+    def _add(self, weights: Weights, digest: str, epoch: int, step: int, file: str) -> None:
+        """Put weights into the store, to be featurized."""
+        assert self._store is not None
+        with self._training_goes_on(f"The checkpoint '{file}' of step {step} could not be put into the feature store"):
+            if digest in self._store and self._store[digest].complete:
+                return
+            added = digest not in self._store
+            meta = {"epoch": epoch, "global_step": step, "file": file, "run": self._run}
+            meta["training_time"] = self._training and asdict(self._training)
+            meta["n_trainable"] = None if self._loop is None else self._loop.n_trainable
+            add_checkpoint(self._store, digest, weights, meta)
+            self._pending.setdefault(digest, added)
+
     def _featurize_pending(self) -> None:
         if self._store is None or self._loop is None:
             return
         for digest in list(self._pending):
-            featurize_checkpoint(self._loop, self._store[digest], str(self._featurized + 1))
             del self._pending[digest]
-            self._featurized += 1
+            with self._training_goes_on("A checkpoint could not be featurized"):
+                featurize_checkpoint(self._loop, self._store[digest], str(self._featurized + 1))
+                self._featurized += 1
+
+    def _alone(self) -> bool:
+        """Whether all checkpoints of the store are this run's."""
+        assert self._store is not None
+        return {entry.meta.get("run") for entry in self._store} <= {self._run}
+
+    @contextmanager
+    def _training_goes_on(self, what: str) -> Iterator[None]:
+        """Warn of the first failure, and go on: what is not featurized now can be later, training cannot."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, ModuleChanged) and not error.restored:
+                raise
+            self._failed += 1
+            if self._failed == 1:
+                rank_zero_warn(f"{what}: {type(error).__name__}: {error} Training goes on. {_FINISH_LATER}")
+
+    def _parameters_to_be(self, trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
+        """Return a pattern of the parameters to attribute by default, where more will be trained than are now."""
+        finetuning = [c for c in trainer.callbacks if isinstance(c, BaseFinetuning)]  # type: ignore[attr-defined]
+        frozen = [name for name, value in module.named_parameters() if not value.requires_grad]
+        if self.parameters is not None or not finetuning or not frozen:
+            return None
+        rank_zero_warn(
+            f"{len(frozen)} of {len(list(module.parameters()))} parameters are frozen now, and"
+            f" {type(finetuning[0]).__name__} may unfreeze them: all are attributed, at all checkpoints. Name those"
+            " that you mean with TRAKCallback(parameters=...)."
+        )
+        return "*"
+
+    def _check_trained(self, module: pl.LightningModule) -> None:
+        """Warn once of parameters that are trained by now and not attributed."""
+        if self.parameters is not None or not self._attributed:
+            return
+        trained = [name for name, value in module.named_parameters() if value.requires_grad]
+        others = [name for name in trained if name not in self._attributed]
+        if others:
+            self._attributed.update(others)
+            rank_zero_warn(
+                f"{len(others)} parameters are trained by now that were frozen when training began, e.g. {others[0]}:"
+                " they are not attributed at any checkpoint. Train with TRAKCallback(parameters='*'), or with the"
+                " names of those that count, and overwrite=True."
+            )
 
     def _find_train_loader(self, trainer: pl.Trainer, module: pl.LightningModule) -> DataLoader[Any]:
         for owner in (trainer.datamodule, module):
@@ -234,32 +336,6 @@ class TRAKCallback(pl.Callback):
             if hook is not None:
                 return check_loader(hook(), "featurize_dataloader", "")
         return check_loader(trainer.train_dataloader, "train_dataloader", TRAIN_REMEDY)
-
-
-class _WatchedCheckpointIO(CheckpointIO):
-    """Tells a `TRAKCallback` of every checkpoint file written or deleted, whoever does it and with whatever options.
-
-    The callback hook ``on_save_checkpoint`` would not do: it runs before other callbacks and the module have put
-    averaged weights in, knows no path, and is not called with ``save_weights_only=True``.
-    """
-
-    def __init__(self, inner: CheckpointIO, callback: TRAKCallback) -> None:
-        self.inner = inner
-        self._callback = callback
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
-        self._callback.file_saved(os.fspath(path), checkpoint)
-
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return self.inner.load_checkpoint(path, *args, **kwargs)
-
-    def remove_checkpoint(self, path: Any) -> None:
-        self.inner.remove_checkpoint(path)
-        self._callback.file_removed(os.fspath(path))
-
-    def teardown(self) -> None:
-        self.inner.teardown()
 
 
 def find_callback(trainer: Any) -> TRAKCallback:
@@ -298,30 +374,6 @@ def check_supported(trainer: pl.Trainer, module: Any) -> None:
             f" world_size={trainer.world_size}. Train without the callback, then attribute the checkpoint files on one"
             " device: L.Trainer(devices=1, callbacks=[TRAKCallback(...)]).attribute(model, datamodule=dm,"
             " ckpt_path=[...])."
-        )
-
-
-def _expected_loss(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> float | None:
-    """Return the loss of the first batch that scores are about; None if it cannot be told of batches of training."""
-    try:
-        return training_loss(trainer, module, batch)
-    except Exception as error:  # features are of the examples alone: it is no reason not to train
-        rank_zero_warn(
-            f"The loss of the first batch cannot be compared with that of {type(module).__name__}'s own methods:"
-            f" {type(error).__name__}: {error} If training augments or combines batches, ignore this."
-        )
-        return None
-
-
-def _compare_losses(module: pl.LightningModule, trained: float, expected: float) -> None:
-    """Warn if what is trained on is not the loss that scores are about."""
-    if abs(trained - expected) > _LOSS_TOLERANCE * max(abs(trained), abs(expected)) + 1e-3:
-        rank_zero_warn(
-            f"On the first batch {type(module).__name__}.training_step returned a loss of {trained:.4g}, while"
-            f" output_to_loss(model_output(batch), batch), or per_sample_loss(batch), is {expected:.4g} on average."
-            " Scores are about the second: define it as what training minimises, an average over the batch (see"
-            " reduce_losses for others). If training_step adds something that is no loss of an example, or augments the"
-            " batch, ignore this."
         )
 
 

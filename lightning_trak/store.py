@@ -79,6 +79,16 @@ class FeatureStore:
         store.check(manifest)
         return store
 
+    @staticmethod
+    def remove(dirpath: str | os.PathLike[str]) -> None:
+        """Delete the store in ``dirpath``, if there is one, with its checkpoints and scores; other files stay."""
+        path = Path(dirpath)
+        if not (path / "manifest.json").is_file():
+            return
+        (path / "manifest.json").unlink()  # first: without it nothing is taken for a store
+        for folder in ("checkpoints", "scores"):
+            shutil.rmtree(path / folder, ignore_errors=True)
+
     def check(self, manifest: Mapping[str, Any]) -> None:
         """Raise a ValueError that names the first field in which ``manifest`` differs from the store's own."""
         for name, value in json.loads(json.dumps(manifest)).items():
