@@ -15,8 +15,9 @@ from lightning_trak.damping import (
     CANDIDATES,
     EXAMPLES,
     LEAST_DAMPING,
+    between,
     choose_damping,
-    is_at_optimum,
+    distance_to_optimum,
     training_damping,
 )
 from lightning_trak.progress import progress
@@ -33,7 +34,7 @@ from lightning_trak.scores import (
     with_mean_loss_grad,
 )
 from lightning_trak.store import FeatureStore
-from lightning_trak.tempering import TEMPERATURE, is_logistic, tempered
+from lightning_trak.tempering import TEMPERATURE, tempered
 from lightning_trak.training_time import TrainingTime
 from lightning_trak.weights import load_weights
 
@@ -74,6 +75,7 @@ class Scoring:
         damping: λ, or ``"auto"``.
         temperature: of the outputs in Q and w, or ``"auto"``.
         curvature: whether H is weighted; see `TRAKCallback`.
+        estimator: ``"gauss_newton"`` or ``"trak"``.
     """
 
     trainer: Any
@@ -84,6 +86,7 @@ class Scoring:
     damping: float | str
     temperature: float | str
     curvature: bool
+    estimator: str
 
     def targets(self, loader: DataLoader[Any], top_k: int | None) -> Scored:
         """Featurize targets, solve with the kernel of every checkpoint, and score."""
@@ -100,7 +103,7 @@ class Scoring:
         return Scored(result, n_targets, dampings, temperature)
 
     def self_influence(self) -> Tensor:
-        """Score every training example for itself, (n,)."""
+        """Return how much every training example lowers its own loss, (n,)."""
         total, (trains, _) = torch.zeros(self.store.n_train), self._trains()
         with progress(self.trainer, "Scoring", len(self.digests)) as advance:
             for digest, train, damping in zip(self.digests, trains, self._dampings(trains), strict=True):
@@ -137,39 +140,40 @@ class Scoring:
         return dampings
 
     def _damping(self, train: TrainFeatures, trainings: list[TrainingTime]) -> Damping:
+        """Choose λ at one checkpoint: by a rule, and less than that the nearer training has come to its optimum."""
         sums, (n, k) = moments(train, curvature=self.curvature, device=self._device), train.features.shape
-        at_optimum = is_at_optimum(sums.gradient, sums.squares)
-        if at_optimum and n > k:
-            return Damping(LEAST_DAMPING, "least, as at an optimum")
         if trainings and sums.weighted_scale > 0:
-            return Damping(training_damping(trainings, n, sums.weighted_scale), "from the training time")
-        if at_optimum:
-            return Damping(CANDIDATES[0], "little, as at an optimum")
-        features, loss_grad, w = train.sample(EXAMPLES, self._device)
-        weights = w if self.curvature else torch.ones_like(w)
-        return Damping(choose_damping(features, loss_grad, weights, sums.scale), "by cross-validation")
+            value, rule = training_damping(trainings, n, sums.weighted_scale), "from the training time"
+            least, at_optimum = (LEAST_DAMPING, "least, as at an optimum") if n > k else (value, rule)
+        else:
+            features, loss_grad, w = train.sample(EXAMPLES, self._device)
+            value = choose_damping(features, loss_grad, w if self.curvature else torch.ones_like(w), sums.scale)
+            rule = "by cross-validation"
+            least, at_optimum = (LEAST_DAMPING, "least") if n > k else (CANDIDATES[0], "little")
+            at_optimum += ", as at an optimum"
+        distance = distance_to_optimum(sums.gradient, sums.squares)
+        if distance == 0:
+            return Damping(least, at_optimum)
+        return Damping(between(least, value, distance), rule if distance == 1 else f"{rule}, less near an optimum")
 
     def _trains(self) -> tuple[list[TrainFeatures], float]:
-        """Return the train set's verified features at every checkpoint, and the temperature of their Q and w.
-
-        The paper averages Q over checkpoints before all else.
-        """
+        """Return the train set's verified features at every checkpoint, and the temperature of their Q and w."""
         trains = []
         for digest in self.digests:
             entry = self.store[digest]
             entry.verify()
             trains.append(TrainFeatures(entry.features, entry.loss_grad, entry.curvature))
-        temperature = self._temperature(trains)
+        temperature = self._temperature()
         if temperature != 1:
             trains = [tempered(train, temperature) for train in trains]
-        as_in_the_paper = not self.curvature and self.damping == 0
-        return (with_mean_loss_grad(trains) if as_in_the_paper else trains), temperature
+        return (with_mean_loss_grad(trains) if self.estimator == "trak" else trains), temperature
 
-    def _temperature(self, trains: list[TrainFeatures]) -> float:
-        logistic = all(is_logistic(train) for train in trains)
+    def _temperature(self) -> float:
+        """Choose T by what was noted when the checkpoints were featurized; the model may be frozen since."""
+        metas = [self.store[digest].meta for digest in self.digests]
+        logistic = all(meta.get("logistic", False) for meta in metas)
         if isinstance(self.temperature, str):
-            trainable = sum(value.numel() for value in self.model.parameters() if value.requires_grad)
-            fits_all = trainable >= self.store.n_train
+            fits_all = all(meta.get("n_trainable", 0) >= self.store.n_train for meta in metas)
             return TEMPERATURE if self.damping == "auto" and logistic and fits_all else 1.0
         if self.temperature != 1 and not logistic:
             raise ValueError(

@@ -40,6 +40,7 @@ class AttributionInfo:
         dampings: λ at every checkpoint.
         damping_rules: how they were chosen.
         temperature: by which model outputs were divided in Q and w.
+        estimator: ``"gauss_newton"`` or ``"trak"``.
         loss_explained: where the loss is no function of the output, how much of the squared norms of its gradients is
             along those of the output, at every checkpoint that was featurized in one go.
     """
@@ -54,6 +55,7 @@ class AttributionInfo:
     dampings: tuple[float, ...] = ()
     damping_rules: tuple[str, ...] = ()
     temperature: float = 1.0
+    estimator: str = "gauss_newton"
     loss_explained: tuple[float, ...] = ()
 
 
@@ -110,8 +112,8 @@ class Attribution:
         """Of every score, (n, m): its standard deviation over checkpoints divided by the root of their number.
 
         Checkpoints of one run are alike, so it tells how much the scores would change with other checkpoints of such a
-        run, not with another run. With the estimator of the paper, which averages Q over checkpoints apart, it leaves
-        out how Q varies.
+        run, not with another run. With ``estimator="trak"``, which averages Q over checkpoints apart, it leaves out how
+        Q varies.
         """
         return self._known_spread().standard_error
 

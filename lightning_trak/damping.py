@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,9 +17,8 @@ CANDIDATES = (0.3, 1.0, 3.0, 10.0)
 EXAMPLES = 1000  # of the train set that are enough to choose with
 
 _LEAST_WEIGHT = 1e-6  # of the largest
-_AT_OPTIMUM = (
-    0.01  # so little is left of the gradient, relative to what those of the examples would add up to at random
-)
+_OPTIMUM, _FAR = 1e-3, 1e-1  # how large the gradient is, see `distance_to_optimum`, at an optimum and far from it
+_ALIKE = 0.005  # relative difference of errors that hardly counts
 
 
 def training_damping(trainings: Sequence[TrainingTime], n_train: int, scale: float) -> float:
@@ -44,30 +44,47 @@ def training_damping(trainings: Sequence[TrainingTime], n_train: int, scale: flo
     return max(LEAST_DAMPING, n_train * (strength + decay) / scale)
 
 
-def is_at_optimum(gradient: Tensor, squares: float) -> bool:
-    """Say whether the gradients of the examples add up to next to nothing, as where training has come to its end.
+def distance_to_optimum(gradient: Tensor, squares: float) -> float:
+    """Return 0 where the gradients of the examples add up to next to nothing, 1 where they do not, and between.
+
+    With r = ‖Φᵀq‖² / Σ q² ‖φ‖², which is 1 for signs of q at random, it is 0 for r ≤ 0.001, 1 for r ≥ 0.1, and linear
+    in log r between.
 
     Args:
         gradient: Φᵀq, (k,), of the whole train set.
-        squares: Σ q² ‖φ‖², what the square of its norm would be if the signs of q were random.
+        squares: Σ q² ‖φ‖².
 
-    >>> is_at_optimum(torch.zeros(2), 1.0), is_at_optimum(torch.ones(2), 2.0)
-    (True, False)
+    >>> [round(distance_to_optimum(torch.tensor([size]), 1.0), 3) for size in (0.0, 0.1, 1.0)]
+    [0.0, 0.5, 1.0]
     """
-    return gradient.square().sum().item() <= _AT_OPTIMUM * squares
+    square = gradient.square().sum().item()
+    if square <= _OPTIMUM * squares:
+        return 0.0
+    return min(1.0, math.log(square / squares / _OPTIMUM) / math.log(_FAR / _OPTIMUM))
+
+
+def between(one: float, other: float, part: float) -> float:
+    """Return the geometric mean of two dampings, the second weighted with ``part``, from 0 to 1.
+
+    >>> between(0.01, 1.0, 0.5)
+    0.1
+    """
+    return float(one ** (1 - part) * other**part)
 
 
 def choose_damping(features: Tensor, loss_grad: Tensor, weights: Tensor, scale: Tensor | float) -> float:
-    """Return that of the `CANDIDATES` with which the linearised model predicts best what it has not seen.
+    """Return the damping with which the linearised model predicts best what it has not seen, from 0.3 to 10.
 
     The Newton step H⁻¹Φᵀq, from which the scores come, is the ridge regression of q / w on the features, weighted with
     w. With λ the damping, A = W^½ Φ, y = W^½ (q / w) and S = A (AᵀA + λ·scale·I)⁻¹ Aᵀ, the residual of an example that
     was left out is (y − S y)ᵢ / (1 − Sᵢᵢ) (Allen, "The relationship between variable selection and data augmentation",
-    Technometrics 1974); least is its mean absolute value. As λ·scale is the precision of the prior of a Bayesian
+    Technometrics 1974); what counts is its mean absolute value e. The result is the geometric mean of the `CANDIDATES`,
+    weighted with exp(−(e − min e) / (0.005 min e)): the best one, unless others are as good within half a per cent. It
+    does not jump where another candidate becomes the best. As λ·scale is the precision of the prior of a Bayesian
     regression, it hardly depends on how many examples it is chosen with.
 
-    Where training has come to its optimum nothing is left to predict, see `is_at_optimum`. Copies of examples in the
-    train set make it look easier to predict than it is, and so the damping less.
+    Where training has come to its optimum nothing is left to predict, see `distance_to_optimum`. Copies of examples in
+    the train set make it look easier to predict than it is, and so the damping less.
 
     On the tasks of ``python -m tests.benchmarks quality`` the best fixed damping is 0.3 on one and 10 on another. Tried
     too, and no better over all tasks: squared residuals, generalised cross-validation, the evidence of the Bayesian
@@ -80,7 +97,7 @@ def choose_damping(features: Tensor, loss_grad: Tensor, weights: Tensor, scale: 
         scale: the mean diagonal of the kernel of the whole train set.
 
     >>> x = torch.linspace(-1, 1, 100)[:, None]
-    >>> choose_damping(x, x[:, 0], torch.ones(100), scale=100 / 3)  # no noise: as little as there is
+    >>> round(choose_damping(x, x[:, 0], torch.ones(100), scale=100 / 3), 4)  # no noise: as little as there is
     0.3
     """
     if not scale > 0:
@@ -96,4 +113,14 @@ def choose_damping(features: Tensor, loss_grad: Tensor, weights: Tensor, scale: 
         residuals = response - vectors @ (shrinkage * rotated)
         leverages = vectors.square() @ shrinkage
         errors.append((residuals / (1 - leverages)).abs().mean().item())
-    return CANDIDATES[errors.index(min(errors))]
+    return _smooth_best(errors)
+
+
+def _smooth_best(errors: Sequence[float]) -> float:
+    """Return the mean of the candidates, in the logarithm, weighted by how near their errors are to the least."""
+    least = min(errors)
+    if least == 0:
+        return CANDIDATES[errors.index(least)]
+    weights = [math.exp(-(error - least) / (_ALIKE * least)) for error in errors]
+    logs = [weight * math.log(candidate) for weight, candidate in zip(weights, CANDIDATES, strict=True)]
+    return math.exp(sum(logs) / sum(weights))

@@ -112,22 +112,24 @@ def precondition(train: TrainFeatures, targets: Tensor, *, damping: float, curva
 
 
 def self_influence(train: TrainFeatures, *, damping: float, curvature: bool, device: torch.device = _CPU) -> Tensor:
-    """Score every training example for itself at one checkpoint: φ(zᵢ)ᵀ H⁻¹ φ(zᵢ) qᵢ.
+    """Return how much training on each example lowers its own loss, at one checkpoint: qᵢ² φ(zᵢ)ᵀ H⁻¹ φ(zᵢ) ≥ 0.
 
-    See `precondition` and `scores` for the arguments. No n × n matrix is made.
+    As ∇L = −q ∇f, this is ∇Lᵀ H⁻¹ ∇L, the influence of Koh and Liang, "Understanding black-box predictions via
+    influence functions", ICML 2017, arXiv 1703.04730, Eq. 2, of an example on its own loss. It does not depend on the
+    sign of the model output. See `precondition` and `scores` for the arguments. No n × n matrix is made.
 
     Returns:
-        The diagonal of the scores with the train set as targets, (n,), float32, on the CPU.
+        q times the diagonal of the scores with the train set as targets, (n,), float32, on the CPU.
 
     >>> import numpy as np
-    >>> train = TrainFeatures(np.eye(3, 2, dtype="f4"), np.ones(3, "f4"), np.ones(3, "f4"))
+    >>> train = TrainFeatures(np.eye(3, 2, dtype="f4"), np.array([1, -2, 1], "f4"), np.ones(3, "f4"))
     >>> self_influence(train, damping=0, curvature=True)
-    tensor([1., 1., 0.])
+    tensor([1., 4., 0.])
     """
     state, result = _factor(train, damping, curvature, device), torch.zeros(len(train.features))
     for rows in _blocks(len(result)):
         features, loss_grad, _ = train.block(rows, device)
-        result[rows] = (quadratic_form(state, features) * loss_grad).cpu()
+        result[rows] = (quadratic_form(state, features) * loss_grad.square()).cpu()
     return result
 
 

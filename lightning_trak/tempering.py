@@ -6,25 +6,31 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lightning_trak.scores import TrainFeatures
 
 TEMPERATURE = 1.3
 
 
-def is_logistic(train: TrainFeatures) -> bool:
-    """Say whether Q and w are those of L(f) = softplus(−f): w = Q (1 − Q).
+def is_logistic(outputs: Tensor, loss_grad: Tensor, curvature: Tensor) -> bool:
+    """Say whether Q and w are those of L(f) = softplus(−f): Q = sigmoid(−f) and w = Q (1 − Q).
 
-    >>> q = np.array([0.1, 0.5], dtype="f4")
-    >>> is_logistic(TrainFeatures(np.eye(2, dtype="f4"), q, q * (1 - q)))
-    True
-    >>> is_logistic(TrainFeatures(np.eye(2, dtype="f4"), q, np.full(2, 2, "f4")))  # the squared error
-    False
+    It is asked where outputs are at hand, when examples are featurized, and noted in the store.
+
+    Args:
+        outputs: f, (b,).
+        loss_grad: Q, (b,).
+        curvature: w, (b,).
+
+    >>> f = torch.tensor([0.0, 2.0])
+    >>> q = torch.sigmoid(-f)
+    >>> is_logistic(f, q, q * (1 - q)), is_logistic(f, q, torch.full((2,), 2.0)), is_logistic(f, 2 * q, q * (1 - q))
+    (True, False, False)
     """
-    loss_grad = np.asarray(train.loss_grad)
-    if loss_grad.min() < 0 or loss_grad.max() > 1:
-        return False
-    return np.allclose(train.curvature, loss_grad * (1 - loss_grad), rtol=1e-2, atol=1e-4)
+    expected = torch.sigmoid(-outputs.double())
+    pairs = ((loss_grad, expected), (curvature, expected * (1 - expected)))
+    return all(torch.allclose(own.double(), logistic, rtol=1e-2, atol=1e-4) for own, logistic in pairs)
 
 
 def tempered(train: TrainFeatures, temperature: float) -> TrainFeatures:

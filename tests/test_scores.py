@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -132,12 +133,15 @@ def test_scores_against_numpy_loops(monkeypatch, curvature, block, checkpoints, 
 @pytest.mark.parametrize("curvature", [True, False])
 @pytest.mark.parametrize("block", [4, 4096])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
-def test_self_influence_is_the_diagonal(monkeypatch, curvature, block, device):
+def test_self_influence_is_q_times_the_diagonal(monkeypatch, curvature, block, device):
     monkeypatch.setattr("lightning_trak.scores._BLOCK_ROWS", block)
     train = random_train(23, 5, 1)
     got = self_influence(train, damping=0.2, curvature=curvature, device=torch.device(device))
     expected = scores_reference([train], [np.asarray(train.features, dtype=np.float64)], 0.2, curvature)
-    np.testing.assert_allclose(got.numpy(), np.diag(expected), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(got.numpy(), np.diag(expected) * np.asarray(train.loss_grad), rtol=1e-4, atol=1e-6)
+    flipped = replace(train, features=-np.asarray(train.features), loss_grad=-np.asarray(train.loss_grad))
+    other = self_influence(flipped, damping=0.2, curvature=curvature, device=torch.device(device))
+    np.testing.assert_allclose(got.numpy(), other.numpy(), rtol=1e-5)  # of -f the same
 
 
 def check_spread(spread, trains, targets, curvature):
