@@ -23,7 +23,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_trak.adaptation import Adaptation
-from lightning_trak.checks import check_dependent, check_finite, check_independent, check_size
+from lightning_trak.checks import (
+    check_dependent,
+    check_finite,
+    check_independent,
+    check_size,
+    check_unchanged,
+    versions_of,
+)
 from lightning_trak.data import loader_batch_size, read_batches, seed_all
 from lightning_trak.featurize import Featurizer
 from lightning_trak.generators import kept_generators
@@ -211,7 +218,9 @@ class FeaturizationLoop:
             self.repeatable = self._is_repeatable(batch, self._read_once(rows, seed=1))
             function = self._function(weights)
             stack.enter_context(prepared(self._module, function.prepare))
+            versions = versions_of(batch)
             function.observe(batch)
+            check_unchanged(self._module, batch, versions)
             outputs = self._try(function, batch, rows)
             if self._examples == "train" and self._loss_terms.need_projection:
                 self._try(function.of(PER_SAMPLE_LOSS), batch, rows)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_trak.gradients.batch import describe, tensors_of
+
 _SHOWN = 10  # examples named in a message, at most
 
 
@@ -27,6 +29,21 @@ def check_size(module: Any, outputs: Tensor, size: int, method: str = "model_out
         raise ValueError(
             f"{type(module).__name__}.{method}(batch) returned shape {tuple(outputs.shape)} for a batch"
             f" of {size} examples; expected one number for each, ({size},)."
+        )
+
+
+def versions_of(batch: Any) -> list[int | None]:
+    """Return the version counter of every tensor of a batch; None for one made in inference mode, which has none."""
+    return [None if tensor.is_inference() else tensor._version for tensor in tensors_of(batch)]
+
+
+def check_unchanged(module: Any, batch: Any, before: Sequence[int | None]) -> None:
+    """Raise a ValueError if the tensors of a batch have other versions than `versions_of` told ``before``."""
+    changed = [place for place, (one, other) in enumerate(zip(versions_of(batch), before, strict=True)) if one != other]
+    if changed:
+        raise ValueError(
+            f"{type(module).__name__}.model_output changes its batch in place ({describe(batch)}, tensor"
+            f" {changed[0] + 1}), so a second call gives other outputs. Work on a copy: x = x / 255 in place of x /= 255."
         )
 
 

@@ -1126,3 +1126,31 @@ def test_targets_without_labels_are_of_the_class_that_the_last_checkpoint_predic
     expected = trainer.attribute(dataloaders=DataLoader(TensorDataset(x, predicted[-1]), 20)).scores
     scores = trainer.attribute(dataloaders=DataLoader(form(x), 20)).scores
     torch.testing.assert_close(scores, expected)
+
+
+def test_a_datamodule_in_the_first_place_is_the_datamodule(run):
+    _, trainer, _, data = run
+    by_name = trainer.attribute(datamodule=data).scores
+    assert torch.equal(trainer.attribute(data).scores, by_name)
+    assert torch.equal(trainer.attribute(data, DataLoader(make_data(7, 2), 3)).scores, by_name)
+    assert torch.equal(trainer.attribute_self(data), trainer.attribute_self(datamodule=data))
+    with pytest.raises(TypeError, match="Two datamodules were passed"):
+        trainer.attribute(data, datamodule=data)
+
+
+def test_freezing_the_model_before_attribute_changes_no_score(tmp_path):
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store"))
+    trainer.fit(Classifier(hidden=32), datamodule=Blobs())
+    before = trainer.attribute()
+    assert before.info.temperature == 1.3
+    trainer.lightning_module.freeze()
+    after = trainer.attribute()
+    assert after.info == before.info
+    assert torch.equal(after.scores, before.scores)
+    assert torch.equal(trainer.attribute_self(), trainer.attribute_self())
+
+
+@pytest.mark.parametrize("options", [{"estimator": "paper"}, {"estimator": "trak", "temperature": 1.3}, {"overwrite": 1}])
+def test_wrong_choices_of_the_estimator_are_refused(options):
+    with pytest.raises((ValueError, TypeError), match=r"estimator|overwrite"):
+        TRAKCallback(**options)

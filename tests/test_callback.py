@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from types import SimpleNamespace
 
 import lightning as L
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     EMAWeightAveraging,
     LearningRateFinder,
     ModelCheckpoint,
@@ -24,6 +26,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
 from lightning_trak import FeatureStore, TRAKCallback
+from lightning_trak.module_state import ModuleChanged
 from lightning_trak.weights import read_weights, weights_digest
 from tests.conftest import Blobs, Classifier, make_data, make_trainer
 
@@ -667,3 +670,137 @@ def test_arguments_are_checked_at_once(arguments, error):
 def test_unknown_parameter_pattern(tmp_path):
     with pytest.raises(ValueError, match=r"parameters='net.9.*' matches no parameter.*'net.4.weight'"):
         fit(tmp_path, TRAKCallback(tmp_path / "store", parameters="net.9.weight"))
+
+
+def test_without_a_checkpoint_the_final_weights_are_featurized_as_is_said_at_the_start(tmp_path, said):
+    trainer, module = fit(tmp_path, TRAKCallback(tmp_path / "store"), enable_checkpointing=False)
+    assert sum("no ModelCheckpoint" in message for message in said()) == 1
+    store = FeatureStore(tmp_path / "store")
+    assert store.digests == [weights_digest(module.state_dict())]
+    assert store[store.digests[0]].complete
+    assert (store[store.digests[0]].meta["epoch"], store[store.digests[0]].meta["global_step"]) == (3, 15)
+    assert trainer.attribute().scores.shape == (40, 7)
+
+
+def test_a_model_checkpoint_that_never_saves_is_made_up_for(tmp_path):
+    never = ModelCheckpoint(tmp_path / "files", every_n_epochs=100, save_top_k=-1)
+    _, module = fit(tmp_path, TRAKCallback(tmp_path / "store"), never)
+    assert FeatureStore(tmp_path / "store").digests == [weights_digest(module.state_dict())]
+
+
+def test_after_a_fast_dev_run_attribute_says_that_there_is_nothing(tmp_path):
+    trainer, _ = fit(tmp_path, TRAKCallback(tmp_path / "store"), fast_dev_run=True)
+    with pytest.raises(MisconfigurationException, match=r"ran with fast_dev_run.*ckpt_path"):
+        trainer.attribute()
+
+
+def test_another_process_that_takes_the_store_away_does_not_end_training(tmp_path):
+    class Taken(Classifier):
+        def on_train_end(self):
+            shutil.rmtree(tmp_path / "store" / "checkpoints")
+
+    with pytest.warns(UserWarning, match=r"Training goes on\. trainer\.attribute"):
+        trainer, _ = fit(tmp_path, TRAKCallback(tmp_path / "store", featurize_on="fit_end"), module=Taken())
+    assert trainer.global_step == 15
+
+
+def test_a_store_that_cannot_take_weights_does_not_end_training(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lightning_trak._checkpoints.save_weights", full)
+    with pytest.warns(
+        UserWarning, match="could not be put into the feature store: OSError.*Training goes on"
+    ) as caught:
+        trainer, _ = fit(tmp_path, TRAKCallback(tmp_path / "store"), every_epoch(tmp_path))
+    assert sum("feature store" in str(warning.message) for warning in caught) == 1
+    assert (trainer.global_step, len(list((tmp_path / "files").iterdir()))) == (15, 3)
+    monkeypatch.undo()
+    paths = sorted((tmp_path / "files").iterdir())
+    assert trainer.attribute(ckpt_path=paths).scores.shape == (40, 7)  # as is advised
+
+
+def test_weights_that_are_changed_for_good_end_training(tmp_path):
+    class Meddles(Classifier):
+        def model_output(self, batch):
+            if self.trainer.global_step:
+                with torch.no_grad():
+                    self.kept[0].add_(1)
+            return super().model_output(batch)
+
+    module = Meddles()
+    module.__dict__["kept"] = [module.net[0].weight]
+    with pytest.raises(ModuleChanged, match=r"net\.0\.weight has other values"):
+        fit(tmp_path, TRAKCallback(tmp_path / "store"), module=module)
+
+
+def test_runs_that_are_pooled_are_told_of_and_can_be_left_behind(tmp_path, said):
+    fit(tmp_path, TRAKCallback(tmp_path / "store"), every_epoch(tmp_path / "a"))
+    assert said()[-1].endswith(f"average over 3 of 3 checkpoints in '{tmp_path / 'store'}', from 1 runs.")
+    trainer, _ = fit(tmp_path, TRAKCallback(tmp_path / "store"), every_epoch(tmp_path / "b"), seed=1)
+    assert "6 of 6 checkpoints" in said()[-1]
+    assert "from 2 runs (those of earlier runs too; TRAKCallback(overwrite=True) starts anew)." in said()[-1]
+    trainer.attribute()
+    pooled = [message for message in said() if "averaging over" in message]
+    assert pooled == [f"TRAKCallback: averaging over 6 of 6 checkpoints in '{tmp_path / 'store'}', from 2 runs."]
+
+    (tmp_path / "store" / "notes.txt").write_text("of the user")
+    anew = TRAKCallback(tmp_path / "store", overwrite=True, proj_dim=8, projector="sparse")
+    trainer, _ = fit(tmp_path, anew, every_epoch(tmp_path / "c"), seed=2)
+    store = FeatureStore(tmp_path / "store")
+    assert set(store.digests) == set(digests_of(*(tmp_path / "c" / "files").iterdir()))
+    assert store.manifest["projection"]["proj_dim"] == 8
+    assert (tmp_path / "store" / "notes.txt").exists()
+
+
+def test_a_resumed_run_is_the_same_run_and_is_not_overwritten(tmp_path):
+    fit(tmp_path, TRAKCallback(tmp_path / "store"), every_epoch(tmp_path), max_epochs=2)
+    last = max((tmp_path / "files").iterdir(), key=read_checkpoint_step)
+    trak = TRAKCallback(tmp_path / "store", overwrite=True)
+    fit(tmp_path, trak, every_epoch(tmp_path), max_epochs=4, ckpt_path=last)
+    store = FeatureStore(tmp_path / "store")
+    assert len(store) == 4
+    assert len({store[digest].meta["run"] for digest in store.digests}) == 1
+
+
+class Finetuning(Classifier):
+    """A backbone that Lightning's own callback freezes, and unfreezes later."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = self.net[:4], self.net[4]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([value for value in self.parameters() if value.requires_grad], lr=0.05)
+
+
+def test_parameters_that_a_callback_unfreezes_later_are_attributed(tmp_path):
+    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, train_bn=False)
+    with pytest.warns(UserWarning, match=r"4 of 6 parameters are frozen now, and BackboneFinetuning may unfreeze them"):
+        trainer, module = fit(tmp_path, finetuning, TRAKCallback(tmp_path / "store"), module=Finetuning())
+    names = [name for name, _ in module.named_parameters()]
+    assert list(FeatureStore(tmp_path / "store").manifest["parameters"]) == names
+    assert trainer.attribute().scores.shape == (40, 7)
+
+
+def test_parameters_that_were_chosen_stay_chosen(tmp_path):
+    finetuning, trak = (
+        BackboneFinetuning(unfreeze_backbone_at_epoch=1, train_bn=False),
+        TRAKCallback(tmp_path / "s", parameters="net.4.*"),
+    )
+    fit(tmp_path, finetuning, trak, module=Finetuning())  # warnings are errors
+    assert list(FeatureStore(tmp_path / "s").manifest["parameters"]) == ["net.4.weight", "net.4.bias"]
+
+
+def test_parameters_that_are_unfrozen_by_hand_are_told_of_once(tmp_path):
+    class ByHand(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.net[0].requires_grad_(False)
+
+        def on_train_epoch_start(self):
+            self.net[0].requires_grad_(self.current_epoch > 0)
+
+    with pytest.warns(UserWarning, match=r"2 parameters are trained by now.*net\.0\.weight.*parameters='\*'") as caught:
+        fit(tmp_path, TRAKCallback(tmp_path / "store"), module=ByHand())
+    assert sum("trained by now" in str(warning.message) for warning in caught) == 1

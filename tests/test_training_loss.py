@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_trak import ClassificationMixin, TRAKCallback
+from lightning_trak import ClassificationMixin, RegressionMixin, TRAKCallback
 
 DATA = TensorDataset(torch.randn(24, 3, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3)
 
@@ -166,3 +166,94 @@ class MixedClassifier(Classifier):
 def test_batches_of_training_that_cannot_be_told_are_no_reason_to_stop(tmp_path):
     with pytest.warns(UserWarning, match="cannot be compared with that of MixedClassifier's own methods: TypeError"):
         fit(tmp_path, MixedClassifier(), data=Mixed())
+
+
+class Unscale(torch.nn.Module):
+    """Scales predictions back in evaluation mode, as chemprop does."""
+
+    def forward(self, x):
+        return x if self.training else 20 * x + 5
+
+
+class Scaled(RegressionMixin, L.LightningModule):
+    """Trains on scaled labels, and predicts unscaled ones."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1), Unscale())
+
+    def forward(self, x):
+        return self.net(x)[:, 0]
+
+    def get_labels(self, batch):
+        return batch[1].float()
+
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self(batch[0]), self.get_labels(batch))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def test_another_loss_in_evaluation_mode_is_named_with_what_makes_the_difference(tmp_path):
+    with pytest.warns(UserWarning, match="Unscale computes something else in evaluation mode") as caught:
+        fit(tmp_path / "watched", Scaled())
+    message = next(str(warning.message) for warning in caught if "Unscale" in str(warning.message))
+    assert "Scaled's own methods" in message
+    assert "Dropout computes" not in message
+    module, batch = Scaled().eval(), (DATA.tensors[0], DATA.tensors[1])
+    evaluation = F.mse_loss(module(batch[0]), module.get_labels(batch)).item()
+    told = float(message.split("the first batch is ")[1].split(",")[0])
+    assert told == pytest.approx(evaluation, rel=0.5)  # of other examples of the same kind
+    module = Scaled()
+    module.net[3].register_forward_hook(lambda *_: None)
+    alone, watched = fit(tmp_path / "a", Scaled(), watched=False), Scaled()
+    with pytest.warns(UserWarning, match="Unscale"):
+        fit(tmp_path / "b", watched)
+    assert all(torch.equal(one, other) for one, other in zip(alone.parameters(), watched.parameters(), strict=True))
+
+
+class Noisy(Classifier):
+    """Draws by itself in training mode: that is no other loss, but chance."""
+
+    def forward(self, x):
+        return super().forward(F.dropout(x, 0.3, self.training))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_chance_of_ones_own_is_no_difference_of_modes(tmp_path, seed):
+    torch.manual_seed(seed)
+    fit(tmp_path, Noisy(), max_epochs=2)  # warnings are errors
+
+
+class Mixes(L.Callback):
+    """Changes the batch in place, without a trace in the loss."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        batch[0].add_(1e-3)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_batches_that_another_callback_changes_are_told_of_in_either_order(tmp_path, first):
+    trak = TRAKCallback(tmp_path / "trak")
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False, max_epochs=3,
+        enable_model_summary=False, callbacks=[trak, Mixes()] if first else [Mixes(), trak],
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="The first batch was changed between the loader and") as caught:
+        trainer.fit(Classifier(), DataLoader(DATA, 8, shuffle=True))
+    assert sum("first batch" in str(warning.message) for warning in caught) == 1  # once, though of two epochs
+
+
+def test_a_model_output_that_changes_its_batch_is_named(tmp_path):
+    class Spoils(Classifier):
+        def model_output(self, batch):
+            output = super().model_output((batch[0].clone(), batch[1]))
+            batch[0].zero_()
+            return output
+
+    with pytest.raises(
+        ValueError, match=r"changes its batch in place \(list\(Tensor\(8, 3\), Tensor\(8,\)\), tensor 1\)"
+    ):
+        fit(tmp_path, Spoils())
