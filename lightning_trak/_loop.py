@@ -34,7 +34,7 @@ from lightning_trak.checks import (
 from lightning_trak.data import loader_batch_size, read_batches, seed_all
 from lightning_trak.featurize import Featurizer
 from lightning_trak.generators import kept_generators
-from lightning_trak.gradients import EngineUnsuitable, ModelFunction, batch_gradient
+from lightning_trak.gradients import EngineChoice, EngineUnsuitable, ModelFunction, batch_gradient
 from lightning_trak.gradients.batch import same_tensors
 from lightning_trak.loss_projection import PER_SAMPLE_LOSS, LossProjection
 from lightning_trak.module import LossTerms, own_method, prepared
@@ -126,6 +126,11 @@ def attached(
         strategy._lightning_module, strategy.model = connected, model
 
 
+def _tell(what: str) -> None:
+    """Tell the user something, in one line."""
+    rank_zero_info(f"TRAKCallback: {' '.join(what.split())}")
+
+
 class FeaturizationLoop:
     """Reads a dataset in order and turns its examples into features, checkpoint after checkpoint.
 
@@ -168,11 +173,12 @@ class FeaturizationLoop:
             fixed=batch_size is not None,
             n_examples=self.size,
             read=lambda rows: self._read_once(rows, seed=0),
-            tell=lambda what: rank_zero_info(f"TRAKCallback: {what}"),
+            tell=_tell,
             examples=examples,
         )
         self._examples = examples
         self._loss_terms = LossTerms(module)
+        self._projection_reported = False
         self._label: Callable[[Any], Any] | None = None
         self.repeatable = True  # whether two reads of an example are the same; preflight finds out
         self.logistic = not self._loss_terms.need_projection  # whether the loss is softplus(−f), as far as is known
@@ -223,7 +229,10 @@ class FeaturizationLoop:
             check_unchanged(self._module, batch, versions)
             outputs = self._try(function, batch, rows)
             if self._examples == "train" and self._loss_terms.need_projection:
-                self._try(function.of(PER_SAMPLE_LOSS), batch, rows)
+                losses = function.of(PER_SAMPLE_LOSS)
+                self._try(losses, batch, rows)
+                if self._gradients != "auto":  # of "auto", one of the engines can
+                    EngineChoice(self._gradients).choose(losses, batch, len(rows))
             elif self._examples == "train":
                 self._check_loss(outputs, *self._loss_terms(function.call, batch, outputs), rows)
             self._adaptation.prepare(function, digest)
@@ -314,10 +323,12 @@ class FeaturizationLoop:
         rows = range(min(_TRIED, self._adaptation.batch_size))
         return LossProjection(self._gradients, lambda: (self._read_once(rows, seed=0), len(rows)))
 
-    @staticmethod
-    def report(projection: LossProjection) -> None:
-        """Say how Q was found by projection, and how good it is."""
-        rank_zero_info(f"TRAKCallback: {projection}.")
+    def report(self, projection: LossProjection) -> None:
+        """Say once, of the first checkpoint, how Q was found by projection, and how good it is."""
+        if self._projection_reported:
+            return
+        self._projection_reported = True
+        _tell(f"{projection}.")
         for doubt in projection.doubts():
             rank_zero_warn(doubt)
 

@@ -106,12 +106,11 @@ class Adaptation:
         return range(min(_PREPARED, max(2, self.batch_size), self._n_examples))
 
     def _choose(self, function: ModelFunction, batch: Any) -> Engine:
-        """Choose the engine at these weights; say which, if that has not been said."""
+        """Choose the engine at these weights; say which, if it is another than at the checkpoint before."""
         engine = self._choice.choose(function, batch, len(self._first))
-        report = f"{self._choice.report(engine)} ({self._examples} examples)."
-        if report != self._reported:
-            self._tell(report)
-            self._reported = report
+        if engine.name != self._reported:
+            self._tell(f"{self._choice.report(engine)} ({self._examples} examples).")
+            self._reported = engine.name
         return engine
 
     def _measure(self, function: ModelFunction, engine: Engine, key: int, device: torch.device) -> None:

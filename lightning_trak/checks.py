@@ -39,7 +39,8 @@ def versions_of(batch: Any) -> list[int | None]:
 
 def check_unchanged(module: Any, batch: Any, before: Sequence[int | None]) -> None:
     """Raise a ValueError if the tensors of a batch have other versions than `versions_of` told ``before``."""
-    changed = [place for place, (one, other) in enumerate(zip(versions_of(batch), before, strict=True)) if one != other]
+    pairs = enumerate(zip(versions_of(batch), before, strict=True))
+    changed = [place for place, (one, other) in pairs if one != other]
     if changed:
         raise ValueError(
             f"{type(module).__name__}.model_output changes its batch in place ({describe(batch)}, tensor"

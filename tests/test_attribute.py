@@ -1150,7 +1150,9 @@ def test_freezing_the_model_before_attribute_changes_no_score(tmp_path):
     assert torch.equal(trainer.attribute_self(), trainer.attribute_self())
 
 
-@pytest.mark.parametrize("options", [{"estimator": "paper"}, {"estimator": "trak", "temperature": 1.3}, {"overwrite": 1}])
+@pytest.mark.parametrize(
+    "options", [{"estimator": "paper"}, {"estimator": "trak", "temperature": 1.3}, {"overwrite": 1}]
+)
 def test_wrong_choices_of_the_estimator_are_refused(options):
     with pytest.raises((ValueError, TypeError), match=r"estimator|overwrite"):
         TRAKCallback(**options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -14,8 +15,15 @@ from lightning_trak.gradients.hooks import HooksEngine
 from lightning_trak.gradients.loop import LoopEngine
 from lightning_trak.gradients.vmap import VmapEngine
 
+_LONGEST = 160  # characters of a reason
+
 ENGINES: dict[str, Callable[[], Engine]] = {"hooks": HooksEngine, "vmap": VmapEngine, "loop": LoopEngine}
 """By name, best first: ``gradients="auto"`` takes the first that suits the model."""
+
+
+def _short(why: str) -> str:
+    """Cut a reason, so that a report stays one line."""
+    return shorten(why, _LONGEST, placeholder=" ...")
 
 
 class EngineChoice:
@@ -48,13 +56,13 @@ class EngineChoice:
                 why = str(error) if isinstance(error, EngineUnsuitable) else f"{type(error).__name__}: {error}"
                 if last:
                     raise self._none_left(why) from error
-                self._unprepared.append(f"not {name}, as {why}")
+                self._unprepared.append(f"not {name}, as {_short(why)}")
         raise AssertionError("the last engine raises if it fails")
 
     def reject(self, engine: Engine, error: EngineUnsuitable) -> None:
         """Never choose an engine again, because of an ``error`` that came up in use."""
         self._left.remove(engine.name)
-        self._rejected.append(f"not {engine.name}, as {error}")
+        self._rejected.append(f"not {engine.name}, as {_short(str(error))}")
         if not self._left:
             raise self._none_left(str(error)) from error
 
