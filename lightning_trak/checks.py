@@ -44,7 +44,7 @@ def check_unchanged(module: Any, batch: Any, before: Sequence[int | None]) -> No
     if changed:
         raise ValueError(
             f"{type(module).__name__}.model_output changes its batch in place ({describe(batch)}, tensor"
-            f" {changed[0] + 1}), so a second call gives other outputs. Work on a copy: x = x / 255 in place of x /= 255."
+            f" {changed[0] + 1}), so a second call gives other outputs. Work on a copy: x = x / 255, not x /= 255."
         )
 
 
