@@ -154,7 +154,7 @@ def main() -> None:
     figure, _ = attribution.plot(columns=[0, 1], k=5)
     figure.savefig(arguments.output / "tabular_regression.png", dpi=150)
 
-    suspicion = trainer.attribute_self().abs()
+    suspicion = trainer.attribute_self()
     area = auroc(suspicion.argsort().argsort() / len(suspicion), data.wrong.long(), task="binary")
     print(f"\n{int(data.wrong.sum())} of {len(suspicion)} train labels are wrong.")
     print(f"Self-influence finds them with an AUROC of {area:.3f}; 0.5 is chance.")

@@ -34,7 +34,8 @@ def pool_of(store: FeatureStore, digests: Sequence[str] | None = None) -> str:
     """Say how many checkpoints of the store are averaged over, all or some of them, and of how many runs they are."""
     chosen = store.digests if digests is None else digests
     runs = {store[digest].meta.get("run") for digest in chosen}
-    sources = [f"{len(runs - {None})} runs"] * bool(runs - {None}) + ["files"] * (None in runs)
+    known = len(runs - {None})
+    sources = [f"{known} run{'s' * (known > 1)}"] * (known > 0) + ["files"] * (None in runs)
     return f"{len(chosen)} of {len(store)} checkpoints in '{store.dirpath}', from {' and '.join(sources)}"
 
 

@@ -736,7 +736,7 @@ def test_weights_that_are_changed_for_good_end_training(tmp_path):
 
 def test_runs_that_are_pooled_are_told_of_and_can_be_left_behind(tmp_path, said):
     fit(tmp_path, TRAKCallback(tmp_path / "store"), every_epoch(tmp_path / "a"))
-    assert said()[-1].endswith(f"average over 3 of 3 checkpoints in '{tmp_path / 'store'}', from 1 runs.")
+    assert said()[-1].endswith(f"average over 3 of 3 checkpoints in '{tmp_path / 'store'}', from 1 run.")
     trainer, _ = fit(tmp_path, TRAKCallback(tmp_path / "store"), every_epoch(tmp_path / "b"), seed=1)
     assert "6 of 6 checkpoints" in said()[-1]
     assert "from 2 runs (those of earlier runs too; TRAKCallback(overwrite=True) starts anew)." in said()[-1]

@@ -36,7 +36,7 @@ def ours(key: str, files: Sequence[Path], **options: Any) -> Tensor:
 
 def paper(key: str, files: Sequence[Path]) -> Tensor:
     """Attribute with the estimator of the TRAK paper, and half as many features as there are training examples."""
-    return ours(key, files, curvature=False, damping=0, proj_dim=fewer_features(key))
+    return ours(key, files, estimator="trak", proj_dim=fewer_features(key))
 
 
 def fewer_features(key: str) -> int:
