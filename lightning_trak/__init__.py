@@ -6,10 +6,14 @@ The way of the data, and the module that is each stage::
 
     module, tasks     what a module tells: model output f, loss L(f), Q = −∂L/∂f, w = ∂²L/∂f²; ready mixins
     callback          from Lightning's checkpoint saving to the stages
+    checkpoint_io     watches checkpoint files, whoever writes them
+    loss_check        is what is trained on what scores are about?
     attribute         the stages in order
     _scoring          the last of them, from stored features to scores
     _loop, _plan      the featurization loop inside Lightning, and what it is to compute
-    _outputs          what a model gives as it stands: outputs, and the loss of training
+    _outputs          what a model gives as it stands: its outputs
+    module_state      a module before and after: put back, and compared
+    generators        random generators that modules and datasets hold
     _checkpoints      what is done with one checkpoint of the store
     data, weights     examples by row; checkpoints by digest
     gradients         per-sample gradients of f: engines, and a rule for each type of layer (gradients/rules)
@@ -22,7 +26,7 @@ The way of the data, and the module that is each stage::
     store, entry      FeatureStore, the directory of checkpoints, and each checkpoint's features
     gram, damping     the kernel, and how much to damp it
     training_time     what that follows from, where it is known
-    tempering         Q and w of outputs that are less certain
+    tempering         Q and w of temperature-scaled outputs
     scores            scores
     attribution, plot what the user gets back
     metrics           the linear datamodeling score
@@ -31,7 +35,8 @@ The way of the data, and the module that is each stage::
     counterfactual    what became of targets without their most helpful examples
     progress          progress bars
 
-Only module, tasks, callback, attribute and _loop may import Lightning; every other stage is usable without it.
+Only module, tasks, callback, checkpoint_io, loss_check, attribute and _loop may import Lightning; every other stage is
+usable without it.
 
 Importing the package registers ``lightning.pytorch.Trainer.attribute`` and ``.attribute_self``.
 """

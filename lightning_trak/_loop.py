@@ -124,6 +124,11 @@ def attached(
             datamodule.trainer = own_trainer
         connector._datahook_selector, trainer.datamodule = before
         strategy._lightning_module, strategy.model = connected, model
+        if state.lost:
+            rank_zero_warn(
+                f"{type(module).__name__} has other weights now than before: {'; '.join(state.lost)}. Its setup() or"
+                " configure_model() changed them in place, when it was asked for a loader. Load them again."
+            )
 
 
 def _tell(what: str) -> None:

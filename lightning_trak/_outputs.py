@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lightning_trak._loop import attached
 from lightning_trak.checks import check_size
 from lightning_trak.data import read_batches
 from lightning_trak.module import prepared
+from lightning_trak.module_state import unchanged
 
 
 def model_outputs(
@@ -22,8 +24,10 @@ def model_outputs(
     find_loader: Callable[[], DataLoader[Any]],
 ) -> Tensor:
     """Return the model output of every example, (m,), as in ``predict``: in eval mode, without gradients."""
-    with attached(trainer, module, datamodule), prepared(module, _call), torch.no_grad():
-        loader = find_loader()
+    with attached(trainer, module, datamodule), ExitStack() as stack:
+        loader = find_loader()  # may let the module set itself up
+        for context in (unchanged(module), prepared(module, _call), torch.no_grad()):
+            stack.enter_context(context)
         rows = range(len(loader.dataset))  # type: ignore[arg-type]
         outputs = torch.zeros(len(rows))
         for batch_rows, batch in read_batches(trainer, module, loader, rows):

@@ -1156,3 +1156,20 @@ def test_freezing_the_model_before_attribute_changes_no_score(tmp_path):
 def test_wrong_choices_of_the_estimator_are_refused(options):
     with pytest.raises((ValueError, TypeError), match=r"estimator|overwrite"):
         TRAKCallback(**options)
+
+
+def test_weights_that_setup_draws_anew_are_told_of(tmp_path):
+    class DrawsAnew(Classifier):
+        def setup(self, stage):
+            torch.nn.init.normal_(self.net[0].weight)
+
+        def test_dataloader(self):
+            return DataLoader(make_data(7, 2), 3)
+
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store"), max_epochs=1)
+    module = DrawsAnew()
+    trainer.fit(module, DataLoader(make_data(40), 8), DataLoader(make_data(12, 1), 6))
+    with pytest.warns(
+        UserWarning, match=r"DrawsAnew has other weights now than before: net\.0\.weight has other values"
+    ):
+        trainer.attribute()
