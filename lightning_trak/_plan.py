@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak._loop import FeaturizationLoop
 from lightning_trak.data import fingerprint
-from lightning_trak.projection import make_projector
+from lightning_trak.projection import make_projector, restore_projector
 from lightning_trak.weights import select_parameters
 
 if TYPE_CHECKING:
@@ -41,8 +41,10 @@ class Plan:
             defaults = {name: value.default for name, value in signature(type(self._callback)).parameters.items()}
             stored = manifest["projection"]
             parameters = list(manifest["parameters"]) if parameters is None else parameters
-            projector = stored["projector"].split(" (")[0] if projector == "auto" else projector
             proj_dim = stored["proj_dim"] if proj_dim == defaults["proj_dim"] else proj_dim
+            if projector == "auto":
+                configuration = {name: value for name, value in stored.items() if name not in ("proj_dim", "seed")}
+                projector = restore_projector(configuration, proj_dim)
             seed = stored["seed"] if seed == defaults["seed"] else seed
         own = dict(module.named_parameters())
         self.parameters = select_parameters(module, parameters)
@@ -62,7 +64,7 @@ class Plan:
     @property
     def settings(self) -> dict[str, Any]:
         """The part of the store's manifest that does not depend on the data."""
-        projection = {"projector": self.projector.name, "proj_dim": self.proj_dim, "seed": self.seed}
+        projection = {**self.projector.configuration, "proj_dim": self.proj_dim, "seed": self.seed}
         return {"parameters": self.shapes, "projection": projection}
 
     def manifest(self, loader: DataLoader[Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zlib
@@ -181,14 +182,25 @@ def _allocate(path: Path, shape: tuple[int, ...], dtype: type) -> None:
                 },
             )
             start, size = file.tell(), int(np.prod(shape)) * np.dtype(dtype).itemsize
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, start + size)
-            else:
+            if not _reserve(file.fileno(), start + size):
                 for first in range(0, size, _CRC_BLOCK):
                     file.write(bytes(min(_CRC_BLOCK, size - first)))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _reserve(descriptor: int, size: int) -> bool:
+    """Reserve blocks for a file; return False where the system or the file system cannot."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except AttributeError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        return False
+    return True
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 import lightning_trak as lt
 from lightning_trak import Attribution, FeatureStore, TRAKCallback, attribute
 from lightning_trak.damping import choose_damping
-from lightning_trak.projection import make_projector, projection_key
+from lightning_trak.projection import FactoredProjector, make_projector, projection_key
 from tests.conftest import Blobs, Classifier, make_data, make_trainer
 
 
@@ -437,6 +437,23 @@ def test_store_settings_hold_where_the_callback_says_nothing(tmp_path):
     for other in ({"seed": 8}, {"proj_dim": 17}, {"projector": "sparse"}, {"parameters": "net.0.weight"}):
         with pytest.raises(ValueError, match=r"was made with .*, but here"):
             fresh(tmp_path, **other).attribute(Classifier(), datamodule=Blobs())
+
+
+def test_the_whole_projection_is_its_identity(tmp_path):
+    """Another rank, or a rank that was forgotten, gave scores of two projections mixed."""
+    L.seed_everything(0, verbose=False)
+    trak = TRAKCallback(tmp_path / "store", projector=FactoredProjector(16, rank=2))
+    trainer = make_trainer(tmp_path, trak, max_epochs=1)
+    trainer.fit(Classifier(), datamodule=Blobs())
+    expected = trainer.attribute().scores
+    torch.testing.assert_close(fresh(tmp_path).attribute(Classifier(), datamodule=Blobs()).scores, expected)
+    for other in ("factored", FactoredProjector(16, rank=3)):
+        with pytest.raises(ValueError, match=r"made with projection.rank=2, but here projection.rank="):
+            fresh(tmp_path, projector=other).attribute(Classifier(), datamodule=Blobs())
+    drawn_anew = FactoredProjector(16, rank=2)
+    drawn_anew.drawing = 2
+    with pytest.raises(ValueError, match=r"made with projection.drawing=1, but here projection.drawing=2"):
+        fresh(tmp_path, projector=drawn_anew).attribute(Classifier(), datamodule=Blobs())
 
 
 def test_checkpoints_brought_along(tmp_path, run):

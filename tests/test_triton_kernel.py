@@ -38,12 +38,12 @@ def difference(features, expected):
 
 
 def check_interpreted():
-    """All that the interpreter can say. It cuts bfloat16 off where a GPU rounds: twice the error, 2⁻⁷ of an entry."""
+    """All that the interpreter can say. It cuts bfloat16 off where a GPU rounds: 2⁻¹⁴ of an entry is lost at most."""
     assert available(torch.device("cpu"))
     for shape in SHAPES:
         assert difference(*projected(*shape, dtype=torch.bfloat16)) < 1e-5, shape  # nothing to round
-        assert difference(*projected(*shape)) < 2**-7, shape
-    assert difference(*projected(3, 70, 130, 2, dtype=torch.float16)) < 2**-7
+        assert difference(*projected(*shape)) < 2**-14, shape
+    assert difference(*projected(3, 70, 130, 2, dtype=torch.float16)) < 2**-14
     for key in (0, 2**31, 2**64 - 1):
         assert difference(*projected(2, 70, 130, 2, dtype=torch.bfloat16, key=key)) < 1e-5, key
     check_columns_and_cuts()
@@ -114,18 +114,10 @@ def test_compiles_without_a_gpu(capability, wide, rows):
 def test_compiled(shape):
     assert available(torch.device("cuda"))
     assert difference(*projected(*shape, dtype=torch.bfloat16, device="cuda")) < 1e-5
-    assert difference(*projected(*shape, device="cuda")) < 2**-8
+    assert difference(*projected(*shape, device="cuda")) < 2**-14
     once, _ = projected(*shape, device="cuda")
     again, _ = projected(*shape, device="cuda")
     assert torch.equal(once, again)
-
-
-def test_rounding_costs_what_is_documented():
-    gradients = torch.randn(8, 4000, generator=torch.Generator().manual_seed(0))
-    matrix = RademacherProjector(256).signs(0, 4000, KEY).double()
-    error = (gradients.bfloat16().double() - gradients.double()) @ matrix
-    relative = error.norm() / (gradients.double() @ matrix).norm()
-    assert 0.0014 < relative < 0.0020
 
 
 def test_not_available_without_triton(monkeypatch):

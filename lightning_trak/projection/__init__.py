@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from lightning_trak.projection.factored import FactoredProjector
 from lightning_trak.projection.fast_jl import FastJLProjector, fast_jl_or_rademacher
@@ -19,7 +20,7 @@ __all__ = [
     "RademacherProjector",
     "SparseProjector",
 ]
-__all__ += ["make_projector", "projection_key"]
+__all__ += ["make_projector", "projection_key", "restore_projector"]
 
 _BY_NAME: dict[str, Callable[[int], Projector]] = {
     "factored": FactoredProjector,
@@ -27,6 +28,10 @@ _BY_NAME: dict[str, Callable[[int], Projector]] = {
     "identity": IdentityProjector,
     "rademacher": RademacherProjector,
     "sparse": SparseProjector,
+}
+_CLASSES: dict[str, type[Projector]] = {
+    own.name: own
+    for own in (FactoredProjector, FastJLProjector, IdentityProjector, RademacherProjector, SparseProjector)
 }
 
 
@@ -47,7 +52,7 @@ def make_projector(projector: str | Projector, proj_dim: int, n_params: int) -> 
     ``"auto"`` is ``"identity"`` where the gradients have no more than ``proj_dim`` entries, else ``"factored"``.
 
     >>> make_projector("auto", proj_dim=2048, n_params=10**6)
-    FactoredProjector(proj_dim=2048)
+    FactoredProjector(proj_dim=2048, rank=64)
     """
     check_projector(projector, proj_dim)
     if isinstance(projector, Projector):
@@ -55,3 +60,27 @@ def make_projector(projector: str | Projector, proj_dim: int, n_params: int) -> 
     if projector == "auto":
         projector = "identity" if n_params <= proj_dim else "factored"
     return _BY_NAME[projector](proj_dim)
+
+
+def restore_projector(configuration: Mapping[str, Any], proj_dim: int) -> Projector:
+    """Build the projector with the `Projector.configuration` that a store has.
+
+    Args:
+        configuration: of a projector that has a name for ``TRAKCallback(projector=...)``.
+        proj_dim: k.
+
+    Raises:
+        ValueError: if the configuration is that of another one, which only the user can build.
+
+    >>> restore_projector(FactoredProjector(rank=8).configuration, proj_dim=16).rank
+    8
+    """
+    name, arguments = configuration["projector"], {**configuration}
+    for other in ("projector", "drawing"):
+        arguments.pop(other, None)
+    if name not in _CLASSES:
+        raise ValueError(
+            f"The store was made with the projector {name!r} and its arguments {arguments}. Pass the same one with"
+            " TRAKCallback(projector=...)."
+        )
+    return _CLASSES[name](proj_dim=proj_dim, **arguments)

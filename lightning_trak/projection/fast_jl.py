@@ -31,17 +31,17 @@ class FastJLProjector(Projector):
     Unlike the other projections, this one belongs to whole parameter blocks: fast_jl draws by its place in a block, so
     each block has a matrix of its own, chosen by key and ``start``, and features agree only if the gradients are cut
     into blocks in the same way. It also draws by the number of parts that it cuts a block into, one for each
-    multiprocessor, so another model of GPU means another matrix: the number is part of ``name``, and can be given to
-    go on with features that were made elsewhere. Within a kernel, gradients are float16: each sample is scaled to a
-    largest entry of 1 first, so that none overflows. Park, Georgiev, Ilyas, Leclerc, Madry, "TRAK: Attributing Model
-    Behavior at Scale", ICML 2023, for which it was written.
+    multiprocessor, so another model of GPU means another matrix: the number is part of the configuration, and can be
+    given to go on with features that were made elsewhere. Within a kernel, gradients are float16: each sample is scaled
+    to a largest entry of 1 first, so that none overflows. Park, Georgiev, Ilyas, Leclerc, Madry, "TRAK: Attributing
+    Model Behavior at Scale", ICML 2023, for which it was written.
 
     Args:
         proj_dim: k, a multiple of 512.
         multiprocessors: of the GPU whose matrix is wanted; by default the current one.
 
-    >>> FastJLProjector(proj_dim=1024, multiprocessors=132).name
-    'fast_jl (132 multiprocessors)'
+    >>> FastJLProjector(proj_dim=1024, multiprocessors=132).configuration
+    {'projector': 'fast_jl', 'drawing': 1, 'multiprocessors': 132}
     """
 
     name = "fast_jl"
@@ -49,7 +49,6 @@ class FastJLProjector(Projector):
     def __init__(self, proj_dim: int = 2048, multiprocessors: int | None = None) -> None:
         super().__init__(proj_dim)
         self.multiprocessors = _count_multiprocessors() if multiprocessors is None else multiprocessors
-        self.name = f"fast_jl ({self.multiprocessors} multiprocessors)"
 
     @staticmethod
     def check_proj_dim(proj_dim: int) -> None:

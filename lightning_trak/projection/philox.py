@@ -70,7 +70,7 @@ def random_signs(
     tensor([[1., 1., 1.],
             [1., 1., 1.]])
     """
-    return signs_of(random_words(start, stop, columns, key, stream, device), columns, torch.float32)
+    return signs_of(random_words(start, stop, columns, key, stream, device), columns)
 
 
 def random_words(start: int, stop: int, columns: int, key: int, stream: int, device: torch.device) -> Tensor:
@@ -89,14 +89,14 @@ def random_words(start: int, stop: int, columns: int, key: int, stream: int, dev
     return halves
 
 
-def signs_of(words: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """Turn the bits of `random_words` into signs ±1, (rows, columns)."""
-    return embedding(words, _sign_table(words.device, dtype)).flatten(1)[:, :columns]
+def signs_of(words: Tensor, columns: int) -> Tensor:
+    """Turn the bits of `random_words` into signs ±1, (rows, columns), float32."""
+    return embedding(words, _sign_table(words.device)).flatten(1)[:, :columns]
 
 
 @functools.cache
-def _sign_table(device: torch.device, dtype: torch.dtype) -> Tensor:
+def _sign_table(device: torch.device) -> Tensor:
     """Return row w: the 16 bits of w, lowest first, as ±1; a look-up is the fastest way from bits to floats."""
     words = torch.arange(2**16, device=device, dtype=torch.int32)[:, None]
     bits = (words >> torch.arange(16, device=device, dtype=torch.int32)) & 1
-    return (2 * bits - 1).to(dtype)
+    return (2 * bits - 1).float()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
+from inspect import signature
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -20,14 +23,29 @@ class Projector(ABC):
     yields them so, and are added into the features: ``features += gradients @ P[start:start + q]``. The result does
     not depend on how the parameters are cut into blocks, so nothing of shape (b, p) need ever exist.
 
-    To write one, define `add_` and, where the dimension is not chosen freely, `dimension`. Its ``name``, by default
-    that of the class, stands in the store for all that P depends on beside dimension and key.
+    To write one, define `add_` and, where the dimension is not chosen freely, `dimension`.
 
     Args:
         proj_dim: k, the sketch dimension.
+
+    Attributes:
+        name: by default that of the class.
+        drawing: the version of how P is drawn. Count it up when the same arguments come to draw another P, so that
+            features of both cannot be mixed.
     """
 
     name: str
+    drawing = 1
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Note the arguments: they are part of what tells one family of matrices from another."""
+        projector = super().__new__(cls)
+        given = signature(cls.__init__).bind_partial(projector, *args, **kwargs)
+        given.apply_defaults()
+        projector._arguments = dict(list(given.arguments.items())[1:])
+        return projector
+
+    _arguments: dict[str, Any]
 
     def __init_subclass__(cls) -> None:
         if "name" not in vars(cls):
@@ -46,6 +64,26 @@ class Projector(ABC):
     def dimension(self, n_params: int) -> int:
         """Return k for gradients of ``n_params`` entries."""
         return self.proj_dim
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """All that P depends on beside dimension, seed and checkpoint: name, version of the drawing, arguments.
+
+        It is the projection's identity in the store. An attribute named as an argument counts in its place.
+
+        Raises:
+            TypeError: if an argument cannot be written as JSON.
+        """
+        arguments = {name: getattr(self, name, value) for name, value in self._arguments.items() if name != "proj_dim"}
+        for name, value in arguments.items():
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                raise TypeError(
+                    f"The argument {name} of {type(self).__name__} is {type(value).__name__}, which the feature store"
+                    " cannot write as JSON. Pass numbers, strings or lists, or override configuration."
+                ) from error
+        return {"projector": self.name, "drawing": self.drawing, **arguments}
 
     @abstractmethod
     def add_(self, features: Tensor, gradients: Tensor, start: int, key: int) -> None:
@@ -78,7 +116,9 @@ class Projector(ABC):
         """Let go of what is kept from batch to batch of one key; there need not be anything."""
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(proj_dim={self.proj_dim})"
+        arguments = {"proj_dim": self.proj_dim, **self.configuration}
+        shown = [f"{name}={value!r}" for name, value in arguments.items() if name not in ("projector", "drawing")]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 class Drawn:
