@@ -6,6 +6,7 @@ The way of the data, and the module that is each stage::
 
     module, tasks     what a module tells: model output f, loss L(f), Q = −∂L/∂f, w = ∂²L/∂f²; ready mixins
     callback          from Lightning's checkpoint saving to the stages
+    framework         which Lightning it is, lightning or pytorch_lightning
     checkpoint_io     watches checkpoint files, whoever writes them
     loss_check        is what is trained on what scores are about?
     attribute         the stages in order
@@ -35,20 +36,20 @@ The way of the data, and the module that is each stage::
     counterfactual    what became of targets without their most helpful examples
     progress          progress bars
 
-Only module, tasks, callback, checkpoint_io, loss_check, attribute and _loop may import Lightning; every other stage is
-usable without it.
+Only framework imports Lightning. Only tasks, callback, checkpoint_io, loss_check, attribute and _loop import framework;
+every other stage is usable without it.
 
-Importing the package registers ``lightning.pytorch.Trainer.attribute`` and ``.attribute_self``.
+Importing the package registers ``Trainer.attribute`` and ``.attribute_self``: at once for ``lightning``, and for
+``pytorch_lightning`` as soon as both it is imported and a `TRAKCallback` is made.
 """
 
 from __future__ import annotations
-
-import lightning.pytorch as _pl
 
 from lightning_trak.attribute import attribute, attribute_self
 from lightning_trak.attribution import Attribution
 from lightning_trak.callback import TRAKCallback
 from lightning_trak.counterfactual import Counterfactuals, counterfactuals
+from lightning_trak.framework import register as _register
 from lightning_trak.gradients import LayerCall, layer_rule
 from lightning_trak.ground_truth import GroundTruth, evaluate
 from lightning_trak.module import TRAKMixin
@@ -93,5 +94,4 @@ __all__ = [
     "retrain_subsets",
 ]
 
-_pl.Trainer.attribute = attribute
-_pl.Trainer.attribute_self = attribute_self
+_register(attribute, attribute_self)

@@ -11,14 +11,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from functools import partial
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy.typing as npt
 import torch
-from lightning.pytorch.trainer.connectors.data_connector import _DataHookSelector
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
-from lightning.pytorch.utilities.memory import is_oom_error
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -33,6 +27,16 @@ from lightning_trak.checks import (
 )
 from lightning_trak.data import loader_batch_size, read_batches, seed_all
 from lightning_trak.featurize import Featurizer
+from lightning_trak.framework import (
+    LightningDataModule,
+    LightningModule,
+    Trainer,
+    framework_of,
+    is_oom_error,
+    isolate_rng,
+    rank_zero_info,
+    rank_zero_warn,
+)
 from lightning_trak.generators import kept_generators
 from lightning_trak.gradients import EngineChoice, EngineUnsuitable, ModelFunction, batch_gradient
 from lightning_trak.gradients.batch import same_tensors
@@ -50,7 +54,7 @@ _TRIED = 8  # examples of the first batch that are tried before training
 
 
 @contextmanager
-def undisturbed(trainer: pl.Trainer, module: pl.LightningModule, *sources: Any) -> Iterator[None]:
+def undisturbed(trainer: Trainer, module: LightningModule, *sources: Any) -> Iterator[None]:
     """Evaluate ``module`` as in ``predict`` but with gradients and without autocast, and leave no trace.
 
     Kept are the module (see `ModuleState`), the random states, also of generators that the module or one of the
@@ -70,16 +74,17 @@ def undisturbed(trainer: pl.Trainer, module: pl.LightningModule, *sources: Any) 
 
 
 @contextmanager
-def _as_in_predict(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
+def _as_in_predict(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Set modes and states; who enters restores those of the module.
 
     Hooks that augment ``if self.trainer.training`` do not do so here, during ``fit`` as little as after it.
     """
-    state = trainer.state
+    state, framework = trainer.state, framework_of(trainer)
     before = (state.fn, state.status, state.stage)
     isolated = isolate_rng()
     isolated.__enter__()
-    state.fn, state.status, state.stage = TrainerFn.PREDICTING, TrainerStatus.RUNNING, RunningStage.PREDICTING
+    state.fn, state.status = framework.TrainerFn.PREDICTING, framework.TrainerStatus.RUNNING
+    state.stage = framework.RunningStage.PREDICTING
     try:
         with (
             torch.inference_mode(False),
@@ -99,9 +104,7 @@ def _log_nothing(*_: Any, **__: Any) -> None:
 
 
 @contextmanager
-def attached(
-    trainer: pl.Trainer, module: pl.LightningModule, datamodule: pl.LightningDataModule | None
-) -> Iterator[None]:
+def attached(trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None) -> Iterator[None]:
     """Set a trainer up to run ``module`` on its device outside ``fit``, and leave all three as they were."""
     strategy, connector = trainer.strategy, trainer._data_connector
     connected, model, device = strategy.lightning_module, strategy.model, module.device
@@ -111,7 +114,7 @@ def attached(
         strategy.connect(module)
         strategy.setup_environment()
         module.trainer = trainer
-        connector._datahook_selector = _DataHookSelector(module, datamodule)
+        connector._datahook_selector = framework_of(trainer).DataHookSelector(module, datamodule)
         if datamodule is not None:
             trainer.datamodule, datamodule.trainer = datamodule, trainer
         with _as_in_predict(trainer, module):
@@ -153,8 +156,8 @@ class FeaturizationLoop:
 
     def __init__(
         self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
+        trainer: Trainer,
+        module: LightningModule,
         loader: DataLoader[Any],
         *,
         parameters: Sequence[str],

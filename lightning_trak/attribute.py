@@ -9,10 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -29,6 +25,15 @@ from lightning_trak.callback import (
     find_callback,
 )
 from lightning_trak.data import check_loader
+from lightning_trak.framework import (
+    LightningDataModule,
+    LightningModule,
+    Trainer,
+    framework_of,
+    is_datamodule,
+    is_overridden,
+    rank_zero_info,
+)
 from lightning_trak.gradients.function import check_fit
 from lightning_trak.scores import Extremes
 from lightning_trak.store import FeatureStore
@@ -39,10 +44,10 @@ CkptPath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 
 
 def attribute(
-    trainer: pl.Trainer,
-    model: pl.LightningModule | pl.LightningDataModule | None = None,
-    dataloaders: DataLoader[Any] | pl.LightningDataModule | None = None,
-    datamodule: pl.LightningDataModule | None = None,
+    trainer: Trainer,
+    model: LightningModule | LightningDataModule | None = None,
+    dataloaders: DataLoader[Any] | LightningDataModule | None = None,
+    datamodule: LightningDataModule | None = None,
     ckpt_path: CkptPath = None,
     *,
     name: str | None = None,
@@ -53,7 +58,8 @@ def attribute(
     Also a method: ``trainer.attribute(...)``. Model, trainer, callbacks and random states are left as they were.
 
     Args:
-        trainer: a ``lightning.pytorch.Trainer`` with one `TRAKCallback`.
+        trainer: a Trainer, of ``lightning`` or of ``pytorch_lightning``, with one `TRAKCallback`. Model and datamodule
+            are of the same package.
         model: None for the model that the trainer fitted last. Its weights do not matter, those of the checkpoints do.
             A datamodule in this place is the datamodule: ``trainer.attribute(datamodule)``.
         dataloaders: the targets, in the order of their dataset; else ``datamodule.attribute_dataloader()``,
@@ -103,10 +109,10 @@ def attribute(
 
 
 def attribute_self(
-    trainer: pl.Trainer,
-    model: pl.LightningModule | pl.LightningDataModule | None = None,
+    trainer: Trainer,
+    model: LightningModule | LightningDataModule | None = None,
     *,
-    datamodule: pl.LightningDataModule | None = None,
+    datamodule: LightningDataModule | None = None,
     ckpt_path: CkptPath = None,
 ) -> Tensor:
     """Return how much training on each example lowered its own loss: its self-influence, never negative.
@@ -131,20 +137,22 @@ def attribute_self(
 
 @contextmanager
 def _featurized(
-    trainer: pl.Trainer, model: Any, dataloaders: Any, datamodule: pl.LightningDataModule | None, ckpt_path: CkptPath
+    trainer: Trainer, model: Any, dataloaders: Any, datamodule: LightningDataModule | None, ckpt_path: CkptPath
 ) -> Iterator[tuple[Scoring, Loaders]]:
     """Open the store, and featurize the train set wherever that is still to be done."""
     callback = find_callback(trainer)
-    if isinstance(model, pl.LightningDataModule):
+    if is_datamodule(model):
         if datamodule is not None:
             raise TypeError("Two datamodules were passed, one in the place of the model. Pass datamodule=... alone.")
         model, datamodule = None, model
     model = _model(trainer, model)
     check_supported(trainer, model)
-    if isinstance(dataloaders, pl.LightningDataModule):
+    if is_datamodule(dataloaders):
         dataloaders, datamodule = None, dataloaders
     fitted = callback.train_loader if datamodule in (None, trainer.datamodule) else None
     datamodule = datamodule or trainer.datamodule
+    if datamodule is not None:
+        framework_of(trainer).check_kind("datamodule", datamodule, "LightningDataModule")
     fresh = model._trainer is None
     with attached(trainer, model, datamodule):
         if fresh:
@@ -163,9 +171,9 @@ class Loaders:
 
     def __init__(
         self,
-        trainer: pl.Trainer,
-        model: pl.LightningModule,
-        datamodule: pl.LightningDataModule | None,
+        trainer: Trainer,
+        model: LightningModule,
+        datamodule: LightningDataModule | None,
         dataloaders: Any,
         fitted: DataLoader[Any] | None,
     ) -> None:
@@ -180,7 +188,7 @@ class Loaders:
         remedy = "Pass trainer.attribute(dataloaders=...)."
         if self._dataloaders is not None:
             loader = check_loader(self._dataloaders, "dataloaders", "")
-            check_limit("limit_predict_batches", self._trainer.limit_predict_batches, loader)
+            check_limit(self._trainer, "limit_predict_batches", loader)
             return loader
         for owner in self._owners:
             for hook, stage in (
@@ -188,12 +196,11 @@ class Loaders:
                 ("predict_dataloader", "predict"),
                 ("test_dataloader", "test"),
             ):
-                if _defines(owner, hook):
+                if is_overridden(hook, owner):
                     loader = check_loader(self._request(owner, hook, stage), hook, remedy)
-                    limit = f"limit_{stage}_batches"
-                    check_limit(limit, getattr(self._trainer, limit), loader)
+                    check_limit(self._trainer, f"limit_{stage}_batches", loader)
                     return loader
-        raise MisconfigurationException(
+        raise framework_of(self._trainer).MisconfigurationException(
             "No targets to attribute: no dataloaders were passed, and neither attribute_dataloader, predict_dataloader"
             f" nor test_dataloader is defined in {' or '.join(type(owner).__name__ for owner in self._owners)}."
             " Call trainer.attribute(dataloaders=DataLoader(...))."
@@ -203,7 +210,7 @@ class Loaders:
         """Return the loader of the train set, that of the last ``fit`` where it is known; None if there is none."""
         for hook in ("featurize_dataloader", "train_dataloader"):
             for owner in self._owners:
-                if self._train is None and _defines(owner, hook):
+                if self._train is None and is_overridden(hook, owner):
                     self._train = check_loader(self._request(owner, hook, "fit"), hook, TRAIN_REMEDY)
         return self._train
 
@@ -212,7 +219,7 @@ class Loaders:
         loader = self.train_if_defined()
         if loader is not None:
             return loader
-        raise MisconfigurationException(
+        raise framework_of(self._trainer).MisconfigurationException(
             "There are checkpoints to featurize, and no train set: neither"
             " featurize_dataloader nor train_dataloader is defined in"
             f" {' or '.join(type(owner).__name__ for owner in self._owners)}. Pass datamodule=..."
@@ -228,27 +235,16 @@ class Loaders:
         return getattr(owner, hook)()
 
 
-def _defines(owner: Any, hook: str) -> bool:
-    known = hasattr(pl.LightningModule, hook) or hasattr(pl.LightningDataModule, hook)
-    return is_overridden(hook, owner) if known else hasattr(owner, hook)
-
-
-def _model(trainer: pl.Trainer, model: Any) -> pl.LightningModule:
+def _model(trainer: Trainer, model: Any) -> Any:
     model = trainer.lightning_module if model is None else model
     model = getattr(model, "_orig_mod", model)  # compiled
     if model is None:
         raise TypeError("trainer.attribute() needs a model when the trainer has fitted none: attribute(model, ...).")
-    if not isinstance(model, pl.LightningModule):
-        raise TypeError(
-            f"model must be a lightning.pytorch.LightningModule, got {type(model).__module__}."
-            f"{type(model).__qualname__}. Derive it from L.LightningModule with 'import lightning as L'."
-        )
+    framework_of(trainer).check_kind("model", model, "LightningModule")
     return model
 
 
-def _build(
-    model: pl.LightningModule, datamodule: pl.LightningDataModule | None, store: Path, ckpt_path: CkptPath
-) -> None:
+def _build(model: LightningModule, datamodule: LightningDataModule | None, store: Path, ckpt_path: CkptPath) -> None:
     """Make the layers of a model that has never been fitted, if it makes them in its hooks; in Lightning's order."""
     model.configure_model()
     names = _names_of_weights(store, ckpt_path)
@@ -270,7 +266,7 @@ def _names_of_weights(store: Path, ckpt_path: CkptPath) -> set[str] | None:
 
 
 def _open_store(
-    trainer: pl.Trainer, model: pl.LightningModule, callback: TRAKCallback, data: Loaders, *, create: bool
+    trainer: Trainer, model: LightningModule, callback: TRAKCallback, data: Loaders, *, create: bool
 ) -> tuple[FeatureStore, Plan]:
     """Open the store, or make it if checkpoints are brought along; see that it is of this model."""
     path = callback.store_path(trainer)
@@ -278,7 +274,7 @@ def _open_store(
         plan = Plan(callback, model)
         return FeatureStore.create(path, plan.manifest(data.train())), plan
     if trainer.fast_dev_run and not (path / "manifest.json").exists():
-        raise MisconfigurationException(
+        raise framework_of(trainer).MisconfigurationException(
             "This Trainer ran with fast_dev_run, which saves no checkpoint, so there is nothing to attribute. Fit"
             " without fast_dev_run, or pass checkpoint files with ckpt_path=[...]."
         )
@@ -291,11 +287,11 @@ def _open_store(
     return store, plan
 
 
-def _select(trainer: pl.Trainer, store: FeatureStore, ckpt_path: CkptPath) -> list[str]:
+def _select(trainer: Trainer, store: FeatureStore, ckpt_path: CkptPath) -> list[str]:
     """Return the digests of the checkpoints to average over; files brought along are put into the store."""
     if ckpt_path is None or ckpt_path == "last":
         if not store.digests:
-            raise MisconfigurationException(
+            raise framework_of(trainer).MisconfigurationException(
                 f"The store '{store.dirpath}' has no checkpoints. Train with a TRAKCallback and checkpointing on (not"
                 " with fast_dev_run), or pass checkpoint files with ckpt_path=[...]."
             )
@@ -306,7 +302,7 @@ def _select(trainer: pl.Trainer, store: FeatureStore, ckpt_path: CkptPath) -> li
     if ckpt_path == "best":
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if not best:
-            raise MisconfigurationException(
+            raise framework_of(trainer).MisconfigurationException(
                 "ckpt_path='best', but this trainer has no ModelCheckpoint that saved a best model. Pass its path."
             )
         ckpt_path = best
@@ -327,7 +323,7 @@ def _select(trainer: pl.Trainer, store: FeatureStore, ckpt_path: CkptPath) -> li
 
 
 def _featurize_missing(
-    trainer: pl.Trainer, model: pl.LightningModule, store: FeatureStore, plan: Plan, data: Loaders, digests: list[str]
+    trainer: Trainer, model: LightningModule, store: FeatureStore, plan: Plan, data: Loaders, digests: list[str]
 ) -> None:
     """Featurize the train set where that is still to be done, after a look whether what is done still holds."""
     missing = [digest for digest in digests if not store[digest].complete]

@@ -11,12 +11,6 @@ from pathlib import Path
 from typing import Any, TypeGuard
 from uuid import uuid4
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import BaseFinetuning
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lightning_trak._checkpoints import add_checkpoint, featurize_checkpoint, pool_of
@@ -24,6 +18,16 @@ from lightning_trak._loop import FeaturizationLoop, attached, undisturbed
 from lightning_trak._plan import Plan
 from lightning_trak.checkpoint_io import WatchedCheckpointIO
 from lightning_trak.data import check_loader
+from lightning_trak.framework import (
+    Callback,
+    LightningModule,
+    Trainer,
+    extend_loaded,
+    framework_of,
+    is_finetuning,
+    rank_zero_info,
+    rank_zero_warn,
+)
 from lightning_trak.generators import kept_generators
 from lightning_trak.gradients import ENGINES
 from lightning_trak.loss_check import LossCheck
@@ -38,7 +42,7 @@ _FINISH_LATER = "trainer.attribute(...) computes what is missing, once the cause
 TRAIN_REMEDY = "Or define featurize_dataloader() in the LightningDataModule or LightningModule."
 
 
-class TRAKCallback(pl.Callback):
+class TRAKCallback(Callback):
     """Featurizes the train set at the checkpoints of a run, so that ``trainer.attribute(...)`` can explain outputs.
 
     Training is bit-identical with and without it. Weights are taken as the checkpoint file holds them (averaged
@@ -103,6 +107,7 @@ class TRAKCallback(pl.Callback):
         batch_size: int | None = None,
         overwrite: bool = False,
     ) -> None:
+        extend_loaded()
         Projector.check_proj_dim(proj_dim)
         check_projector(projector, proj_dim)
         _check_choice("gradients", gradients, ("auto", *ENGINES))
@@ -150,8 +155,9 @@ class TRAKCallback(pl.Callback):
         self._failed = 0
         self._attributed: set[str] = set()
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the wiring, and start to watch checkpoint files."""
+        extend_loaded()  # the callback may be older than the import of pytorch_lightning
         find_callback(trainer)
         if stage != "fit":
             return
@@ -163,9 +169,9 @@ class TRAKCallback(pl.Callback):
         inner = watched.inner if isinstance(watched, WatchedCheckpointIO) else watched
         trainer.strategy.checkpoint_io = WatchedCheckpointIO(inner, self)
         # First of all, to see a batch before another callback's on_train_batch_start changes it.
-        trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Try the first batch and open the store, so that what cannot work fails before training."""
         with undisturbed(trainer, pl_module):
             loader = self._find_train_loader(trainer, pl_module)
@@ -191,7 +197,7 @@ class TRAKCallback(pl.Callback):
         elif self._training is not None and self._training.steps != trainer.global_step:
             self._training = None  # resumed without a recorded time: discard the old one
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Featurize what was saved since the last training step; of an epoch's first batch, find its loss."""
         if self.featurize_on == "save":
             self._featurize_pending()
@@ -200,28 +206,28 @@ class TRAKCallback(pl.Callback):
             self._loss_check.before_step(trainer, pl_module, batch)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Compare the loss of the first batch of the first two epochs."""
         self._loss_check.after_step(trainer, pl_module, batch, outputs)
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Note how far the step goes; that of a clipped gradient, or of one among several optimizers, is unknown."""
         known = len(trainer.optimizers) == 1 and not trainer.gradient_clip_val
         self._training = self._training.after_step(optimizer) if self._training is not None and known else None
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Note run and training time, under a key of our own: Lightning warns about missing callback states."""
         checkpoint[CHECKPOINT_KEY] = {"run": self._run, "training_time": self._training and asdict(self._training)}
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Go on from a checkpoint that training is resumed from."""
-        if trainer.state.fn == TrainerFn.FITTING:
+        if trainer.state.fn == framework_of(trainer).TrainerFn.FITTING:
             noted = checkpoint.get(CHECKPOINT_KEY, {})
             self._run, known = noted.get("run"), noted.get("training_time")
             self._training = TrainingTime(**known) if known else None
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Featurize what is left, or with ``featurize_on="fit_end"`` all that the run kept."""
         if self._store is None:
             return
@@ -239,7 +245,7 @@ class TRAKCallback(pl.Callback):
         if self._failed:
             rank_zero_info(f"TRAKCallback: {self._failed} checkpoints could not be featurized. {_FINISH_LATER}")
 
-    def store_path(self, trainer: pl.Trainer) -> Path:
+    def store_path(self, trainer: Trainer) -> Path:
         """Return the directory of the feature store."""
         return Path(trainer.default_root_dir) / "trak" if self.dirpath is None else self.dirpath
 
@@ -303,9 +309,9 @@ class TRAKCallback(pl.Callback):
             if self._failed == 1:
                 rank_zero_warn(f"{what}: {type(error).__name__}: {error} Training goes on. {_FINISH_LATER}")
 
-    def _parameters_to_be(self, trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
+    def _parameters_to_be(self, trainer: Trainer, module: LightningModule) -> str | None:
         """Return a pattern of the parameters to attribute by default, where more will be trained than are now."""
-        finetuning = [c for c in trainer.callbacks if isinstance(c, BaseFinetuning)]  # type: ignore[attr-defined]
+        finetuning = [callback for callback in trainer.callbacks if is_finetuning(callback)]
         frozen = [name for name, value in module.named_parameters() if not value.requires_grad]
         if self.parameters is not None or not finetuning or not frozen:
             return None
@@ -316,7 +322,7 @@ class TRAKCallback(pl.Callback):
         )
         return "*"
 
-    def _check_trained(self, module: pl.LightningModule) -> None:
+    def _check_trained(self, module: LightningModule) -> None:
         """Warn once of parameters that are trained by now and not attributed."""
         if self.parameters is not None or not self._attributed:
             return
@@ -330,7 +336,7 @@ class TRAKCallback(pl.Callback):
                 " names of those that count, and overwrite=True."
             )
 
-    def _find_train_loader(self, trainer: pl.Trainer, module: pl.LightningModule) -> DataLoader[Any]:
+    def _find_train_loader(self, trainer: Trainer, module: LightningModule) -> DataLoader[Any]:
         for owner in (trainer.datamodule, module):
             hook: Any = getattr(owner, "featurize_dataloader", None)
             if hook is not None:
@@ -339,53 +345,50 @@ class TRAKCallback(pl.Callback):
 
 
 def find_callback(trainer: Any) -> TRAKCallback:
-    """Return the one TRAKCallback of a `lightning.pytorch.Trainer`.
+    """Return the one TRAKCallback of a Trainer.
 
     Raises:
-        TypeError: for another kind of trainer.
+        TypeError: if it is no Trainer of Lightning.
         MisconfigurationException: if it has none, or several.
     """
-    if not isinstance(trainer, pl.Trainer):
-        kind = f"{type(trainer).__module__}.{type(trainer).__qualname__}"
-        raise TypeError(
-            f"lightning_trak works with lightning.pytorch.Trainer, got {kind}. Import with 'import lightning as L' and"
-            " use L.Trainer, L.LightningModule and L.LightningDataModule throughout; 'pytorch_lightning' is another"
-            " package with classes of its own."
-        )
+    framework = framework_of(trainer)
     found = [callback for callback in trainer.callbacks if isinstance(callback, TRAKCallback)]
     if len(found) != 1:
-        raise MisconfigurationException(
+        raise framework.MisconfigurationException(
             f"The Trainer has {len(found) or 'no'} TRAKCallback{'s' if len(found) > 1 else ''}, expected one:"
             " Trainer(callbacks=[TRAKCallback('attributions')])."
         )
     return found[0]
 
 
-def check_supported(trainer: pl.Trainer, module: Any) -> None:
+def check_supported(trainer: Trainer, module: Any) -> None:
     """Raise unless trainer and module are of a kind that can be featurized."""
+    framework = framework_of(trainer)
     if not callable(getattr(module, "model_output", None)):
-        raise MisconfigurationException(
+        raise framework.MisconfigurationException(
             f"{type(module).__name__} does not define model_output(self, batch), the number to attribute for every"
             " example of a batch. Mix ClassificationMixin or RegressionMixin into it, or define it with TRAKMixin."
         )
-    if trainer.world_size > 1 or not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-        raise MisconfigurationException(
+    supported = (framework.SingleDeviceStrategy, framework.DDPStrategy)
+    if trainer.world_size > 1 or not isinstance(trainer.strategy, supported):
+        raise framework.MisconfigurationException(
             f"TRAKCallback featurizes in one process, got {type(trainer.strategy).__name__} with"
             f" world_size={trainer.world_size}. Train without the callback, then attribute the checkpoint files on one"
-            " device: L.Trainer(devices=1, callbacks=[TRAKCallback(...)]).attribute(model, datamodule=dm,"
+            " device: Trainer(devices=1, callbacks=[TRAKCallback(...)]).attribute(model, datamodule=dm,"
             " ckpt_path=[...])."
         )
 
 
-def _check_limit(trainer: pl.Trainer, loader: DataLoader[Any]) -> None:
+def _check_limit(trainer: Trainer, loader: DataLoader[Any]) -> None:
     if not trainer.fast_dev_run:
-        check_limit("limit_train_batches", trainer.limit_train_batches, loader)
+        check_limit(trainer, "limit_train_batches", loader)
 
 
-def check_limit(name: str, limit: float, loader: DataLoader[Any]) -> None:
-    """Raise if a ``limit_*_batches`` of the Trainer leaves some examples of ``loader`` out."""
+def check_limit(trainer: Trainer, name: str, loader: DataLoader[Any]) -> None:
+    """Raise if ``limit_*_batches``, the setting of that name, leaves some examples of ``loader`` out."""
+    limit = getattr(trainer, name)
     if limit < 1.0 if isinstance(limit, float) else limit < len(loader):
-        raise MisconfigurationException(
+        raise framework_of(trainer).MisconfigurationException(
             f"Trainer({name}={limit}) leaves examples out, while attribution covers all {len(loader)} batches. Remove"
             " the limit (overfit_batches sets one too), or give the loader a torch.utils.data.Subset of the examples"
             " that count."

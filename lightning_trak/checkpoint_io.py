@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, Protocol
 
-from lightning.pytorch.plugins.io import CheckpointIO
+from lightning_trak.framework import CheckpointIO
 
 
 class Listener(Protocol):

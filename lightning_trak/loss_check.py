@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_trak._loop import undisturbed
+from lightning_trak.framework import LightningModule, Trainer, rank_zero_warn
 from lightning_trak.gradients import ModelFunction
 from lightning_trak.gradients.batch import same_tensors, tensors_of
 from lightning_trak.module import LossTerms, prepared
@@ -65,7 +64,7 @@ class LossCheck:
         self._expected: float | None = None
         self._warned: set[str] = set()
 
-    def before_step(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
+    def before_step(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         """Note the batch and its loss, just before ``training_step`` gets it; to be called once an epoch."""
         if not self._left:
             return
@@ -85,7 +84,7 @@ class LossCheck:
         if modes is not None and modes.differ:
             self._warn("modes", _other_mode(module, modes))
 
-    def after_step(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, outputs: Any) -> None:
+    def after_step(self, trainer: Trainer, module: LightningModule, batch: Any, outputs: Any) -> None:
         """Compare with what ``training_step`` returned, and with the batch that it left."""
         (seen, expected), self._batch, self._expected = (self._batch, self._expected), None, None
         if seen is None:
@@ -103,7 +102,7 @@ class LossCheck:
             rank_zero_warn(message)
 
 
-def _losses(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> tuple[float | None, Modes | None]:
+def _losses(trainer: Trainer, module: LightningModule, batch: Any) -> tuple[float | None, Modes | None]:
     """Return the loss of a batch as training has it, and in both modes; None where the module tells no loss."""
     modes = {part: part.training for part in module.modules()}
     names = [name for name, _ in module.named_parameters()]

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, softplus
 
 from lightning_trak.data import read_batches, seed_all
+from lightning_trak.framework import is_overridden, isolate_rng
 from lightning_trak.gradients.batch import describe
 from lightning_trak.module import TRAKMixin
 

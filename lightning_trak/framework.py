@@ -1,0 +1,201 @@
+"""Which of the two Lightnings a Trainer, module or datamodule is of: ``lightning.pytorch`` or ``pytorch_lightning``.
+
+They are one source released under two names, each with classes of its own, and ``isinstance`` keeps them apart. What
+depends on which it is stands here. No other module imports Lightning, and this one never imports ``pytorch_lightning``:
+whoever has an object of it has imported it.
+
+Shared by both, since they come from ``lightning_utilities`` or act on global state, are the ``rank_zero`` functions and
+`isolate_rng`. A `CheckpointIO` is called, never asked for its class, so that of ``lightning.pytorch`` serves both.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.connectors.data_connector import _DataHookSelector
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.memory import is_oom_error
+from lightning.pytorch.utilities.model_helpers import is_overridden as _is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+
+if TYPE_CHECKING:
+    import pytorch_lightning
+
+    Trainer: TypeAlias = pl.Trainer | pytorch_lightning.Trainer
+    LightningModule: TypeAlias = pl.LightningModule | pytorch_lightning.LightningModule
+    LightningDataModule: TypeAlias = pl.LightningDataModule | pytorch_lightning.LightningDataModule
+else:  # whoever reads annotations at run time, a command line for example, finds what both are
+    Trainer = LightningModule = LightningDataModule = Any
+
+_METHODS = ("attribute", "attribute_self")
+
+__all__ = [
+    "Callback",
+    "CheckpointIO",
+    "Framework",
+    "LightningDataModule",
+    "LightningModule",
+    "Trainer",
+    "extend_loaded",
+    "framework_of",
+    "is_datamodule",
+    "is_finetuning",
+    "is_oom_error",
+    "is_overridden",
+    "isolate_rng",
+    "rank_zero_info",
+    "rank_zero_warn",
+    "register",
+]
+
+
+class Callback(pl.Callback):
+    """A callback of both packages: `extend_loaded` adds the ``Callback`` of the second to its bases.
+
+    Either Trainer calls hooks whatever their object is, but takes a callback outside a list, or from a command line,
+    only if it is of its own package.
+    """
+
+
+class Framework:
+    """One of the two packages: those of its classes that matter here.
+
+    Args:
+        package: ``lightning.pytorch`` or ``pytorch_lightning``, imported.
+
+    Attributes:
+        name: of the package.
+    """
+
+    def __init__(self, package: Any) -> None:
+        self.name: str = package.__name__
+        self.Trainer: type[pl.Trainer] = package.Trainer
+        self.Callback: type[pl.Callback] = package.Callback
+        self.LightningModule: type[pl.LightningModule] = package.LightningModule
+        self.LightningDataModule: type[pl.LightningDataModule] = package.LightningDataModule
+        self.MisconfigurationException: type[Exception] = self._find(
+            "utilities.exceptions", "MisconfigurationException"
+        )
+        self.BaseFinetuning: type[BaseFinetuning] = self._find("callbacks", "BaseFinetuning")
+        self.DDPStrategy: type[Strategy] = self._find("strategies", "DDPStrategy")
+        self.SingleDeviceStrategy: type[Strategy] = self._find("strategies", "SingleDeviceStrategy")
+        self.DataHookSelector: type[_DataHookSelector] = self._find(
+            "trainer.connectors.data_connector", "_DataHookSelector"
+        )
+        self.TrainerFn: type[TrainerFn] = self._find("trainer.states", "TrainerFn")
+        self.TrainerStatus: type[TrainerStatus] = self._find("trainer.states", "TrainerStatus")
+        self.RunningStage: type[RunningStage] = self._find("trainer.states", "RunningStage")
+
+    def _find(self, module: str, name: str) -> Any:
+        return getattr(import_module(f"{self.name}.{module}"), name)
+
+    def check_kind(self, argument: str, value: Any, kind: str) -> None:
+        """See that an argument is of a class of this package.
+
+        Args:
+            argument: what to call it in the error.
+            value: the argument.
+            kind: ``"LightningModule"`` or ``"LightningDataModule"``.
+
+        Raises:
+            TypeError: if it is of another package, or something else.
+        """
+        if isinstance(value, getattr(self, kind)):
+            return
+        got, remedy = _class_name(value), f"Derive it from {self.name}.{kind}."
+        for other in _loaded():
+            if isinstance(value, getattr(other, kind)):
+                got, remedy = f"{got}, a {other.name}.{kind}", f"Use {self.name} or {other.name} for all of a program."
+        raise TypeError(
+            f"{argument} must be a {self.name}.{kind}, as the Trainer is of {self.name}, got {got}. {remedy}"
+        )
+
+
+def _loaded() -> list[Framework]:
+    """Return the packages that are imported; where a program has made the second an alias of the first, that one."""
+    other = sys.modules.get("pytorch_lightning")
+    packages = dict.fromkeys([pl, other] if hasattr(other, "Trainer") else [pl])
+    return [_framework(package) for package in packages]
+
+
+@cache
+def _framework(package: Any) -> Framework:
+    return Framework(package)
+
+
+def framework_of(trainer: Any) -> Framework:
+    """Return the package that a Trainer is of.
+
+    Raises:
+        TypeError: if it is no Trainer.
+
+    >>> framework_of(pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")).name
+    'lightning.pytorch'
+    """
+    for framework in _loaded():
+        if isinstance(trainer, framework.Trainer):
+            return framework
+    raise TypeError(
+        "lightning_trak works with a lightning.pytorch.Trainer or a pytorch_lightning.Trainer, got"
+        f" {_class_name(trainer)}."
+    )
+
+
+def is_datamodule(value: Any) -> bool:
+    """Tell whether something is a LightningDataModule of either package."""
+    return any(isinstance(value, framework.LightningDataModule) for framework in _loaded())
+
+
+def is_finetuning(callback: Any) -> bool:
+    """Tell whether a callback is one that unfreezes parameters, of either package."""
+    return any(isinstance(callback, framework.BaseFinetuning) for framework in _loaded())
+
+
+def is_overridden(hook: str, owner: Any) -> bool:
+    """Tell whether a module or datamodule has a hook of its own, not merely Lightning's default.
+
+    >>> class Module(pl.LightningModule):
+    ...     def train_dataloader(self):
+    ...         return []
+    >>> is_overridden("train_dataloader", Module()), is_overridden("test_dataloader", Module())
+    (True, False)
+    """
+    for framework in _loaded():
+        for parent in (framework.LightningModule, framework.LightningDataModule):
+            if isinstance(owner, parent) and hasattr(parent, hook):
+                return _is_overridden(hook, owner, parent)
+    return hasattr(owner, hook)
+
+
+def register(attribute: Callable[..., Any], attribute_self: Callable[..., Any]) -> None:
+    """Make two functions of a Trainer its methods."""
+    for name, method in zip(_METHODS, (attribute, attribute_self), strict=True):
+        setattr(pl.Trainer, name, method)
+    extend_loaded()
+
+
+def extend_loaded() -> None:
+    """Let the packages that are imported by now know `Callback`, and have the methods of `register`.
+
+    ``pytorch_lightning`` may be imported later than this package, so every callback calls this again.
+    """
+    frameworks = _loaded()
+    bases = tuple(framework.Callback for framework in frameworks)
+    if Callback.__bases__ != bases:
+        Callback.__bases__ = bases
+    for framework in frameworks:
+        for name in _METHODS:
+            setattr(framework.Trainer, name, getattr(pl.Trainer, name))
+
+
+def _class_name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
