@@ -487,23 +487,6 @@ class RenamedCallback(TRAKCallback):
         return "renamed"
 
 
-def test_other_lightning_is_refused_by_name(tmp_path):
-    import pytorch_lightning
-
-    class Other(pytorch_lightning.LightningModule):
-        def training_step(self, batch, batch_idx):
-            return None
-
-        def configure_optimizers(self):
-            return None
-
-    trainer = pytorch_lightning.Trainer(
-        max_epochs=1, callbacks=[TRAKCallback(tmp_path)], logger=False, accelerator="cpu", enable_progress_bar=False
-    )
-    with pytest.raises(TypeError, match=r"lightning\.pytorch\.Trainer, got pytorch_lightning"):
-        trainer.fit(Other(), DataLoader(make_data(4)))
-
-
 def test_module_without_model_output(tmp_path):
     class Plain(L.LightningModule):
         def training_step(self, batch, batch_idx):
