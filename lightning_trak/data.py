@@ -20,6 +20,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_trak.weights import bytes_of
+
 _WHOLE = (SequentialSampler, RandomSampler, DistributedSampler, WeightedRandomSampler)
 _FINGERPRINTED = 1024
 _READ_TWICE = 32
@@ -233,7 +235,7 @@ def _parts(example: Any) -> Iterator[bytes]:
     """Yield the bytes of everything in an example that has a value of its own."""
     if isinstance(example, torch.Tensor):
         yield f"{example.dtype}{tuple(example.shape)}".encode()
-        yield example.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        yield bytes_of(example).tobytes()
     elif isinstance(example, Mapping):
         for key in example:
             yield str(key).encode()

@@ -42,10 +42,21 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(weights):
-        value = weights[name].detach().cpu().contiguous()
+        value = weights[name]
         digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(value))
     return digest.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor's values, row by row, however it is a view of another.
+
+    >>> bytes_of(torch.arange(6, dtype=torch.uint8).view(2, 3)[:, 1]).tolist()
+    [1, 4]
+    """
+    values = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    # Not reshape(-1): a column of one row is contiguous, and keeps its stride, which view(dtype) refuses.
+    return values.as_strided((values.numel(),), (1,)).view(torch.uint8).numpy().data  # type: ignore[no-any-return]
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:

@@ -164,3 +164,23 @@ def test_fingerprint_does_not_change_with_augmentation(noise):
 
     assert fingerprint(Examples(20, make)) == fingerprint(Examples(20, make))
     assert fingerprint(Examples(20, make)) != fingerprint(Examples(20, lambda row: make(row + 1)))
+
+
+TABLE = torch.arange(100.0).view(20, 5)
+VIEWS = {
+    "a row of a column": lambda row: TABLE[:, 4][row : row + 1],
+    "a number of a row": lambda row: TABLE[row, 2:3],
+    "a transposed row": lambda row: TABLE[row : row + 1].T,
+    "expanded": lambda row: TABLE[row, 0].expand(3),
+    "negative": lambda row: torch.complex(TABLE[row], TABLE[row]).conj().imag,
+    "conjugate": lambda row: torch.complex(TABLE[row], TABLE[row]).conj(),
+    "nothing": lambda row: TABLE[row, 5:],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_fingerprint_is_that_of_values_not_of_views(view):
+    make = VIEWS[view]
+    found = fingerprint(Examples(20, make))
+    assert found == fingerprint(Examples(20, lambda row: torch.tensor(make(row).tolist(), dtype=make(row).dtype)))
+    assert (found == fingerprint(Examples(20, lambda row: make((row + 1) % 20)))) == (view == "nothing")

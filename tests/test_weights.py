@@ -32,6 +32,10 @@ def test_digest_is_the_identity_of_weights():
     assert digest == weights_digest({name: value.clone() for name, value in reversed(WEIGHTS.items())})
     assert digest == weights_digest({**WEIGHTS, "a": WEIGHTS["a"].T.contiguous().T})
     assert digest == weights_digest({**WEIGHTS, "a": nn.Parameter(WEIGHTS["a"])})
+    assert weights_digest({"a": WEIGHTS["a"][1:2, 1]}) == weights_digest({"a": WEIGHTS["a"][1:2, 1].clone()})
+    assert weights_digest({"a": torch.ones(2).neg()}) == weights_digest({"a": torch.full((2,), -1.0)})
+    conjugate = torch.tensor([1 + 2j, 3j]).conj()
+    assert weights_digest({"a": conjugate}) == weights_digest({"a": conjugate.resolve_conj()})
     others = [
         {**WEIGHTS, "a": WEIGHTS["a"] + 1e-6},
         {**WEIGHTS, "a": WEIGHTS["a"].T},
