@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import UserDict, defaultdict
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,10 +70,22 @@ class Pair(NamedTuple):
     second: Any
 
 
-@dataclass
+@dataclass(frozen=True)
 class Record:
     x: Any
     note: str = "kept"
+
+
+@dataclass(slots=True)
+class Graphs:
+    """Made of something else than it holds, as chemprop's BatchMolGraph; a field may be left unset."""
+
+    graphs: InitVar[list[Any]]
+    nodes: Any = field(init=False)
+    edges: Any = field(init=False)
+
+    def __post_init__(self, graphs):
+        self.nodes = torch.cat(graphs)
 
 
 def conv():
@@ -327,6 +339,9 @@ def test_batch_structures():
     replaced = with_tensors(batch, [torch.tensor([i]) for i in range(3)])
     assert isinstance(replaced["b"], Pair)
     assert (replaced["b"].first.item(), replaced["c"].x.item(), replaced["c"].note) == (1, 2, "kept")
+    graphs = Graphs([torch.ones(2), torch.zeros(1)])
+    (nodes,) = tensors_of(graphs)
+    assert (nodes.tolist(), map_tensors(graphs, len).nodes, graphs.nodes is nodes) == ([1, 1, 0], 3, True)
     assert isinstance(map_tensors(UserDict(x=torch.ones(1)), len), UserDict)
     assert map_tensors(defaultdict(list, x=torch.ones(3)), len) == {"x": 3}
     assert describe(batch) == "dict(a: list(Tensor(2,)), b: Pair(Tensor(2,), str), c: Record, d: NoneType)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from typing import Any
 
 from torch import Tensor
@@ -28,9 +29,16 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(batch, (list, tuple)):
         return type(batch)(map_tensors(value, function) for value in batch)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        fields = {field.name: map_tensors(getattr(batch, field.name), function) for field in dataclasses.fields(batch)}
-        return dataclasses.replace(batch, **fields)
+        rebuilt = copy(batch)  # not by its constructor, which may take something else, or check the values
+        for name in _fields(batch):
+            object.__setattr__(rebuilt, name, map_tensors(getattr(batch, name), function))  # frozen or not
+        return rebuilt
     return batch
+
+
+def _fields(batch: Any) -> list[str]:
+    """Return the names of a dataclass's fields that are set."""
+    return [field.name for field in dataclasses.fields(batch) if hasattr(batch, field.name)]
 
 
 def fresh(batch: Any) -> Any:
@@ -68,7 +76,7 @@ def _tensors_of(batch: Any) -> Iterator[Tensor]:
     elif isinstance(batch, (list, tuple)):
         yield from (tensor for value in batch for tensor in _tensors_of(value))
     elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        yield from (t for field in dataclasses.fields(batch) for t in _tensors_of(getattr(batch, field.name)))
+        yield from (tensor for name in _fields(batch) for tensor in _tensors_of(getattr(batch, name)))
 
 
 def with_tensors(batch: Any, tensors: list[Tensor]) -> Any:
