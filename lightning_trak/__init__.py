@@ -14,7 +14,7 @@ The way of the data, and the module that is each stage::
     _loop, _plan      the featurization loop inside Lightning, and what it is to compute
     _outputs          what a model gives as it stands: its outputs
     module_state      a module before and after: put back, and compared
-    generators        random generators that modules and datasets hold
+    generators        random generators, global ones and those that modules and datasets hold
     _checkpoints      what is done with one checkpoint of the store
     data, weights     examples by row; checkpoints by digest
     gradients         per-sample gradients of f: engines, and a rule for each type of layer (gradients/rules)

@@ -33,11 +33,10 @@ from lightning_trak.framework import (
     Trainer,
     framework_of,
     is_oom_error,
-    isolate_rng,
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_trak.generators import kept_generators
+from lightning_trak.generators import kept_generators, kept_random_states
 from lightning_trak.gradients import EngineChoice, EngineUnsuitable, ModelFunction, batch_gradient
 from lightning_trak.gradients.batch import same_tensors
 from lightning_trak.loss_projection import PER_SAMPLE_LOSS, LossProjection
@@ -81,12 +80,11 @@ def _as_in_predict(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """
     state, framework = trainer.state, framework_of(trainer)
     before = (state.fn, state.status, state.stage)
-    isolated = isolate_rng()
-    isolated.__enter__()
     state.fn, state.status = framework.TrainerFn.PREDICTING, framework.TrainerStatus.RUNNING
     state.stage = framework.RunningStage.PREDICTING
     try:
         with (
+            kept_random_states(),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(module.device.type, enabled=False),
@@ -96,7 +94,6 @@ def _as_in_predict(trainer: Trainer, module: LightningModule) -> Iterator[None]:
             yield
     finally:
         state.fn, state.status, state.stage = before
-        isolated.__exit__(None, None, None)  # not with the exception: isolate_rng restores nothing then
 
 
 def _log_nothing(*_: Any, **__: Any) -> None:

@@ -5,7 +5,7 @@ depends on which it is stands here. No other module imports Lightning, and this 
 whoever has an object of it has imported it.
 
 Shared by both, since they come from ``lightning_utilities`` or act on global state, are the ``rank_zero`` functions and
-`isolate_rng`. A `CheckpointIO` is called, never asked for its class, so that of ``lightning.pytorch`` serves both.
+the seeds. A `CheckpointIO` is called, never asked for its class, so that of ``lightning.pytorch`` serves both.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerSta
 from lightning.pytorch.utilities.memory import is_oom_error
 from lightning.pytorch.utilities.model_helpers import is_overridden as _is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 
 if TYPE_CHECKING:
     import pytorch_lightning
@@ -51,7 +50,6 @@ __all__ = [
     "is_finetuning",
     "is_oom_error",
     "is_overridden",
-    "isolate_rng",
     "rank_zero_info",
     "rank_zero_warn",
     "register",

@@ -1,9 +1,9 @@
-"""Random generators that a module, a dataset or a function keeps for itself: found, and put back."""
+"""Random generators, the global ones and those that a module, a dataset or a function holds: found, and put back."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
@@ -20,10 +20,40 @@ _ELSEWHERE = ("trainer", "_trainer", "_fabric")  # of a LightningModule: they le
 
 
 @contextmanager
+def kept_random_states() -> Iterator[None]:
+    """Put the states of the global generators back afterwards: Python's, NumPy's, and torch's of every device.
+
+    ``isolate_rng`` of Lightning does not do: it puts nothing back when an error passes through it, and leaves out the
+    generators of XPU and MPS.
+
+    >>> with kept_random_states():
+    ...     inside = random.random()
+    >>> random.random() == inside
+    True
+    """
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    devices: list[tuple[Callable[[Any], object], Any]] = [
+        (backend.set_rng_state_all, backend.get_rng_state_all())
+        for backend in (torch.cuda, torch.xpu)
+        if backend.is_available()
+    ]
+    if torch.backends.mps.is_available():
+        devices.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(cpu)
+        for put_back, state in devices:
+            put_back(state)
+
+
+@contextmanager
 def kept_generators(*owners: Any) -> Iterator[None]:
     """Put the states of all generators that some objects hold back afterwards.
 
-    Global generators are not among them; see `isolate_rng` of Lightning.
+    Global generators are not among them; see `kept_random_states`.
 
     >>> owner = {"generator": np.random.default_rng(0)}
     >>> with kept_generators(owner):

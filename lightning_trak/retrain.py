@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from lightning_trak._outputs import model_outputs
 from lightning_trak.attribute import Loaders
 from lightning_trak.data import check_loader, fingerprint, seed_all, subset_loader
 from lightning_trak.entry import read_json, write_json
+from lightning_trak.generators import kept_generators, kept_random_states
 from lightning_trak.ground_truth import GroundTruth, read_runs, run_name
 
 
@@ -121,7 +121,7 @@ class Runs:
         self._locks = Path(dirpath) / "locks"
         for folder in (self._folder, self._locks):
             folder.mkdir(parents=True, exist_ok=True)
-        with seeded(0):
+        with seeded(0), kept_generators(datamodule, dataloaders):
             view = copy.copy(datamodule)
             view.prepare_data()
             view.setup("fit")
@@ -172,7 +172,7 @@ class Runs:
 
     def _train(self, mask: Tensor, seed: str) -> Tensor:
         """Train anew on the examples of ``mask``; return the model outputs of the targets, (m,)."""
-        with seeded(_number(seed)):
+        with seeded(_number(seed)), kept_generators(self._datamodule, self._dataloaders):
             module, trainer = self._make_module(), self._make_trainer()
             view = copy.copy(self._datamodule)
             whole = view.train_dataloader
@@ -197,15 +197,10 @@ class Runs:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run under a seed, and restore the random states."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    seed_all(seed)
-    try:
+    """Run under a seed, and restore the random states, those of devices too."""
+    with kept_random_states():
+        seed_all(seed)
         yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
 
 
 def _number(text: str) -> int:

@@ -121,14 +121,46 @@ def test_two_processes_share_the_work(tmp_path):
     torch.testing.assert_close(shared.repeats, retrain(tmp_path / "alone", n_subsets=4).repeats)
 
 
-def test_nothing_else_is_touched(tmp_path):
-    data, torch_state = Blobs(), torch.get_rng_state()
-    before, others = dict(vars(data)), (random.getstate(), np.random.get_state()[1].copy())
-    retrain(tmp_path, data=data, n_subsets=1, repeats=1)
-    assert vars(data) == before
-    assert torch.equal(torch.get_rng_state(), torch_state)
-    assert random.getstate() == others[0]
-    assert np.array_equal(np.random.get_state()[1], others[1])
+class Drawing(Blobs):
+    """Draws from a generator of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(5)
+
+    def train_dataloader(self):
+        self.offset = torch.rand((), generator=self.generator)
+        return super().train_dataloader()
+
+
+def states_of(data):
+    """What is to be the same afterwards."""
+    numpy_state = np.random.get_state()
+    own = data.generator.get_state().tolist()
+    return dict(vars(data)), random.getstate(), numpy_state[1].tolist(), torch.get_rng_state().tolist(), own
+
+
+def _counterfactuals(root, data, make):
+    scores = torch.randn(N, M, generator=torch.Generator().manual_seed(0))
+    where = {"targets": [0], "k": [3], "repeats": 1, "dirpath": root / "counterfactuals"}
+    counterfactuals(attribution_of(scores), Classifier, data, make, **where)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda root, data, make: retrain(root, make, data=data, n_subsets=1, repeats=1),
+        _counterfactuals,
+    ],
+)
+def test_nothing_else_is_touched(tmp_path, use):
+    data = Drawing()
+    before = states_of(data)
+    with pytest.raises(KeyError, match="went down"):
+        use(tmp_path, data, Counting(tmp_path, stop_after=0))
+    assert states_of(data) == before
+    use(tmp_path, data, Counting(tmp_path))
+    assert states_of(data) == before
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")

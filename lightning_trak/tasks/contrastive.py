@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, softplus
 
 from lightning_trak.data import read_batches, seed_all
-from lightning_trak.framework import is_overridden, isolate_rng
+from lightning_trak.framework import is_overridden
+from lightning_trak.generators import kept_random_states
 from lightning_trak.gradients.batch import describe
 from lightning_trak.module import TRAKMixin
 
@@ -85,7 +86,7 @@ class ContrastiveMixin(TRAKMixin):
         loader = _train_loader(self)
         order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(self.contrast_seed))
         rows, trainer = order[: self.contrast_size].tolist(), self.trainer  # type: ignore[attr-defined]
-        with isolate_rng():
+        with kept_random_states():
             seed_all(self.contrast_seed)
             return next(read_batches(trainer, self, loader, rows, len(rows), num_workers=0))[1]
 
