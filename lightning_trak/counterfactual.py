@@ -136,10 +136,11 @@ def counterfactuals(
             without[best[target, :size]] = False
             plan[f"{target} {size}"] = [without] * repeats
     jobs = {what: [_job(mask, seed, repeat) for repeat, mask in enumerate(masks)] for what, masks in plan.items()}
-    runs.complete(list({job[0]: job for group in jobs.values() for job in group}.values()), "Retraining without")
+    each = {job[0]: job for group in jobs.values() for job in group}
+    found = runs.complete(list(each.values()), "Retraining without")
 
     def outputs(what: str) -> Tensor:
-        return torch.stack([runs.outputs(name) for name, _, _ in jobs[what]])
+        return torch.stack([found[name] for name, _, _ in jobs[what]])
 
     columns = list(targets)
     removed = [torch.stack([outputs(f"{target} {size}")[:, target] for target in targets], 1) for size in sizes]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,11 +78,21 @@ class GroundTruth:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GroundTruth:
-        """Read what `save` wrote, or the finished subsets of a directory of `retrain_subsets`."""
+        """Read what `save` wrote, or a directory of `retrain_subsets`.
+
+        Of a directory, s subsets with r repeats each are read, s and r such that the runs are as many as possible; a
+        warning says so if there are more.
+
+        Raises:
+            FileNotFoundError: if there is nothing.
+            ValueError: if a file is damaged; it is named.
+        """
         if Path(path).is_dir():
             return read_runs(Path(path))
-        with np.load(path, allow_pickle=False) as arrays:
-            return cls(torch.from_numpy(arrays["masks"]), torch.from_numpy(arrays["repeats"]))
+        try:
+            return cls(*_read_arrays(Path(path), "masks", "repeats"))
+        except DamagedRun as error:
+            raise DamagedRun(f"{error} Save the ground truth again.") from error
 
 
 @dataclass(frozen=True)
@@ -157,17 +171,95 @@ def run_name(subset: int, repeat: int) -> str:
     return f"subset{subset:05d}-repeat{repeat:02d}"
 
 
+class DamagedRun(ValueError):
+    """The file of a run is not as it was written, or is that of another run."""
+
+
+def write_run(path: Path, mask: Tensor, outputs: Tensor) -> None:
+    """Keep a run: its training examples (n,), and the outputs of the targets (m,). The file is whole, or not there."""
+    unfinished = path.with_suffix(f".{os.getpid()}.part")
+    with open(unfinished, "wb") as file:
+        np.savez(file, mask=mask.numpy(), outputs=outputs.numpy())
+    unfinished.replace(path)
+
+
+def read_run(path: Path, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the mask and the outputs of a run.
+
+    Args:
+        path: the file.
+        mask: what it must have trained on, (n,), if that is known.
+
+    Raises:
+        DamagedRun: if the file is damaged, or the run trained on other examples.
+    """
+    stored, outputs = _read_arrays(path, "mask", "outputs")
+    if stored.ndim != 1 or outputs.ndim != 1:
+        shapes = f"mask {tuple(stored.shape)} and outputs {tuple(outputs.shape)}, expected (n,) and (m,)"
+        raise DamagedRun(f"'{path}' is damaged: it has {shapes}.")
+    if mask is not None and not torch.equal(stored, mask):
+        raise DamagedRun(f"'{path}' is the run of another subset: it trained on other examples than its name says.")
+    return stored, outputs
+
+
 def read_runs(dirpath: Path) -> GroundTruth:
-    """Read the subsets for which every repeat that any subset has is there."""
-    found = {path.stem: path for path in sorted((dirpath / "runs").glob("subset*-repeat*.npz"))}
-    numbers = [tuple(int(part[6:]) for part in name.split("-")) for name in found]
-    if not numbers:
+    """Read the runs of a directory: s subsets with r repeats each, s and r such that as many as possible are read.
+
+    Raises:
+        FileNotFoundError: if there are none.
+        ValueError: if a file is damaged, or is not that of its subset; it is named.
+    """
+    paths = {path.stem: path for path in (dirpath / "runs").glob("subset*-repeat*.npz")}
+    subsets, r = _largest_grid(set(paths))
+    if not subsets:
         raise FileNotFoundError(f"There are no finished runs in '{dirpath}'. Make them with retrain_subsets(...).")
-    r = 1 + max(repeat for _, repeat in numbers)
-    whole = [t for t in sorted({t for t, _ in numbers}) if all(run_name(t, i) in found for i in range(r))]
-    masks, outputs = [], []
-    for t in whole:
-        runs = [np.load(found[run_name(t, i)], allow_pickle=False) for i in range(r)]
-        masks.append(torch.from_numpy(runs[0]["mask"]))
-        outputs.append(torch.stack([torch.from_numpy(run["outputs"]) for run in runs]))
-    return GroundTruth(torch.stack(masks), torch.stack(outputs))
+    if len(paths) > len(subsets) * r:
+        warnings.warn(
+            f"'{dirpath}' has {len(paths)} runs; read are {len(subsets)} subsets with {r} repeats each, the most that"
+            " are complete. retrain_subsets(..., n_subsets=..., repeats=...) returns those that you ask for.",
+            stacklevel=3,
+        )
+    try:
+        masks = {t: read_run(paths[run_name(t, 0)])[0] for t in subsets}
+        runs = {(t, i): read_run(paths[run_name(t, i)], masks[t])[1] for t in subsets for i in range(r)}
+    except DamagedRun as error:
+        raise DamagedRun(f"{error} retrain_subsets(..., dirpath='{dirpath}') does it again.") from error
+    check_targets({run_name(*key): outputs for key, outputs in runs.items()}, dirpath)
+    repeats = [torch.stack([runs[t, i] for i in range(r)]) for t in subsets]
+    return GroundTruth(torch.stack(list(masks.values())), torch.stack(repeats))
+
+
+def check_targets(outputs: Mapping[str, Tensor], dirpath: str | os.PathLike[str]) -> None:
+    """Raise a ValueError if runs, by name, have outputs of different numbers of targets."""
+    first = next(iter(outputs))
+    for name, values in outputs.items():
+        if values.shape != outputs[first].shape:
+            raise ValueError(
+                f"Runs in '{dirpath}' are of other targets: '{first}' has outputs of {len(outputs[first])} targets,"
+                f" '{name}' of {len(values)}. Use another dirpath for other targets."
+            )
+
+
+def _largest_grid(names: set[str]) -> tuple[list[int], int]:
+    """Return subsets and r such that all of these subsets have repeats 0 to r − 1, and the runs are as many as can be.
+
+    >>> _largest_grid({run_name(0, 0), run_name(0, 1), run_name(1, 0), run_name(2, 0)})
+    ([0, 1, 2], 1)
+    """
+    found = [re.fullmatch(r"subset(\d+)-repeat(\d+)", name) for name in names]
+    numbers = [(int(match[1]), int(match[2])) for match in found if match]  # a copy of a file has another name
+    best: tuple[list[int], int] = ([], 1)
+    for r in range(1, 2 + max((repeat for _, repeat in numbers), default=-1)):
+        whole = [t for t in sorted({t for t, _ in numbers}) if all(run_name(t, i) in names for i in range(r))]
+        if len(whole) * r >= len(best[0]) * best[1]:
+            best = whole, r
+    return best
+
+
+def _read_arrays(path: Path, *names: str) -> list[Tensor]:
+    content = path.read_bytes()  # an error of the file system is no damage
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            return [torch.from_numpy(arrays[name]) for name in names]
+    except Exception as error:  # of zipfile, zlib, struct or NumPy, whichever comes upon it
+        raise DamagedRun(f"'{path}' is damaged ({type(error).__name__}: {error}).") from error

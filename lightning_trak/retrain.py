@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -22,7 +22,7 @@ from lightning_trak.attribute import Loaders
 from lightning_trak.data import check_loader, fingerprint, seed_all, subset_loader
 from lightning_trak.entry import read_json, write_json
 from lightning_trak.generators import kept_generators, kept_random_states
-from lightning_trak.ground_truth import GroundTruth, read_runs, run_name
+from lightning_trak.ground_truth import DamagedRun, GroundTruth, check_targets, read_run, run_name, write_run
 
 
 def retrain_subsets(
@@ -40,7 +40,8 @@ def retrain_subsets(
     """Train on random subsets of the train set, and record the model outputs of the targets.
 
     Every run is kept in ``dirpath`` as it ends. A call that is repeated goes on with what is missing, also with more
-    subsets or repeats; several processes may share the directory, and then share the work.
+    subsets or repeats, and returns those that it asks for, whatever else is there. A file that is damaged is named in a
+    warning, and its run done again. Several processes may share the directory, and then share the work.
 
     Args:
         make_module: returns a new LightningModule, with ``model_output``; called under the run's own seed.
@@ -68,14 +69,17 @@ def retrain_subsets(
             f" {n_subsets!r}, {repeats!r} and {fraction!r}."
         )
     runs = Runs(make_module, datamodule, make_trainer, dirpath, dataloaders, {"fraction": fraction, "seed": seed})
+    masks = [draw_subset(runs.n_train, fraction, seed, subset) for subset in range(n_subsets)]
     jobs = [
-        (run_name(subset, repeat), draw_subset(runs.n_train, fraction, seed, subset), f"{seed}:{subset}:{repeat}")
+        (run_name(subset, repeat), mask, f"{seed}:{subset}:{repeat}")
         for repeat in range(repeats)
-        for subset in range(n_subsets)
+        for subset, mask in enumerate(masks)
     ]
-    runs.complete(jobs, "Retraining on subsets")
-    truth = read_runs(Path(dirpath))
-    return GroundTruth(truth.masks[:n_subsets], truth.repeats[:n_subsets, :repeats])
+    outputs = runs.complete(jobs, "Retraining on subsets")
+    of_subsets = [
+        torch.stack([outputs[run_name(subset, repeat)] for repeat in range(repeats)]) for subset in range(n_subsets)
+    ]
+    return GroundTruth(torch.stack(masks), torch.stack(of_subsets))
 
 
 def draw_subset(n: int, fraction: float, seed: int, subset: int) -> Tensor:
@@ -129,46 +133,55 @@ class Runs:
         self.n_train = int(data["n"])
         _agree(Path(dirpath) / "manifest.json", {"n_train": self.n_train, "data": data["digest"], **settings})
 
-    def complete(self, jobs: Sequence[tuple[str, Tensor, str]], description: str) -> None:
-        """Do all runs that nobody has done yet.
+    def complete(self, jobs: Sequence[tuple[str, Tensor, str]], description: str) -> dict[str, Tensor]:
+        """Do all runs that nobody has done yet, and those whose file is damaged.
 
         Args:
             jobs: of each run, its name, the mask of its training examples (n,), and its seed.
             description: for the progress bar.
+
+        Returns:
+            The targets' outputs after each run, (m,), by its name.
         """
+        outputs: dict[str, Tensor] = {}
         with tqdm(total=len(jobs), desc=description, disable=None, dynamic_ncols=True) as bar:
-            left = []
-            for job in jobs:
-                if self._try(job, wait=False):
-                    bar.update()
-                else:
-                    left.append(job)  # another process is at it
-            for job in left:
-                self._try(job, wait=True)
-                bar.update()
+            for wait in (False, True):
+                for job in [job for job in jobs if job[0] not in outputs]:  # then those that another process was at
+                    found = self._try(job, wait=wait)
+                    if found is not None:
+                        outputs[job[0]] = found
+                        bar.update()
+        check_targets(outputs, self._folder.parent)
+        return outputs
 
-    def outputs(self, name: str) -> Tensor:
-        """Return the targets' outputs after a run, (m,)."""
-        with np.load(self._folder / f"{name}.npz", allow_pickle=False) as arrays:
-            return torch.from_numpy(arrays["outputs"])
-
-    def _try(self, job: tuple[str, Tensor, str], *, wait: bool) -> bool:
-        """Do a run unless it is done; return False if another process is at it, and ``wait`` is not."""
-        name, mask, seed = job
-        path = self._folder / f"{name}.npz"
-        if path.exists():
-            return True
+    def _try(self, job: tuple[str, Tensor, str], *, wait: bool) -> Tensor | None:
+        """Return the outputs of a run, done now unless it was; None if another process is at it and ``wait`` is False."""
+        name, mask, _ = job
+        with suppress(FileNotFoundError, DamagedRun):
+            return read_run(self._path(name), mask)[1]
         try:
-            with FileLock(self._locks / f"{name}.lock", blocking=wait):  # let go when the process dies
-                if not path.exists():
-                    outputs = self._train(mask, seed)
-                    unfinished = path.with_suffix(f".{os.getpid()}.part")
-                    with open(unfinished, "wb") as file:
-                        np.savez(file, mask=mask.numpy(), outputs=outputs.numpy())
-                    unfinished.replace(path)
-            return True
+            lock = FileLock(self._locks / f"{name}.lock", blocking=wait).acquire()  # let go when the process dies
         except Timeout:
-            return False
+            return None
+        with lock:
+            return self._do(job)
+
+    def _do(self, job: tuple[str, Tensor, str]) -> Tensor:
+        """Do a run, unless another process has done it by now."""
+        name, mask, seed = job
+        path = self._path(name)
+        try:
+            return read_run(path, mask)[1]
+        except FileNotFoundError:
+            pass
+        except DamagedRun as error:
+            warnings.warn(f"{error} It is done again.", stacklevel=5)
+        outputs = self._train(mask, seed)
+        write_run(path, mask, outputs)
+        return outputs
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.npz"
 
     def _train(self, mask: Tensor, seed: str) -> Tensor:
         """Train anew on the examples of ``mask``; return the model outputs of the targets, (m,)."""

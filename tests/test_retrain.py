@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 
 import lightning as L
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 
 from lightning_trak import GroundTruth, counterfactuals, evaluate, retrain_subsets
 from lightning_trak.attribution import Attribution, AttributionInfo
-from lightning_trak.ground_truth import run_name
+from lightning_trak.ground_truth import DamagedRun, read_run, run_name, write_run
 from lightning_trak.retrain import draw_subset, seeded
 from tests.conftest import Blobs, Classifier, make_data, make_trainer
 
@@ -89,8 +90,9 @@ def test_every_example_is_drawn_as_often():
 def test_after_a_crash_only_what_is_missing_is_done(tmp_path, truth):
     with pytest.raises(KeyError, match="went down"):
         retrain(tmp_path, Counting(tmp_path, stop_after=4))
-    half = GroundTruth.load(tmp_path / "runs")
-    torch.testing.assert_close(half.repeats, truth.repeats[:1])  # the second repeat of the others is not there
+    with pytest.warns(UserWarning, match="has 4 runs; read are 3 subsets with 1 repeats each"):
+        half = GroundTruth.load(tmp_path / "runs")
+    torch.testing.assert_close(half.repeats, truth.repeats[:, :1])
     make = Counting(tmp_path)
     again = retrain(tmp_path, make)
     assert make.made == 2
@@ -101,6 +103,100 @@ def test_after_a_crash_only_what_is_missing_is_done(tmp_path, truth):
     torch.testing.assert_close(more.repeats[:3], truth.repeats)
     assert retrain(tmp_path, make, n_subsets=2, repeats=1).repeats.shape == (2, 1, M)
     assert make.made == 4
+
+
+def test_exactly_the_runs_that_are_asked_for_are_returned(tmp_path, truth):
+    """Whatever else the folder holds: a first trial had more repeats of fewer subsets."""
+    make = Counting(tmp_path)
+    retrain(tmp_path, make, n_subsets=2, repeats=2)
+    for n_subsets, repeats, made in ((3, 1, 5), (1, 2, 5), (2, 1, 5), (3, 2, 6)):
+        found = retrain(tmp_path, make, n_subsets=n_subsets, repeats=repeats)
+        assert make.made == made
+        assert torch.equal(found.masks, truth.masks[:n_subsets])
+        assert torch.equal(found.repeats, truth.repeats[:n_subsets, :repeats])
+
+
+def flipped(content, places):
+    """Flip a bit of every byte at some places."""
+    return bytes(byte ^ 0x10 if place in places else byte for place, byte in enumerate(content))
+
+
+def test_a_damaged_file_is_never_read_as_another_run(tmp_path):
+    """Whichever of its bytes is flipped, and wherever it is cut."""
+    path, mask, outputs = tmp_path / "run.npz", torch.rand(50) < 0.5, torch.randn(7)
+    write_run(path, mask, outputs)
+    content, damaged = path.read_bytes(), 0
+    contents = [flipped(content, {place}) for place in range(len(content))]
+    for other in contents + [content[:length] for length in range(0, len(content), 7)]:
+        path.write_bytes(other)
+        try:
+            found = read_run(path)
+        except DamagedRun:
+            damaged += 1
+        else:
+            assert torch.equal(found[0], mask)
+            assert torch.equal(found[1], outputs)
+    assert damaged > len(content) / 2
+
+
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "empty": lambda path: path.write_bytes(b""),
+    "flipped": lambda path: path.write_bytes(flipped(path.read_bytes(), range(100, 600))),
+    "another": lambda path: write_run(path, ~torch.from_numpy(np.load(path)["mask"]), torch.zeros(M)),
+    "without": lambda path: path.write_bytes(_npz(mask=np.zeros(N, bool))),
+    "scalar": lambda path: path.write_bytes(_npz(mask=np.load(path)["mask"], outputs=np.zeros(()))),
+}
+
+
+def _npz(**arrays):
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_run_is_named_and_done_again(tmp_path, truth, damage):
+    retrain(tmp_path, n_subsets=2)
+    path = tmp_path / "runs" / "runs" / f"{run_name(1, 1)}.npz"
+    DAMAGES[damage](path)
+    with pytest.raises(ValueError, match=rf"{run_name(1, 1)}.npz' is .*retrain_subsets\(.* does it again"):
+        GroundTruth.load(tmp_path / "runs")
+    make = Counting(tmp_path)
+    with pytest.warns(UserWarning, match=rf"{run_name(1, 1)}.npz' is .* It is done again"):
+        mended = retrain(tmp_path, make, n_subsets=2)
+    assert make.made == 1
+    assert torch.equal(mended.repeats, truth.repeats[:2])
+    assert torch.equal(GroundTruth.load(tmp_path / "runs").repeats, truth.repeats[:2])
+
+
+def test_a_damaged_run_of_counterfactuals_is_done_again(tmp_path):
+    _counterfactuals(tmp_path, Blobs(), Counting(tmp_path))
+    paths = sorted((tmp_path / "counterfactuals" / "runs").glob("*.npz"))
+    contents = [path.read_bytes() for path in paths]
+    paths[0].write_bytes(contents[0][:50])
+    paths[1].write_bytes(contents[2])  # of another run
+    make = Counting(tmp_path)
+    with pytest.warns(UserWarning, match="It is done again") as warned:
+        _counterfactuals(tmp_path, Blobs(), make)
+    assert [sum(path.name in str(warning.message) for warning in warned) for path in paths] == [1, 1, 0]
+    assert make.made == 2
+    assert [np.load(path)["outputs"].tolist() for path in paths] == [
+        np.load(io.BytesIO(content))["outputs"].tolist() for content in contents
+    ]
+
+
+def test_a_damaged_ground_truth_is_named(tmp_path, truth):
+    truth.save(tmp_path / "truth.npz")
+    DAMAGES["truncated"](tmp_path / "truth.npz")
+    with pytest.raises(ValueError, match=r"truth.npz' is damaged .* Save the ground truth again"):
+        GroundTruth.load(tmp_path / "truth.npz")
+
+
+def test_runs_of_other_targets_are_told_apart(tmp_path):
+    retrain(tmp_path, n_subsets=1, repeats=1)
+    with pytest.raises(ValueError, match=r"other targets: 'subset00000-repeat00' has outputs of 7 targets, .* 5"):
+        retrain(tmp_path, data=Blobs(m=5), n_subsets=2, repeats=1)
 
 
 def _share(root):
