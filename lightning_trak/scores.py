@@ -184,9 +184,10 @@ def moments(train: TrainFeatures, *, curvature: bool, device: torch.device = _CP
     for rows in _blocks(n):
         features, loss_grad, w = train.block(rows, device)
         norms = features.square().sum(1)
-        plain, weighted = plain + norms.sum().item(), weighted + (norms @ w).item()
-        squares += (norms @ loss_grad.square()).item()
-        gradient += loss_grad @ features
+        with full_precision():
+            plain, weighted = plain + norms.sum().item(), weighted + (norms @ w).item()
+            squares += (norms @ loss_grad.square()).item()
+            gradient += loss_grad @ features
     return Moments((weighted if curvature else plain) / k, weighted / k, gradient, squares)
 
 

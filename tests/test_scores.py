@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import warnings
 from dataclasses import replace
 from unittest import mock
@@ -18,7 +19,7 @@ from torch import nn
 from lightning_trak import ClassificationMixin
 from lightning_trak.featurize import Featurizer
 from lightning_trak.gradients import ModelFunction, VmapEngine
-from lightning_trak.gram import factor, gram, solve
+from lightning_trak.gram import factor, full_precision, gram, solve
 from lightning_trak.module import LossTerms
 from lightning_trak.projection import IdentityProjector
 from lightning_trak.scores import (
@@ -241,3 +242,62 @@ def traker_scores(path, model, states, train, targets):
             traker.start_scoring_checkpoint("test", state, model_id=number, num_targets=len(targets[0]))
             traker.score(batch=targets, num_samples=len(targets[0]))
         return np.asarray(traker.finalize_scores("test"))
+
+
+SETTINGS = {
+    "none": {},
+    "products of CUDA": {"cuda.matmul": "tf32"},
+    "products of oneDNN": {"mkldnn.matmul": "bf16"},
+    "exact products of CUDA": {"cuda.matmul": "ieee"},
+    "everything": {"": "tf32"},
+    "everything but the products of CUDA": {"": "tf32", "cuda.matmul": "ieee"},
+    "the former setting": {"former": "high"},
+    "the former setting, of bfloat16": {"former": "medium"},
+    "both": {"former": "high", "cuda.matmul": "ieee"},
+    "both, against each other": {"cuda.matmul": "tf32", "former": "highest", "mkldnn.matmul": "bf16"},
+}
+PLACES = ("", "cuda.matmul", "mkldnn.matmul")
+
+
+def set_precision(place, value):
+    if place == "former":
+        torch.set_float32_matmul_precision(value)
+    else:
+        operator.attrgetter(f"backends.{place}".rstrip("."))(torch).fp32_precision = value
+
+
+def precisions():
+    found = {place: operator.attrgetter(f"backends.{place}".rstrip("."))(torch).fp32_precision for place in PLACES}
+    try:
+        found["former"] = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        found["former"] = "mixed"
+    return found
+
+
+@pytest.fixture
+def _own_precision():
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for place in PLACES:
+        set_precision(place, "none")
+
+
+@pytest.mark.usefixtures("_own_precision")
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_products_are_exact_whatever_precision_is_set(setting):
+    train, targets = random_train(300, 40), torch.randn(20, 40)
+    expected = scores([train], [precondition(train, targets, damping=0.1, curvature=True)])
+    for place, value in SETTINGS[setting].items():
+        set_precision(place, value)
+    before = precisions()
+    with full_precision():
+        assert precisions()["cuda.matmul"] == precisions()["mkldnn.matmul"] == "ieee"
+    found = scores([train], [precondition(train, targets, damping=0.1, curvature=True)])
+    assert torch.equal(found.mean, expected.mean)
+    assert precisions() == before
+    another = next(value for value in ("tf32", "ieee", "bf16") if value not in before.values())
+    set_precision("", another)  # what followed it still does
+    assert precisions() | {"former": ""} == {
+        place: another if before[place] == before[""] else before[place] for place in PLACES
+    } | {"former": ""}
