@@ -40,14 +40,15 @@ def pool_of(store: FeatureStore, digests: Sequence[str] | None = None) -> str:
 
 
 @contextmanager
-def naming(entry: CheckpointEntry) -> Iterator[None]:
-    """Let a ValueError say at which checkpoint it came up, and how to go on without that one."""
+def naming(entry: CheckpointEntry, *, can_leave_out: bool = True) -> Iterator[None]:
+    """Let a ValueError say at which checkpoint it came up; and how to go on without that one, where that would help."""
     try:
         yield
     except ValueError as error:
+        remedy = f" To leave this checkpoint out, delete '{entry.path}'." if can_leave_out else ""
         raise ValueError(
             f"At checkpoint {entry.digest} (file '{entry.meta.get('file')}', step {entry.meta.get('global_step')}):"
-            f" {error} To leave this checkpoint out, delete '{entry.path}'."
+            f" {error}{remedy}"
         ) from error
 
 
@@ -86,7 +87,7 @@ def check_features(loop: FeaturizationLoop, entry: CheckpointEntry) -> None:
                     " use another dirpath for TRAKCallback."
                 )
 
-    with naming(entry):
+    with naming(entry, can_leave_out=False):  # the same is wrong at all of them
         loop.run(load_weights(entry.weights_path, entry.digest), entry.digest, rows, compare, "Checking the store")
 
 
@@ -98,6 +99,6 @@ def featurize_targets(loop: FeaturizationLoop, entry: CheckpointEntry, number: s
         features[rows] = block
 
     weights = load_weights(entry.weights_path, entry.digest)
-    with naming(entry):
+    with naming(entry, can_leave_out=False):  # its train features are well: it is the targets
         loop.run(weights, entry.digest, range(loop.size), receive, f"Featurizing targets at checkpoint {number}")
     return torch.from_numpy(features)

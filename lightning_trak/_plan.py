@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
@@ -15,6 +14,8 @@ from lightning_trak.weights import select_parameters
 
 if TYPE_CHECKING:
     from lightning_trak.callback import TRAKCallback
+
+PROJ_DIM, SEED = 2048, 0  # the callback's defaults, which give way to those of a store
 
 
 class Plan:
@@ -38,14 +39,13 @@ class Plan:
         parameters, projector = callback.parameters or parameters, callback.projector
         proj_dim, seed = callback.proj_dim, callback.seed
         if manifest is not None:
-            defaults = {name: value.default for name, value in signature(type(self._callback)).parameters.items()}
             stored = manifest["projection"]
             parameters = list(manifest["parameters"]) if parameters is None else parameters
-            proj_dim = stored["proj_dim"] if proj_dim == defaults["proj_dim"] else proj_dim
+            proj_dim = stored["proj_dim"] if proj_dim == PROJ_DIM else proj_dim
             if projector == "auto":
                 configuration = {name: value for name, value in stored.items() if name not in ("proj_dim", "seed")}
                 projector = restore_projector(configuration, proj_dim)
-            seed = stored["seed"] if seed == defaults["seed"] else seed
+            seed = stored["seed"] if seed == SEED else seed
         own = dict(module.named_parameters())
         self.parameters = select_parameters(module, parameters)
         if manifest is not None:  # a parameter's place in P is its place in the store, wherever the model declares it

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak._checkpoints import add_checkpoint, featurize_checkpoint, pool_of
 from lightning_trak._loop import FeaturizationLoop, attached, undisturbed
-from lightning_trak._plan import Plan
+from lightning_trak._plan import PROJ_DIM, SEED, Plan
 from lightning_trak.checkpoint_io import WatchedCheckpointIO
 from lightning_trak.data import check_loader
 from lightning_trak.framework import (
@@ -94,7 +94,7 @@ class TRAKCallback(Callback):
         self,
         dirpath: str | os.PathLike[str] | None = None,
         *,
-        proj_dim: int = 2048,
+        proj_dim: int = PROJ_DIM,
         projector: str | Projector = "auto",
         gradients: str = "auto",
         featurize_on: str = "save",
@@ -103,7 +103,7 @@ class TRAKCallback(Callback):
         temperature: float | str = "auto",
         curvature: bool = True,
         estimator: str = "gauss_newton",
-        seed: int = 0,
+        seed: int = SEED,
         batch_size: int | None = None,
         overwrite: bool = False,
     ) -> None:

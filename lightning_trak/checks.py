@@ -12,6 +12,12 @@ from lightning_trak.gradients.batch import describe, tensors_of
 
 _SHOWN = 10  # examples named in a message, at most
 
+_LOOK = {  # what is likely to be wrong: of targets it is not the weights, at which the train set is featurized
+    "train": "Look at these examples and at the weights (did training diverge?); remove the examples",
+    "target": "Look at these targets: correct or remove them",
+}
+_STABLER = "or compute model_output in a stabler way, e.g. from logsumexp and not from log(softmax)."
+
 
 def check_dependent(module: Any, gradients: Sequence[Tensor | None], method: str = "model_output") -> None:
     """Raise a ValueError if the gradients of all attributed parameters are None: the output depends on none."""
@@ -61,11 +67,7 @@ def check_finite(what: str, values: Tensor, examples: str, rows: Sequence[int]) 
     bad = (~torch.isfinite(values)).nonzero()[:, 0].tolist()
     if bad:
         shown = ", ".join(str(rows[index]) for index in bad[:_SHOWN]) + (", ..." if len(bad) > _SHOWN else "")
-        raise ValueError(
-            f"{what} is NaN or infinite for {examples} rows {shown}. Look at these examples and at the"
-            " weights (did training diverge?); remove the examples, or compute model_output in a stabler way, e.g."
-            " from logsumexp and not from log(softmax)."
-        )
+        raise ValueError(f"{what} is NaN or infinite for {examples} rows {shown}. {_LOOK[examples]}, {_STABLER}")
 
 
 def check_independent(what: str, together: Tensor, alone: Tensor, tolerance: float, examples: str, row: int) -> None:

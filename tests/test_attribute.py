@@ -456,6 +456,22 @@ def test_the_whole_projection_is_its_identity(tmp_path):
         fresh(tmp_path, projector=drawn_anew).attribute(Classifier(), datamodule=Blobs())
 
 
+class Passing(TRAKCallback):
+    """A callback of the user's own, that passes on what it is given."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+def test_store_settings_hold_for_a_subclass_too(tmp_path):
+    trainer = make_trainer(tmp_path, Passing(tmp_path / "store", proj_dim=20, seed=5), max_epochs=1)
+    trainer.fit(Classifier(), datamodule=Blobs())
+    expected = trainer.attribute()
+    found = make_trainer(tmp_path, Passing(tmp_path / "store")).attribute(Classifier(), datamodule=Blobs())
+    assert found.info.proj_dim == 20
+    assert torch.equal(found.scores, expected.scores)
+
+
 def test_checkpoints_brought_along(tmp_path, run):
     root, trainer, _, data = run
     files = sorted((root / "files").iterdir())
@@ -1048,11 +1064,13 @@ def test_damaged_store(tmp_path):
     trainer.attribute()
 
 
-def test_targets_with_nan_are_named(run):
-    x, y = make_data(5).tensors
-    x = x.index_fill(0, torch.tensor([3]), float("nan"))
-    with pytest.raises(ValueError, match="NaN or infinite for target rows 3"):
+@pytest.mark.parametrize("row", [3, 33])  # among those tried first, and later
+def test_targets_with_nan_are_named(run, row):
+    x, y = make_data(40).tensors
+    x = x.index_fill(0, torch.tensor([row]), float("nan"))
+    with pytest.raises(ValueError, match=rf"infinite for target rows {row}\. Look at these targets") as raised:
         run[1].attribute(dataloaders=DataLoader(TensorDataset(x, y), 2))
+    assert not {"delete", "diverge"} & set(str(raised.value).replace("?", " ").split())  # no checkpoint is to blame
 
 
 @pytest.mark.parametrize("change", ["temperature", "loss", "output", "inputs"])
