@@ -199,3 +199,39 @@ def test_other_batches_name_the_hook():
 
     with pytest.raises(TypeError, match=r"The batch is list.*Override get_embeddings"):
         Plain().get_embeddings([torch.zeros(2)])
+
+
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [
+        (lambda u, v: (u, v, u), r"tuple\(Tensor\(5, 3\), Tensor\(5, 3\), Tensor\(5, 3\)\)"),
+        (lambda u, v: u, r"Tensor\(5, 3\)"),
+        (lambda u, v: torch.stack([u[:2], v[:2]]), r"Tensor\(2, 2, 3\)"),
+        (lambda u, v: {"image": u, "text": v}, "dict"),
+        (lambda u, v: None, "NoneType"),
+        (lambda u, v: (u, v[:, :2]), r"tuple\(Tensor\(5, 3\), Tensor\(5, 2\)\)"),
+        (lambda u, v: (u[:, None], v[:, None]), r"tuple\(Tensor\(5, 1, 3\), Tensor\(5, 1, 3\)\)"),
+    ],
+)
+def test_embeddings_of_another_form(prepared_module, returned, got):
+    batch = [half.double() for half in pairs(5, 1)]
+    found = returned(*prepared_module.get_embeddings(batch))
+    prepared_module.get_embeddings = lambda batch: found
+    for call in (prepared_module.model_output, prepared_module.batch_loss):
+        with pytest.raises(
+            TypeError, match=rf"Pairs.get_embeddings\(batch\) returned {got}.*expected two tensors, \(b, d\)"
+        ):
+            call(batch)
+
+
+def test_a_forward_of_any_arguments_names_the_hook():
+    class Clip(Pairs):
+        get_embeddings = ContrastiveMixin.get_embeddings
+
+        def forward(self, **inputs):
+            return self.image(**inputs)
+
+    with pytest.raises(
+        TypeError, match=r"unexpected keyword argument 'pixels'. Override get_embeddings\(self, batch\)"
+    ):
+        Clip().model_output({"pixels": torch.ones(2, 4), "labels": torch.ones(2)})

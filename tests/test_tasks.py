@@ -318,6 +318,62 @@ def test_what_is_wrong_names_the_hook(call, error, message):
         call()
 
 
+def broken(inputs):
+    raise {"value": ValueError("too hot"), "type": TypeError("can't multiply"), "key": KeyError("layer")}[inputs]
+
+
+def with_forward(mixin, forward, hook=None):
+    class Model(mixin, nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(4, 3).double()
+
+    Model.forward = forward
+    return Model()
+
+
+def inner(x, mask):
+    return x * mask
+
+
+FORWARDS = {
+    "an argument too many, within": (lambda self, **kw: self.net(**kw), "unexpected keyword argument 'x'"),
+    "an argument missing, within": (
+        lambda self, **kw: inner(kw["x"]),
+        "missing 1 required positional argument: 'mask'",
+    ),
+    "a key of the labels": (lambda self, **kw: (self.net(kw["x"]), kw["labels"]), "KeyError: 'labels'"),
+    "several inputs": (lambda self, x, mask: x, "missing a required argument: 'mask'"),
+    "several of any number": (lambda self, *args: args[1], "IndexError: tuple index out of range"),
+}
+
+
+@pytest.mark.parametrize("case", FORWARDS)
+def test_a_forward_of_any_arguments_that_takes_others(case):
+    forward, message = FORWARDS[case]
+    x = numbers(6, 4)
+    batch = (x, classes(3, 6)) if "several" in case else {"x": x, "labels": classes(3, 6)}
+    for mixin, hook in ((ClassificationMixin, "get_logits"), (RegressionMixin, "get_predictions")):
+        with pytest.raises(TypeError, match=rf"Model.forward cannot be called with .*{message}. Override {hook}\("):
+            with_forward(mixin, forward).model_output(batch)
+
+
+def test_unpacking_of_arguments_that_are_not_there():
+    def forward(self, *args):
+        x, _ = args
+        return x
+
+    with pytest.raises(TypeError, match=r"not enough values to unpack \(expected 2, got 1\). Override get_logits"):
+        with_forward(ClassificationMixin, forward).model_output((numbers(6, 4), classes(3, 6)))
+
+
+@pytest.mark.parametrize("kind", ["value", "type", "key"])
+def test_other_errors_of_forward_are_not_hidden(kind):
+    with pytest.raises(Exception, match="too hot|can't multiply|layer") as raised:
+        with_forward(ClassificationMixin, lambda self, **kw: broken(kind)).model_output({"x": numbers(6, 4)})
+    assert "Override" not in str(raised.value)
+
+
 def test_inputs_of_a_batch_may_be_a_mapping():
     model = with_net(ClassificationMixin, nn.Linear(4, 3))
     x, y = numbers(6, 4), classes(3, 6)

@@ -14,6 +14,7 @@ from lightning_trak.framework import is_overridden
 from lightning_trak.generators import kept_random_states
 from lightning_trak.gradients.batch import describe
 from lightning_trak.module import TRAKMixin
+from lightning_trak.tasks.reading import call_forward
 
 
 class ContrastiveMixin(TRAKMixin):
@@ -63,7 +64,8 @@ class ContrastiveMixin(TRAKMixin):
                 f"The batch is {describe(batch)}; expected a mapping that forward takes. Override"
                 f" get_embeddings(self, batch) in {type(self).__name__} to return the embeddings of both halves."
             )
-        result = self(**{key: batch[key] for key in batch if key not in ("labels", "return_loss")})  # type: ignore[operator]
+        inputs = {key: batch[key] for key in batch if key not in ("labels", "return_loss")}
+        result = call_forward(self, batch, "get_embeddings", **inputs)
         if not (hasattr(result, "image_embeds") and hasattr(result, "text_embeds")):
             raise TypeError(
                 f"{type(self).__name__}.forward returned {describe(result)}; expected an object with .image_embeds and"
@@ -115,7 +117,13 @@ class ContrastiveMixin(TRAKMixin):
 
     def _directions(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return the embeddings of both halves, (b, d) each, of length 1."""
-        images, texts = self.get_embeddings(batch)
+        pair = self.get_embeddings(batch)
+        if not _are_embeddings(pair):
+            raise TypeError(
+                f"{type(self).__name__}.get_embeddings(batch) returned {describe(pair)}; expected two tensors, (b, d)"
+                " each: the embeddings of both halves of every pair. Let get_embeddings return these two alone."
+            )
+        images, texts = pair
         return normalize(images, dim=1), normalize(texts, dim=1)
 
     def _margins(self, batch: Any) -> tuple[Tensor, Tensor]:
@@ -136,6 +144,14 @@ class ContrastiveMixin(TRAKMixin):
         """Tell from the cosines of both halves which pairs of the contrast set are a pair itself, (b, M)."""
         almost = 1 - torch.finfo(images.dtype).eps ** 0.5
         return (images.detach() > almost) & (texts.detach() > almost)
+
+
+def _are_embeddings(pair: Any) -> bool:
+    """Whether these are two tensors of one shape, (b, d)."""
+    halves = list(pair) if isinstance(pair, (tuple, list)) else []
+    if len(halves) != 2 or not all(isinstance(half, Tensor) and half.ndim == 2 for half in halves):
+        return False
+    return bool(halves[0].shape == halves[1].shape)
 
 
 def _train_loader(module: Any) -> Any:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from inspect import signature
+from inspect import Parameter, signature, unwrap
 from typing import Any
 
 from torch import Tensor
 
 from lightning_trak.gradients.batch import describe
+
+# What Python says of arguments that a function does not take.
+_WRONG_CALL = re.compile(
+    r"\(\) (got an unexpected keyword argument|got multiple values for|missing \d+ required|takes .* arguments? but)"
+)
 
 
 def forward(module: Any, batch: Any, *fields: str, hook: str, leave_out: tuple[str, ...] = ("labels",)) -> Tensor:
@@ -27,10 +33,9 @@ def forward(module: Any, batch: Any, *fields: str, hook: str, leave_out: tuple[s
     inputs = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
     if isinstance(inputs, Mapping):
         kwargs = {key: value for key, value in inputs.items() if key not in leave_out}
-        _check_taken(module, batch, kwargs, hook)
-        result = module(**kwargs)
+        result = call_forward(module, batch, hook, **kwargs)
     elif isinstance(inputs, Tensor):
-        result = module(inputs)
+        result = call_forward(module, batch, hook, inputs)
     else:
         raise _wrong_form(module, batch, hook)
     for field in fields:
@@ -64,15 +69,52 @@ def labels(module: Any, batch: Any, *, hook: str) -> Tensor:
     return value
 
 
-def _check_taken(module: Any, batch: Any, kwargs: Mapping[str, Any], hook: str) -> None:
-    """Raise a TypeError if a module's forward does not take what a batch has."""
+def call_forward(module: Any, batch: Any, hook: str, /, *args: Tensor, **kwargs: Any) -> Any:
+    """Call a module with arguments that were taken from a batch.
+
+    Args:
+        module: a module.
+        batch: the batch, for the message.
+        hook: the method to override where forward takes others.
+        args: its arguments.
+        kwargs: its keyword arguments.
+
+    Raises:
+        TypeError: if forward does not take them, also where that shows only within a forward of ``*args, **kwargs``.
+            Other errors of forward stay what they are.
+    """
+    taken = signature(module.forward)
     try:
-        signature(module.forward).bind(**kwargs)
+        taken.bind(*args, **kwargs)
     except TypeError as error:
-        raise TypeError(
-            f"{type(module).__name__}.forward cannot be called with {', '.join(map(repr, kwargs))} of the batch,"
-            f" {describe(batch)}: {error}. Override {hook}(self, batch) to call it; labels are expected as 'labels'."
-        ) from error
+        raise _not_taken(module, batch, hook, kwargs, error) from error
+    try:
+        return module(*args, **kwargs)
+    except (TypeError, LookupError, ValueError) as error:
+        kinds = {parameter.kind for parameter in taken.parameters.values()}
+        if kinds & {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD} and _is_of_arguments(error, module.forward):
+            raise _not_taken(module, batch, hook, kwargs, error) from error
+        raise
+
+
+def _is_of_arguments(error: Exception, forward: Any) -> bool:
+    """Whether an error came up because a function got others arguments than it, or one that it calls, expected."""
+    if isinstance(error, TypeError):
+        return _WRONG_CALL.search(str(error)) is not None
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    own = getattr(unwrap(forward), "__code__", None)  # an error further within is hardly about **kwargs or *args
+    unpacked = isinstance(error, LookupError) or "values to unpack" in str(error)
+    return unpacked and frame is not None and frame.tb_frame.f_code is own
+
+
+def _not_taken(module: Any, batch: Any, hook: str, kwargs: Mapping[str, Any], error: Exception) -> TypeError:
+    given = f"{', '.join(map(repr, kwargs))} of the batch" if kwargs else "the inputs of the batch alone"
+    return TypeError(
+        f"{type(module).__name__}.forward cannot be called with {given}, {describe(batch)}: {type(error).__name__}:"
+        f" {error}. Override {hook}(self, batch) to call it; labels are expected as 'labels'."
+    )
 
 
 def _wrong_form(module: Any, batch: Any, hook: str) -> TypeError:
