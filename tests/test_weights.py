@@ -139,3 +139,22 @@ def test_select_parameters():
             select_parameters(net, unknown)
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         select_parameters(net.requires_grad_(False), None)
+
+
+def spectral():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Module())
+    net[1].register_parameter("modes", nn.Parameter(torch.ones(3, dtype=torch.complex64)))
+    return net
+
+
+@pytest.mark.parametrize("parameters", [None, "*", ["0.weight", "1.modes"]])
+def test_complex_parameters_are_refused_not_left_out(parameters):
+    with pytest.raises(ValueError, match=r"complex, e.g. '1.modes' \(torch.complex64\).*view_as_real.*parameters=\["):
+        select_parameters(spectral(), parameters)
+
+
+def test_complex_parameters_that_are_not_attributed():
+    assert select_parameters(spectral(), "0.*") == ["0.weight", "0.bias"]
+    net = spectral()
+    net[1].requires_grad_(False)
+    assert select_parameters(net, None) == ["0.weight", "0.bias"]
