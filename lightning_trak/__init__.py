@@ -16,7 +16,8 @@ The way of the data, and the module that is each stage::
     module_state      a module before and after: put back, and compared
     generators        random generators, global ones and those that modules and datasets hold
     _checkpoints      what is done with one checkpoint of the store
-    data, weights     examples by row; checkpoints by digest
+    data, sampling    examples by row; which of them a sampler never reads
+    weights           checkpoints by digest
     gradients         per-sample gradients of f: engines, and a rule for each type of layer (gradients/rules)
     projection        random projections
     featurize         gradients, projected as they appear

@@ -6,23 +6,23 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from warnings import warn
 
 import numpy as np
 import torch
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     Dataset,
-    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
     Subset,
-    WeightedRandomSampler,
 )
 
+from lightning_trak.sampling import never_read
 from lightning_trak.weights import bytes_of
 
-_WHOLE = (SequentialSampler, RandomSampler, DistributedSampler, WeightedRandomSampler)
 _FINGERPRINTED = 1024
 _READ_TWICE = 32
 
@@ -86,15 +86,29 @@ def check_loader(loader: Any, what: str, remedy: str) -> DataLoader[Any]:
     n = len(dataset)
     if n == 0:
         raise ValueError(f"{what} reads an empty dataset; there is nothing to attribute. {remedy}")
-    sampler: Any = getattr(loader.batch_sampler, "sampler", None)
-    if not isinstance(sampler, _WHOLE) and hasattr(sampler, "__len__"):
-        drawn = len(sampler)
-        if drawn < n:
-            raise ValueError(
-                f"{what} has a {type(sampler).__name__} that reads {drawn} of the dataset's {n} examples, so rows would"
-                f" stand for examples never read. Use torch.utils.data.Subset(dataset, indices) in its place. {remedy}"
-            )
+    _check_sampler(loader, what, remedy)
     return loader
+
+
+def _check_sampler(loader: DataLoader[Any], what: str, remedy: str) -> None:
+    batches: Any = loader.batch_sampler
+    kind = type(batches.sampler if type(batches) is BatchSampler else batches).__name__
+    try:
+        missing = never_read(loader)
+    except Exception as error:  # of a sampler of the user's own, that cannot be copied for example
+        warn(
+            f"Whether {what} reads every example cannot be told from its {kind}: {type(error).__name__}: {error}. If it"
+            " leaves some out for good, use torch.utils.data.Subset(dataset, indices).",
+            stacklevel=2,
+        )
+        return
+    if missing:
+        n = len(loader.dataset)  # type: ignore[arg-type]
+        raise ValueError(
+            f"{what} has a {kind} that reads {n - len(missing)} of the dataset's {n} examples, and never row"
+            f" {missing[0]}: rows would stand for examples never read. Let the loader read"
+            f" torch.utils.data.Subset(dataset, indices), and all of that. {remedy}"
+        )
 
 
 def numbered_loader(
