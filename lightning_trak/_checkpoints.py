@@ -48,7 +48,7 @@ def naming(entry: CheckpointEntry, *, can_leave_out: bool = True) -> Iterator[No
         remedy = f" To leave this checkpoint out, delete '{entry.path}'." if can_leave_out else ""
         raise ValueError(
             f"At checkpoint {entry.digest} (file '{entry.meta.get('file')}', step {entry.meta.get('global_step')}):"
-            f" {error}{remedy}"
+            f" {str(error).rstrip('.')}.{remedy}"
         ) from error
 
 

@@ -185,7 +185,7 @@ class Loaders:
 
     def targets(self) -> DataLoader[Any]:
         """Return the loader of the targets."""
-        remedy = "Pass trainer.attribute(dataloaders=...)."
+        remedy = "Other targets are passed with trainer.attribute(dataloaders=...)."
         if self._dataloaders is not None:
             loader = check_loader(self._dataloaders, "dataloaders", "")
             check_limit(self._trainer, "limit_predict_batches", loader)
@@ -211,7 +211,8 @@ class Loaders:
         for hook in ("featurize_dataloader", "train_dataloader"):
             for owner in self._owners:
                 if self._train is None and is_overridden(hook, owner):
-                    self._train = check_loader(self._request(owner, hook, "fit"), hook, TRAIN_REMEDY)
+                    remedy = TRAIN_REMEDY if hook == "train_dataloader" else ""
+                    self._train = check_loader(self._request(owner, hook, "fit"), hook, remedy)
         return self._train
 
     def train(self) -> DataLoader[Any]:

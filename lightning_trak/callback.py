@@ -39,7 +39,10 @@ from lightning_trak.weights import Weights, copy_of_weights, tensors_in, weights
 
 _FINISH_LATER = "trainer.attribute(...) computes what is missing, once the cause is mended."
 
-TRAIN_REMEDY = "Or define featurize_dataloader() in the LightningDataModule or LightningModule."
+TRAIN_REMEDY = (
+    "If training needs it as it is, define featurize_dataloader() in the LightningDataModule or LightningModule:"
+    " attribution reads the train set from there."
+)
 
 
 class TRAKCallback(Callback):
@@ -237,11 +240,12 @@ class TRAKCallback(Callback):
         if self._pending:
             with attached(trainer, pl_module, trainer.datamodule):
                 self._featurize_pending()
-        others = "" if self._alone() else " (those of earlier runs too; TRAKCallback(overwrite=True) starts anew)"
-        rank_zero_info(
-            f"TRAKCallback: {self._featurized} checkpoints featurized. trainer.attribute() will average over"
-            f" {pool_of(self._store)}{others}."
-        )
+        if len(self._store):
+            others = "" if self._alone() else " (those of earlier runs too; TRAKCallback(overwrite=True) starts anew)"
+            rank_zero_info(
+                f"TRAKCallback: {self._featurized} checkpoints featurized. trainer.attribute() will average over"
+                f" {pool_of(self._store)}{others}."
+            )
         if self._failed:
             rank_zero_info(f"TRAKCallback: {self._failed} checkpoints could not be featurized. {_FINISH_LATER}")
 
@@ -307,7 +311,9 @@ class TRAKCallback(Callback):
                 raise
             self._failed += 1
             if self._failed == 1:
-                rank_zero_warn(f"{what}: {type(error).__name__}: {error} Training goes on. {_FINISH_LATER}")
+                rank_zero_warn(
+                    f"{what}: {type(error).__name__}: {str(error).rstrip('.')}. Training goes on. {_FINISH_LATER}"
+                )
 
     def _parameters_to_be(self, trainer: Trainer, module: LightningModule) -> str | None:
         """Return a pattern of the parameters to attribute by default, where more will be trained than are now."""

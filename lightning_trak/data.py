@@ -56,7 +56,7 @@ def check_loader(loader: Any, what: str, remedy: str) -> DataLoader[Any]:
     Args:
         loader: what the user supplied.
         what: how to call it in an error, e.g. ``"train_dataloader"``.
-        remedy: what to supply instead.
+        remedy: what to do if the loader is to stay as it is; whole sentences, or nothing.
 
     Raises:
         TypeError: if it is not one DataLoader over a map-style dataset.
@@ -64,30 +64,43 @@ def check_loader(loader: Any, what: str, remedy: str) -> DataLoader[Any]:
     """
     if isinstance(loader, (list, tuple)) and len(loader) == 1:
         loader = loader[0]
+    error = _wrong_kind(loader)
+    if error is not None:
+        raise TypeError(f"{what} {error} {remedy}".rstrip())
+    if len(loader.dataset) == 0:
+        raise ValueError(f"{what} reads an empty dataset; there is nothing to attribute. {remedy}".rstrip())
+    _check_sampler(loader, what, remedy)
+    return loader  # type: ignore[no-any-return]
+
+
+def _wrong_kind(loader: Any) -> str | None:
+    """Say what is wrong if ``loader`` is not a DataLoader whose examples have rows, and what to do."""
     if not isinstance(loader, DataLoader):
-        raise TypeError(f"{what} is {type(loader).__name__}; expected one torch.utils.data.DataLoader. {remedy}")
+        several = (
+            " Join several datasets with torch.utils.data.ConcatDataset."
+            if isinstance(loader, (list, tuple, dict))
+            else ""
+        )
+        return f"is {type(loader).__name__}; expected one torch.utils.data.DataLoader.{several}"
     dataset: Any = loader.dataset
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
-        raise TypeError(
-            f"{what} reads {type(dataset).__name__}, an iterable dataset, whose examples have no index."
-            f" Scores need to name examples: use a map-style dataset with __getitem__ and __len__. {remedy}"
+        return (
+            f"reads {type(dataset).__name__}, an iterable dataset, whose examples have no index. Scores need to name"
+            " examples: use a map-style dataset with __getitem__ and __len__."
         )
     if type(loader).__iter__ is not DataLoader.__iter__:
-        raise TypeError(
-            f"{what} is {type(loader).__name__}, which overrides DataLoader.__iter__; what it does there would be"
-            f" left out. Do it in the dataset, the collate function or on_after_batch_transfer. {remedy}"
+        return (
+            f"is {type(loader).__name__}, which overrides DataLoader.__iter__; what it does there would be left out."
+            " Do it in the dataset, the collate function or on_after_batch_transfer."
         )
     if loader.batch_sampler is None:
-        raise TypeError(
-            f"{what} has batch_size=None: its dataset yields whole batches, whose rows are unknown. {remedy}"
+        return (
+            "has batch_size=None: its dataset yields whole batches, whose rows are unknown. Let it yield single"
+            " examples, and set batch_size."
         )
     if getattr(dataset, "__len__", None) is None:
-        raise TypeError(f"{what} reads {type(dataset).__name__}, which has no length. Define __len__. {remedy}")
-    n = len(dataset)
-    if n == 0:
-        raise ValueError(f"{what} reads an empty dataset; there is nothing to attribute. {remedy}")
-    _check_sampler(loader, what, remedy)
-    return loader
+        return f"reads {type(dataset).__name__}, which has no length. Define __len__."
+    return None
 
 
 def _check_sampler(loader: DataLoader[Any], what: str, remedy: str) -> None:
@@ -97,8 +110,9 @@ def _check_sampler(loader: DataLoader[Any], what: str, remedy: str) -> None:
         missing = never_read(loader)
     except Exception as error:  # of a sampler of the user's own, that cannot be copied for example
         warn(
-            f"Whether {what} reads every example cannot be told from its {kind}: {type(error).__name__}: {error}. If it"
-            " leaves some out for good, use torch.utils.data.Subset(dataset, indices).",
+            f"Whether {what} reads every example cannot be told from its {kind}:"
+            f" {type(error).__name__}: {str(error).rstrip('.')}. If it leaves some out for good, use"
+            " torch.utils.data.Subset(dataset, indices).",
             stacklevel=2,
         )
         return
@@ -107,7 +121,7 @@ def _check_sampler(loader: DataLoader[Any], what: str, remedy: str) -> None:
         raise ValueError(
             f"{what} has a {kind} that reads {n - len(missing)} of the dataset's {n} examples, and never row"
             f" {missing[0]}: rows would stand for examples never read. Let the loader read"
-            f" torch.utils.data.Subset(dataset, indices), and all of that. {remedy}"
+            f" torch.utils.data.Subset(dataset, indices), and all of that. {remedy}".rstrip()
         )
 
 

@@ -78,7 +78,8 @@ class LossCheck:
             self._warn(
                 "comparison",
                 f"The loss of the first batch cannot be compared with that of {type(module).__name__}'s own methods:"
-                f" {type(error).__name__}: {error} If training augments or combines batches, ignore this.",
+                f" {type(error).__name__}: {str(error).rstrip('.')}. If training augments or combines batches, ignore"
+                " this.",
             )
             return
         if modes is not None and modes.differ:

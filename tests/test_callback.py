@@ -677,7 +677,7 @@ def test_after_a_fast_dev_run_attribute_says_that_there_is_nothing(tmp_path):
         trainer.attribute()
 
 
-def test_another_process_that_takes_the_store_away_does_not_end_training(tmp_path):
+def test_another_process_that_takes_the_store_away_does_not_end_training(tmp_path, said):
     class Taken(Classifier):
         def on_train_end(self):
             shutil.rmtree(tmp_path / "store" / "checkpoints")
@@ -685,6 +685,7 @@ def test_another_process_that_takes_the_store_away_does_not_end_training(tmp_pat
     with pytest.warns(UserWarning, match=r"Training goes on\. trainer\.attribute"):
         trainer, _ = fit(tmp_path, TRAKCallback(tmp_path / "store", featurize_on="fit_end"), module=Taken())
     assert trainer.global_step == 15
+    assert not any("average over" in line for line in said())  # there is nothing to average over
 
 
 def test_a_store_that_cannot_take_weights_does_not_end_training(tmp_path, monkeypatch):
@@ -693,7 +694,7 @@ def test_a_store_that_cannot_take_weights_does_not_end_training(tmp_path, monkey
 
     monkeypatch.setattr("lightning_trak._checkpoints.save_weights", full)
     with pytest.warns(
-        UserWarning, match="could not be put into the feature store: OSError.*Training goes on"
+        UserWarning, match=r"could not be put into the feature store: OSError.*goes on from it\. Training goes on\."
     ) as caught:
         trainer, _ = fit(tmp_path, TRAKCallback(tmp_path / "store"), every_epoch(tmp_path))
     assert sum("feature store" in str(warning.message) for warning in caught) == 1

@@ -21,6 +21,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_trak.callback import TRAIN_REMEDY
 from lightning_trak.data import check_loader, fingerprint, loader_batch_size, numbered_loader
 
 DATA = TensorDataset(torch.arange(11) * 10, torch.arange(11))
@@ -75,7 +76,7 @@ class Halving(DataLoader):
         return ((x / 2, y) for x, y in super().__iter__())
 
 
-@pytest.mark.parametrize(
+WRONG = pytest.mark.parametrize(
     ("loader", "error", "message"),
     [
         (None, TypeError, "is NoneType; expected one torch.utils.data.DataLoader"),
@@ -89,9 +90,22 @@ class Halving(DataLoader):
         (DataLoader(DATA, 2, sampler=[4, 5, 6]), ValueError, "reads 3 of the dataset's 11"),
     ],
 )
+
+
+@WRONG
 def test_loaders_without_rows(loader, error, message):
     with pytest.raises(error, match=f"^the_loader .*{message}.*Do this."):
         check_loader(loader, "the_loader", "Do this.")
+
+
+@WRONG
+@pytest.mark.parametrize("remedy", ["", TRAIN_REMEDY])
+def test_the_messages_of_wrong_loaders_are_whole_sentences(loader, error, message, remedy):
+    with pytest.raises(error) as raised:
+        check_loader(loader, "train_dataloader", remedy)
+    sentences = str(raised.value).removesuffix(".").split(". ")
+    assert not [sentence for sentence in sentences if sentence.startswith(("Or ", " ")) or not sentence]
+    assert str(raised.value).endswith(remedy or ".")
 
 
 @pytest.mark.parametrize(

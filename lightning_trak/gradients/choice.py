@@ -71,6 +71,5 @@ class EngineChoice:
         return "; ".join([f"gradients by {engine}", *self._rejected, *self._unprepared])
 
     def _none_left(self, why: str) -> ValueError:
-        return ValueError(
-            f"gradients={self._gradients!r} cannot differentiate this model: {why}. Use gradients='auto' or 'loop'."
-        )
+        others = "" if self._gradients in ("auto", "loop") else " Use gradients='auto' or 'loop'."
+        return ValueError(f"gradients={self._gradients!r} cannot differentiate this model: {why.rstrip('.')}.{others}")

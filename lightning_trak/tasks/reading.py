@@ -113,7 +113,7 @@ def _not_taken(module: Any, batch: Any, hook: str, kwargs: Mapping[str, Any], er
     given = f"{', '.join(map(repr, kwargs))} of the batch" if kwargs else "the inputs of the batch alone"
     return TypeError(
         f"{type(module).__name__}.forward cannot be called with {given}, {describe(batch)}: {type(error).__name__}:"
-        f" {error}. Override {hook}(self, batch) to call it; labels are expected as 'labels'."
+        f" {str(error).rstrip('.')}. Override {hook}(self, batch) to call it; labels are expected as 'labels'."
     )
 
 
