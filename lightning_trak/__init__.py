@@ -17,6 +17,7 @@ The way of the data, and the module that is each stage::
     generators        random generators, global ones and those that modules and datasets hold
     _checkpoints      what is done with one checkpoint of the store
     data, sampling    examples by row; which of them a sampler never reads
+    same_data         where two data sets differ
     weights           checkpoints by digest
     gradients         per-sample gradients of f: engines, and a rule for each type of layer (gradients/rules)
     projection        random projections

@@ -70,7 +70,7 @@ class Plan:
     def manifest(self, loader: DataLoader[Any]) -> dict[str, Any]:
         """Return the store's manifest for a train set."""
         data = fingerprint(loader.dataset)
-        return {"n_train": data["n"], **self.settings, "data": data["digest"]}
+        return {"n_train": data["n_train"], **self.settings, **data}
 
     def loop(self, trainer: Any, module: Any, loader: DataLoader[Any], examples: str) -> FeaturizationLoop:
         """Return the loop that computes it."""

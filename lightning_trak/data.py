@@ -20,10 +20,10 @@ from torch.utils.data import (
     Subset,
 )
 
+from lightning_trak.same_data import ROW_CHARACTERS, sampled_rows
 from lightning_trak.sampling import never_read
 from lightning_trak.weights import bytes_of
 
-_FINGERPRINTED = 1024
 _READ_TWICE = 32
 
 
@@ -223,26 +223,27 @@ def loader_batch_size(loader: DataLoader[Any]) -> int:
 
 
 def fingerprint(dataset: Any) -> dict[str, Any]:
-    """Describe a dataset so that another one, or another order, is told apart: its size and a digest of its examples.
+    """Describe a dataset so that another one, or another order, is told apart.
 
-    Up to 1024 examples are read, evenly spaced. Some are read twice under the same random state; parts in which they
-    differ even so are left out of all. Nothing is left of the random state: call it where that is restored.
+    It is ``n_train``, its size; ``data``, a digest of its examples; and ``data_rows``, the beginning of a digest of
+    each, by which `difference` names the first that differs. Up to 1024 examples are read, evenly spaced. Some are read
+    twice under the same random state; parts in which they differ even so are left out of all. Nothing is left of the
+    random state: call it where that is restored.
 
     >>> fingerprint([1.0, 2.0]) == fingerprint([2.0, 1.0])
     False
     """
     n = len(dataset)
-    rows = sorted({round(row) for row in np.linspace(0, n - 1, min(n, _FINGERPRINTED))})
+    rows = sampled_rows(n)
     first = [_digests(dataset, row) for row in rows]
     twice = zip(first, (_digests(dataset, row) for row in rows[:_READ_TWICE]), strict=False)
     random_parts = {
         place for one, other in twice for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]
     }
-    digest = hashlib.blake2b(digest_size=16)
-    for parts in first:
-        for place, part in enumerate(parts):
-            digest.update(b"random" if place in random_parts else part)
-    return {"n": n, "digest": digest.hexdigest()}
+    kept = [b"".join(b"random" if place in random_parts else part for place, part in enumerate(one)) for one in first]
+    beginnings = [hashlib.blake2b(one, digest_size=16).hexdigest()[:ROW_CHARACTERS] for one in kept]
+    digest = hashlib.blake2b(b"".join(kept), digest_size=16).hexdigest()
+    return {"n_train": n, "data": digest, "data_rows": "".join(beginnings)}
 
 
 def seed_all(seed: int) -> None:

@@ -23,6 +23,7 @@ from lightning_trak.data import check_loader, fingerprint, seed_all, subset_load
 from lightning_trak.entry import read_json, write_json
 from lightning_trak.generators import kept_generators, kept_random_states
 from lightning_trak.ground_truth import DamagedRun, GroundTruth, check_targets, read_run, run_name, write_run
+from lightning_trak.same_data import difference
 
 
 def retrain_subsets(
@@ -130,8 +131,8 @@ class Runs:
             view.prepare_data()
             view.setup("fit")
             data = fingerprint(check_loader(view.train_dataloader(), "train_dataloader", "").dataset)
-        self.n_train = int(data["n"])
-        _agree(Path(dirpath) / "manifest.json", {"n_train": self.n_train, "data": data["digest"], **settings})
+        self.n_train = int(data["n_train"])
+        _agree(Path(dirpath) / "manifest.json", {**data, **settings})
 
     def complete(self, jobs: Sequence[tuple[str, Tensor, str]], description: str) -> dict[str, Tensor]:
         """Do all runs that nobody has done yet, and those whose file is damaged.
@@ -227,8 +228,12 @@ def _agree(path: Path, manifest: dict[str, Any]) -> None:
         if not path.exists():
             write_json(path, manifest)
         stored = read_json(path)
+    if (stored.get("n_train"), stored.get("data")) != (manifest["n_train"], manifest["data"]):
+        raise ValueError(
+            f"'{path.parent}' holds runs on another train set: {difference(stored, manifest)}. Use another dirpath."
+        )
     for name, value in manifest.items():
-        if stored.get(name) != value:
+        if name != "data_rows" and stored.get(name) != value:
             raise ValueError(
                 f"'{path.parent}' holds runs with {name}={stored.get(name)!r}, not {value!r}. Use another dirpath."
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_trak.entry import CheckpointEntry, explained_os_errors, read_json, write_json
+from lightning_trak.same_data import difference
 
 FORMAT_VERSION = 1
 
@@ -92,14 +93,16 @@ class FeatureStore:
     def check(self, manifest: Mapping[str, Any]) -> None:
         """Raise a ValueError that names the first field in which ``manifest`` differs from the store's own."""
         for name, value in json.loads(json.dumps(manifest)).items():
+            if name == "data_rows":  # it says where "data" differs
+                continue
             given, stored = _flat({name: value}), _flat({name: self.manifest.get(name)})
             for field in [*stored, *(field for field in given if field not in stored)]:
                 if stored.get(field) != given.get(field):
-                    own, here = _short(stored.get(field)), _short(given.get(field))
+                    what, former = self._difference(field, stored.get(field), given.get(field), manifest)
                     raise ValueError(
-                        f"The store '{self.dirpath}' was made with {field}={own}, but here {field}={here}: features of"
-                        " the two cannot be mixed. Use another dirpath for TRAKCallback, restore the former"
-                        f" {field}, or delete the store to start anew."
+                        f"The store '{self.dirpath}' was made with {what}: features of the two cannot be mixed. Use"
+                        f" another dirpath for TRAKCallback, restore the former {former}, or delete the store to start"
+                        " anew."
                     )
 
             if list(_flat({name: value})) != list(_flat({name: self.manifest.get(name)})):
@@ -107,6 +110,12 @@ class FeatureStore:
                     f"The store '{self.dirpath}' was made with the {name} in another order than here:"
                     f" {_short(list(self.manifest[name]))} against {_short(list(value))}. Use another dirpath."
                 )
+
+    def _difference(self, field: str, own: Any, here: Any, manifest: Mapping[str, Any]) -> tuple[str, str]:
+        """Say how a field of the store differs from that of another manifest, and what it is called."""
+        if field in ("n_train", "data"):
+            return f"another train set: {difference(self.manifest, manifest)}", "train set"
+        return f"{field}={_short(own)}, but here {field}={_short(here)}", field
 
     @property
     def n_train(self) -> int:

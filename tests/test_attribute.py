@@ -1016,7 +1016,14 @@ def test_limits_that_truncate(run, limit):
 
 
 @pytest.mark.parametrize(
-    ("data", "message"), [(Blobs(n=41), "n_train=40, but here n_train=41"), (Blobs(seed=9), "with data=")]
+    ("data", "message"),
+    [
+        (Blobs(n=41), r"another train set: 40 examples, here 41, .* 40 of 40 rows that were compared, .* row 0: "),
+        (
+            Blobs(seed=9),
+            "another train set: as many examples as here, 40, with other content: .* first of them row 0: ",
+        ),
+    ],
 )
 def test_other_data_than_the_stores(run, data, message):
     with pytest.raises(ValueError, match=message):

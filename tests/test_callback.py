@@ -575,8 +575,8 @@ def test_limits_that_truncate(tmp_path, limit):
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ({"data": Blobs(n=48)}, r"n_train=40, but here n_train=48"),
-        ({"data": Blobs(seed=5)}, r"with data="),
+        ({"data": Blobs(n=48)}, "40 examples, here 48"),
+        ({"data": Blobs(seed=5)}, "as many examples as here, 40, with other content"),
         ({"trak": {"seed": 1}}, r"projection.seed=0, but here projection.seed=1"),
         ({"trak": {"projector": "sparse"}}, "projection.projector=.identity"),
         ({"trak": {"projector": "sparse", "proj_dim": 8}}, r"projection"),

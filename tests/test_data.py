@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from torch.utils.data import (
 
 from lightning_trak.callback import TRAIN_REMEDY
 from lightning_trak.data import check_loader, fingerprint, loader_batch_size, numbered_loader
+from lightning_trak.same_data import difference, sampled_rows
 
 DATA = TensorDataset(torch.arange(11) * 10, torch.arange(11))
 
@@ -160,7 +163,8 @@ def test_fingerprint_reads_little_of_much():
     first = fingerprint(Examples(100_000, lambda row: read.append(row) or row))
     assert len(read) == 1024 + 32
     assert {0, 99_999} <= set(read)
-    assert first["n"] == 100_000
+    assert first["n_train"] == 100_000
+    assert len(json.dumps(first)) < 5000
 
 
 @pytest.mark.parametrize(
@@ -198,3 +202,47 @@ def test_fingerprint_is_that_of_values_not_of_views(view):
     found = fingerprint(Examples(20, make))
     assert found == fingerprint(Examples(20, lambda row: torch.tensor(make(row).tolist(), dtype=make(row).dtype)))
     assert (found == fingerprint(Examples(20, lambda row: make((row + 1) % 20)))) == (view == "nothing")
+
+
+def changed(n, *rows, length=None):
+    return fingerprint(Examples(length or n, lambda row: (row, row in rows)))
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        (changed(40, 7), "as many examples as here, 40, with other content: 1 of 40 rows .* row 7"),
+        (changed(40, 0, 39), "as many examples as here, 40, with other content: 2 of 40 rows .* row 0"),
+        (changed(40, length=41), "40 examples, here 41; all 40 rows that were compared are the same"),
+        (changed(40, 12, length=33), "40 examples, here 33, with other content: 1 of 33 rows .* row 12"),
+        ({"n_train": 40, "data": "of a former version"}, "as many examples as here, 40, with other content"),
+    ],
+)
+def test_where_two_data_sets_differ(now, message):
+    assert re.fullmatch(message, difference(changed(40), now))
+    assert re.fullmatch(
+        message.replace("40 examples, here 33", "33 examples, here 40").replace(
+            "40 examples, here 41", "41 examples, here 40"
+        ),
+        difference(now, changed(40)),
+    )
+
+
+def test_where_two_large_data_sets_differ():
+    """Between two rows that were compared."""
+    rows = sampled_rows(5000)
+    assert len(rows) == 1024
+    found = difference(changed(5000), changed(5000, rows[300], rows[301]))
+    assert found.endswith(
+        f"2 of 1024 rows that were compared, the first of them one of the rows {rows[299] + 1} to {rows[300]}"
+    )
+
+
+def test_random_parts_make_no_difference_of_rows():
+    def make(row):
+        return (row, os.urandom(4))
+
+    other = fingerprint(Examples(20, lambda row: make(row + (row == 5))))
+    assert "1 of 20 rows that were compared, the first of them row 5" in difference(
+        fingerprint(Examples(20, make)), other
+    )

@@ -307,8 +307,13 @@ def test_what_cannot_be(tmp_path):
 
 def test_a_directory_of_other_runs_is_refused(tmp_path):
     retrain(tmp_path, n_subsets=1, repeats=1)
-    for options, name in (({"fraction": 0.3}, "fraction"), ({"seed": 1}, "seed"), ({"data": Blobs(seed=5)}, "data")):
-        with pytest.raises(ValueError, match=f"holds runs with {name}=.*Use another dirpath"):
+    for options, message in (
+        ({"fraction": 0.3}, "with fraction="),
+        ({"seed": 1}, "with seed="),
+        ({"data": Blobs(seed=5)}, "on another train set: as many examples as here, 40, with other content: .* row 0"),
+        ({"data": Blobs(n=50)}, "on another train set: 40 examples, here 50, "),
+    ):
+        with pytest.raises(ValueError, match=f"holds runs {message}.*Use another dirpath"):
             retrain(tmp_path, **options)
 
 

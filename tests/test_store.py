@@ -121,8 +121,8 @@ def test_a_killed_process_loses_only_the_batch_in_flight(tmp_path):
 @pytest.mark.parametrize(
     ("field", "change", "message"),
     [
-        ("n_train", {"n_train": 7}, "n_train=6, but here n_train=7"),
-        ("data", {"data": "other"}, 'data="abc", but here data="other"'),
+        ("n_train", {"n_train": 7}, "another train set: 6 examples, here 7: "),
+        ("data", {"data": "other"}, "another train set: as many examples as here, 6, with other content: "),
         (
             "seed",
             {"projection": {**MANIFEST["projection"], "seed": 1}},
