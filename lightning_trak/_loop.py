@@ -51,6 +51,13 @@ Array = npt.NDArray[Any]
 
 _TRIED = 8  # examples of the first batch that are tried before training
 
+_WITHOUT_AUGMENTATION = {
+    "train": "Define featurize_dataloader() in the LightningDataModule or LightningModule: train_dataloader without"
+    " augmentation.",
+    "target": "Pass targets without augmentation with dataloaders=..., or define attribute_dataloader() in the"
+    " LightningDataModule or LightningModule.",
+}
+
 
 @contextmanager
 def undisturbed(trainer: Trainer, module: LightningModule, *sources: Any) -> Iterator[None]:
@@ -131,9 +138,26 @@ def attached(trainer: Trainer, module: LightningModule, datamodule: LightningDat
             )
 
 
-def _tell(what: str) -> None:
-    """Tell the user something, in one line."""
-    rank_zero_info(f"TRAKCallback: {' '.join(what.split())}")
+class Reports:
+    """What the user is told while a model is trained and attributed: each thing once, in one line."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def tell(self, what: str, about: str | None = None) -> None:
+        """Tell something; if it is ``about`` a thing that something was told about, do not."""
+        if self._is_new(about):
+            rank_zero_info(f"TRAKCallback: {' '.join(what.split())}")
+
+    def warn(self, what: str, about: str) -> None:
+        """Warn of something, once."""
+        if self._is_new(about):
+            rank_zero_warn(what)
+
+    def _is_new(self, about: str | None) -> bool:
+        new = about is None or about not in self._told
+        self._told |= set() if about is None else {about}
+        return new
 
 
 class FeaturizationLoop:
@@ -149,6 +173,7 @@ class FeaturizationLoop:
         gradients: ``"auto"`` or the name of an engine.
         batch_size: None for that of the loader, or fewer if the memory is short.
         examples: what the rows are, for messages: ``"train"`` or ``"target"``.
+        reports: takes what the user is told.
     """
 
     def __init__(
@@ -163,8 +188,10 @@ class FeaturizationLoop:
         gradients: str,
         batch_size: int | None,
         examples: str,
+        reports: Reports,
     ) -> None:
         self._trainer = trainer
+        self._reports = reports
         self._module = module
         self._loader = loader
         self._parameters = list(parameters)
@@ -178,12 +205,11 @@ class FeaturizationLoop:
             fixed=batch_size is not None,
             n_examples=self.size,
             read=lambda rows: self._read_once(rows, seed=0),
-            tell=_tell,
+            tell=reports.tell,
             examples=examples,
         )
         self._examples = examples
         self._loss_terms = LossTerms(module)
-        self._projection_reported = False
         self._label: Callable[[Any], Any] | None = None
         self.repeatable = True  # whether two reads of an example are the same; preflight finds out
         self.logistic = not self._loss_terms.need_projection  # whether the loss is softplus(−f), as far as is known
@@ -329,13 +355,10 @@ class FeaturizationLoop:
         return LossProjection(self._gradients, lambda: (self._read_once(rows, seed=0), len(rows)))
 
     def report(self, projection: LossProjection) -> None:
-        """Say once, of the first checkpoint, how Q was found by projection, and how good it is."""
-        if self._projection_reported:
-            return
-        self._projection_reported = True
-        _tell(f"{projection}.")
-        for doubt in projection.doubts():
-            rank_zero_warn(doubt)
+        """Say of the first checkpoint how Q was found by projection; and warn once of what is doubtful of any."""
+        self._reports.tell(f"{projection}.", about="projection")
+        for kind, doubt in projection.doubts().items():
+            self._reports.warn(doubt, about=kind)
 
     def _featurize(
         self, featurizer: Featurizer, rows: Sequence[int], batch: Any, *, check: bool, projection: LossProjection | None
@@ -382,10 +405,10 @@ class FeaturizationLoop:
     def _is_repeatable(self, first: Any, second: Any) -> bool:
         same = same_tensors(first, second)
         if not same:
-            rank_zero_warn(
+            self._reports.warn(
                 f"Two reads of the same {self._examples} examples differ: the dataset, its collate function or a"
-                " batch-transfer hook augments at random, so features are those of one random draw. Define"
-                " featurize_dataloader() in the LightningDataModule or LightningModule: train_dataloader without"
-                " augmentation."
+                " batch-transfer hook augments at random, so features are those of one random draw."
+                f" {_WITHOUT_AUGMENTATION[self._examples]}",
+                about=f"reads of {self._examples} examples",
             )
         return same

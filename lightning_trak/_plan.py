@@ -84,4 +84,5 @@ class Plan:
             gradients=self._callback.gradients,
             batch_size=self._callback.batch_size,
             examples=examples,
+            reports=self._callback.reports,
         )

@@ -26,7 +26,7 @@ class Adaptation:
         fixed: whether the user gave the batch size; then it is not measured.
         n_examples: how many there are.
         read: returns the batch of some rows.
-        tell: takes what the user should know.
+        tell: takes what the user should know, and for what is said once, what it is about.
         examples: what they are: ``"train"`` or ``"target"``.
 
     Attributes:
@@ -42,7 +42,7 @@ class Adaptation:
         fixed: bool,
         n_examples: int,
         read: Callable[[Sequence[int]], Any],
-        tell: Callable[[str], object],
+        tell: Callable[..., object],
         examples: str,
     ) -> None:
         self.batch_size = max(1, min(batch_size, n_examples))
@@ -109,7 +109,8 @@ class Adaptation:
         """Choose the engine at these weights; say which, if it is another than at the checkpoint before."""
         engine = self._choice.choose(function, batch, len(self._first))
         if engine.name != self._reported:
-            self._tell(f"{self._choice.report(engine)} ({self._examples} examples).")
+            what = f"{self._choice.report(engine)} ({self._examples} examples)."
+            self._tell(what, about=what)
             self._reported = engine.name
         return engine
 
@@ -119,6 +120,7 @@ class Adaptation:
         featurizer = Featurizer(function, engine, self._projector.rehearsal(), key)
         fitting = fitting_batch_size(lambda size: featurizer(self._read(range(size)), size), self.batch_size, device)
         if fitting < self.batch_size:
-            self._tell(f"batches of {fitting} examples, as many as the free memory allows.")
+            what = f"batches of {fitting} examples, as many as the free memory allows."
+            self._tell(what, about=what)
             self.batch_size = fitting
         self._measured = True

@@ -14,7 +14,7 @@ from uuid import uuid4
 from torch.utils.data import DataLoader
 
 from lightning_trak._checkpoints import add_checkpoint, featurize_checkpoint, pool_of
-from lightning_trak._loop import FeaturizationLoop, attached, undisturbed
+from lightning_trak._loop import FeaturizationLoop, Reports, attached, undisturbed
 from lightning_trak._plan import PROJ_DIM, SEED, Plan
 from lightning_trak.checkpoint_io import WatchedCheckpointIO
 from lightning_trak.data import check_loader
@@ -146,6 +146,7 @@ class TRAKCallback(Callback):
         self.batch_size = batch_size
         self.train_loader: DataLoader[Any] | None = None
         self.last_saved: str | None = None
+        self.reports = Reports()
         self._store: FeatureStore | None = None
         self._loop: FeaturizationLoop | None = None
         self._files: dict[str, str] = {}  # path of a checkpoint file → digest of its weights
@@ -167,7 +168,7 @@ class TRAKCallback(Callback):
         check_supported(trainer, pl_module)
         self._store = self._loop = self.train_loader = self.last_saved = self._run = None
         self._files, self._pending, self._featurized, self._failed = {}, {}, 0, 0
-        self._saved, self._attributed, self._loss_check = False, set(), LossCheck()
+        self._saved, self._attributed, self._loss_check, self.reports = False, set(), LossCheck(), Reports()
         watched = trainer.strategy.checkpoint_io
         inner = watched.inner if isinstance(watched, WatchedCheckpointIO) else watched
         trainer.strategy.checkpoint_io = WatchedCheckpointIO(inner, self)
@@ -335,11 +336,11 @@ class TRAKCallback(Callback):
         trained = [name for name, value in module.named_parameters() if value.requires_grad]
         others = [name for name in trained if name not in self._attributed]
         if others:
-            self._attributed.update(others)
-            rank_zero_warn(
+            self.reports.warn(
                 f"{len(others)} parameters are trained by now that were frozen when training began, e.g. {others[0]}:"
-                " they are not attributed at any checkpoint. Train with TRAKCallback(parameters='*'), or with the"
-                " names of those that count, and overwrite=True."
+                " they are not attributed at any checkpoint, nor are any that are unfrozen later. Train with"
+                " TRAKCallback(parameters='*'), or with the names of those that count, and overwrite=True.",
+                about="parameters that were frozen",
             )
 
     def _find_train_loader(self, trainer: Trainer, module: LightningModule) -> DataLoader[Any]:

@@ -106,16 +106,16 @@ class LossProjection:
     def __str__(self) -> str:
         return f"Q by projection, {self.engine}: {self._found()}"
 
-    def doubts(self) -> list[str]:
-        """Return what the user should be warned of."""
-        doubts = []
+    def doubts(self) -> dict[str, str]:
+        """Return what the user should be warned of, by its kind."""
+        doubts = {}
         if self.explained() < _LITTLE:
-            doubts.append(
+            doubts["little explained"] = (
                 f"Only {self._found()}; scores leave the rest out. Attribute an output that the loss is a function of,"
                 " as minus its square root, with output_to_loss(self, output, batch): output.square()."
             )
         if self.negative:
-            doubts.append(
+            doubts["negative losses"] = (
                 f"{PER_SAMPLE_LOSS} is negative for some examples; their curvature is taken for Q², as of logarithms of"
                 " densities. Define out_to_loss_curvature(self, batch) if you know it."
             )

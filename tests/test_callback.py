@@ -317,6 +317,25 @@ def test_random_augmentation_is_warned_of_and_still_reproducible_as_data(tmp_pat
     assert len(FeatureStore(tmp_path / "store")) == 2
 
 
+def test_random_augmentation_is_warned_of_once_with_what_to_do(tmp_path):
+    loader, targets = DataLoader(Noisy(make_data(40)), 8, shuffle=True), DataLoader(Noisy(make_data(5)), 5)
+
+    def use():
+        trainer, _ = fit(tmp_path, TRAKCallback(tmp_path / "store"), data=loader)
+        for _ in range(2):
+            trainer.attribute(dataloaders=targets)
+        trainer.attribute_self()
+
+    with pytest.warns(UserWarning, match="Two reads of the same") as caught:
+        use()
+    train, target = [str(warning.message) for warning in caught if "Two reads" in str(warning.message)]
+    assert "train examples differ" in train
+    assert "featurize_dataloader" in train
+    assert "target examples differ" in target
+    assert "dataloaders=" in target
+    assert "featurize_dataloader" not in target
+
+
 def test_progress_says_what_and_how_far(tmp_path, capfd):
     trak = TRAKCallback(tmp_path / "store")
     fit(tmp_path, trak, TQDMProgressBar(), max_epochs=1, enable_progress_bar=True)
@@ -787,4 +806,21 @@ def test_parameters_that_are_unfrozen_by_hand_are_told_of_once(tmp_path):
 
     with pytest.warns(UserWarning, match=r"2 parameters are trained by now.*net\.0\.weight.*parameters='\*'") as caught:
         fit(tmp_path, TRAKCallback(tmp_path / "store"), module=ByHand())
+    assert sum("trained by now" in str(warning.message) for warning in caught) == 1
+
+
+def test_parameters_that_are_unfrozen_one_after_the_other_are_told_of_once(tmp_path):
+    class Gradually(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.net[:2].requires_grad_(False)
+
+        def on_train_epoch_start(self):
+            for place in range(2):
+                self.net[place].requires_grad_(self.current_epoch > place)
+
+    with pytest.warns(
+        UserWarning, match=r"2 parameters are trained by now.*nor are any that are unfrozen later"
+    ) as caught:
+        fit(tmp_path, TRAKCallback(tmp_path / "store"), module=Gradually(), max_epochs=4)
     assert sum("trained by now" in str(warning.message) for warning in caught) == 1

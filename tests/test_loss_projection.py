@@ -88,10 +88,10 @@ class Unbatchable(TwoTasks):
         return torch.stack(rows) * (2 if x.sum().item() > 1e9 else 1) + 0.02 * (self(x)[1] - number).square()
 
 
-def run(root, module, **options):
+def run(root, module, max_epochs=1, **options):
     torch.manual_seed(0)
     trainer = L.Trainer(
-        default_root_dir=root, max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False,
+        default_root_dir=root, max_epochs=max_epochs, accelerator="cpu", logger=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[TRAKCallback(root / "trak", **{"projector": "identity", **options})],
     )  # fmt: skip
     trainer.fit(module)
@@ -146,9 +146,37 @@ def test_a_function_of_the_output_is_found_to_be_one(tmp_path):
     assert entry.meta["loss_explained"] == pytest.approx(1, abs=1e-5)
 
 
-def test_how_good_it_is_is_said(tmp_path, said):
-    run(tmp_path, Smoothed())
-    assert any("Q by projection, gradients by hooks: 9" in line and "% of the gradients of" in line for line in said())
+def test_how_good_it_is_is_said_once_a_fit(tmp_path, said):
+    trainer = run(tmp_path, Smoothed(), max_epochs=3)
+    assert len(FeatureStore(tmp_path / "trak")) == 3
+    torch.save(
+        {name: value * 0.8 for name, value in trainer.lightning_module.state_dict().items()}, tmp_path / "new.pt"
+    )
+    trainer.attribute(ckpt_path=tmp_path / "new.pt")  # where Q is found by projection again
+    (line,) = [line for line in said() if "by projection" in line]
+    assert "Q by projection, gradients by hooks: 9" in line
+    assert "% of the gradients of" in line
+    assert "\n" not in line
+
+
+class Lowered(OneTask):
+    """Its losses become negative in the second epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("lowered", torch.tensor(0.0))
+
+    def on_train_epoch_start(self):
+        self.lowered.fill_(-10.0 * (self.current_epoch > 0))
+
+    def per_sample_loss(self, batch):
+        return super().per_sample_loss(batch) + self.lowered
+
+
+def test_what_is_doubtful_of_a_later_checkpoint_is_warned_of_once(tmp_path):
+    with pytest.warns(UserWarning, match="per_sample_loss is negative for some examples") as caught:
+        run(tmp_path, Lowered(), max_epochs=3)
+    assert sum("is negative" in str(warning.message) for warning in caught) == 1
 
 
 class Elsewhere(TwoTasks):
