@@ -50,6 +50,7 @@ from lightning_trak.weights import Weights
 Array = npt.NDArray[Any]
 
 _TRIED = 8  # examples of the first batch that are tried before training
+_SHOWN = 10  # examples named in a warning, at most
 
 _WITHOUT_AUGMENTATION = {
     "train": "Define featurize_dataloader() in the LightningDataModule or LightningModule: train_dataloader without"
@@ -211,6 +212,7 @@ class FeaturizationLoop:
         self._examples = examples
         self._loss_terms = LossTerms(module)
         self._label: Callable[[Any], Any] | None = None
+        self._without_gradient: list[int] = []
         self.repeatable = True  # whether two reads of an example are the same; preflight finds out
         self.logistic = not self._loss_terms.need_projection  # whether the loss is softplus(−f), as far as is known
 
@@ -343,7 +345,20 @@ class FeaturizationLoop:
                 if full:  # only now that nothing holds on to the batch
                     adaptation.halve()
         self._projector.forget()
+        self._warn_of_nothing()
         return projection
+
+    def _warn_of_nothing(self) -> None:
+        """Warn of targets without a gradient: that all of their scores are zero may be a mistake."""
+        rows, self._without_gradient = self._without_gradient, []
+        if rows:
+            shown = ", ".join(map(str, rows[:_SHOWN])) + (", ..." if len(rows) > _SHOWN else "")
+            what = (
+                f"The gradient of {type(self._module).__name__}.model_output is zero for {len(rows)} targets (rows"
+                f" {shown}), so all of their scores are. Is there nothing in them to attribute, as where an output_mask"
+                " or ignore_index leaves out everything? If so, mend or remove these targets."
+            )
+            self._reports.warn(what, about=what)
 
     def _undisturbed(self) -> AbstractContextManager[None]:
         return undisturbed(self._trainer, self._module, self._loader.dataset, self._loader.collate_fn)
@@ -367,6 +382,9 @@ class FeaturizationLoop:
         check_size(self._module, result.outputs, len(rows))
         check_finite("model_output", result.outputs, self._examples, rows)
         check_finite("the gradient of model_output", result.features.sum(1), self._examples, rows)
+        if self._examples == "target":
+            nothing = (result.features == 0).all(1).tolist()
+            self._without_gradient += [row for row, zero in zip(rows, nothing, strict=True) if zero]
         loss_grad, curvature = torch.zeros(2, len(rows))
         if projection is not None:
             loss_grad, losses = projection(featurizer, batch, result)

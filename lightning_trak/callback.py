@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from math import isfinite
@@ -136,7 +136,7 @@ class TRAKCallback(Callback):
         self.projector = projector
         self.gradients = gradients
         self.featurize_on = featurize_on
-        self.parameters = parameters
+        self.parameters = _names(parameters)
         self.damping = damping
         self.temperature = temperature
         self.curvature = curvature
@@ -404,6 +404,20 @@ def check_limit(trainer: Trainer, name: str, loader: DataLoader[Any]) -> None:
 
 def _is_finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+
+
+def _names(parameters: Any) -> str | list[str] | None:
+    """Return names or patterns of parameters; raise a TypeError if they are something else, as the parameters."""
+    if parameters is None or isinstance(parameters, str):
+        return parameters
+    names = list(parameters) if isinstance(parameters, Iterable) else [parameters]
+    others = [type(name).__name__ for name in names if not isinstance(name, str)]
+    if others:
+        raise TypeError(
+            f"parameters must be names or patterns of parameters, got {others[0]}. Name them as"
+            " module.named_parameters() does, e.g. parameters='head.*'."
+        )
+    return names
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -1199,3 +1199,32 @@ def test_weights_that_setup_draws_anew_are_told_of(tmp_path):
         UserWarning, match=r"DrawsAnew has other weights now than before: net\.0\.weight has other values"
     ):
         trainer.attribute()
+
+
+class Bigram(lt.LanguageModelingMixin, L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = torch.nn.Embedding(5, 5)
+
+    def forward(self, input_ids):
+        return self.table(input_ids)
+
+    def training_step(self, batch, batch_idx):
+        return self.output_to_loss(self.model_output(batch), batch).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.1)
+
+
+def test_targets_that_nothing_is_left_of_are_told_of(tmp_path):
+    tokens = torch.randint(0, 5, (20, 6), generator=torch.Generator().manual_seed(0))
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store"))
+    trainer.fit(Bigram(), DataLoader([{"input_ids": row} for row in tokens], 5))
+    mask = torch.ones(4, 6, dtype=torch.bool)
+    mask[1], mask[3, 1:] = False, False  # the first token is not predicted
+    targets = [{"input_ids": row, "output_mask": keep} for row, keep in zip(tokens, mask, strict=False)]
+    with pytest.warns(UserWarning, match=r"zero for 2 targets \(rows 1, 3\), so all of their scores are") as caught:
+        scores = trainer.attribute(dataloaders=DataLoader(targets, 2)).scores
+    assert sum("so all of their scores are" in str(warning.message) for warning in caught) == 1  # of three checkpoints
+    assert (scores == 0).all(0).tolist() == [False, True, False, True]

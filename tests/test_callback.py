@@ -662,6 +662,8 @@ def test_several_processes_are_refused(tmp_path):
         ({"curvature": "yes"}, TypeError),
         ({"seed": 0.5}, TypeError),
         ({"batch_size": 0}, ValueError),
+        ({"parameters": Classifier().parameters()}, TypeError),
+        ({"parameters": 3}, TypeError),
     ],
 )
 def test_arguments_are_checked_at_once(arguments, error):

@@ -345,3 +345,25 @@ def test_batch_structures():
     assert isinstance(map_tensors(UserDict(x=torch.ones(1)), len), UserDict)
     assert map_tensors(defaultdict(list, x=torch.ones(3)), len) == {"x": 3}
     assert describe(batch) == "dict(a: list(Tensor(2,)), b: Pair(Tensor(2,), str), c: Record, d: NoneType)"
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Made of more, or of less, than its fields."""
+
+    x: torch.Tensor
+    scale: InitVar[float]
+    y: torch.Tensor = field(init=False)
+
+    def __post_init__(self, scale):
+        object.__setattr__(self, "y", self.x * scale)
+
+
+def test_dataclasses_that_cannot_be_made_from_their_fields():
+    batch = Derived(torch.ones(4, 2), 3.0)
+    found = map_tensors(batch, lambda tensor: tensor[:1])
+    assert isinstance(found, Derived)
+    assert (found.x.tolist(), found.y.tolist()) == ([[1, 1]], [[3, 3]])
+    assert len(batch.x) == len(batch.y) == 4
+    assert describe(batch) == "Derived(x: Tensor(4, 2), y: Tensor(4, 2))"
+    assert len(tensors_of(batch)) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -256,6 +257,12 @@ def test_shapes_that_do_not_fit_name_the_hook(mixin, net, batch, message):
         with_net(mixin, net).model_output(batch)
 
 
+@dataclass
+class Example:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
 class Clip(ContrastiveMixin, nn.Module):
     def __init__(self, result):
         super().__init__()
@@ -306,6 +313,45 @@ class Clip(ContrastiveMixin, nn.Module):
             ).model_output(TOKENS),
             ValueError,
             r"get_output_mask returned shape \(3, 5\) for tokens \(3, 6\)",
+        ),
+        (
+            lambda: with_net(MultilabelMixin, nn.Linear(4, 5)).model_output((numbers(6, 4), TAGS - 1)),
+            ValueError,
+            "labels outside of 0 to 1.*Override get_labels.* If -1 stands for labels that are not known",
+        ),
+        (
+            lambda: with_net(SegmentationMixin, nn.Conv2d(2, 4, 1)).model_output((numbers(3, 2, 5, 5), PIXELS / 3)),
+            ValueError,
+            "classes that are no whole numbers.*Override get_labels",
+        ),
+        (
+            lambda: with_net(LanguageModelingMixin, nn.Embedding(7, 7)).model_output((TOKENS, TOKENS + 3)),
+            ValueError,
+            "tokens outside of 0 to 6.* Set ignore_index, which is -100",
+        ),
+        (
+            lambda: with_net(LanguageModelingMixin, nn.Embedding(7, 7)).model_output((TOKENS, TOKENS.double())),
+            ValueError,
+            "get_labels returned torch.float64; expected tokens, integers. Override get_labels",
+        ),
+        (
+            lambda: with_net(RegressionMixin, nn.Linear(4, 1), get_labels=lambda batch: numbers(1)).output_to_loss(
+                numbers(6), {"x": numbers(6, 4)}
+            ),
+            ValueError,
+            r"get_labels returned shape \(1,\) for predictions \(6,\). Override get_labels",
+        ),
+        (
+            lambda: with_net(ClassificationMixin, nn.Linear(4, 3), class_weights=[1.0, 2.0]).output_to_loss(
+                numbers(6), (numbers(6, 4), torch.full((6,), 2))
+            ),
+            ValueError,
+            r"class_weights has shape \(2,\), too few for the labels.* one weight for each class",
+        ),
+        (
+            lambda: with_net(ClassificationMixin, nn.Linear(4, 3)).model_output(Example(numbers(6, 4), classes(3, 6))),
+            TypeError,
+            r"The batch is Example\(x: Tensor\(6, 4\), y: Tensor\(6,\)\).* Override get_logits",
         ),
         (lambda: Clip((1, 2)).get_embeddings({"a": 1}), TypeError, r"forward returned .* Override get_embeddings"),
         (lambda: Clip(None).get_logit_scale(), TypeError, "no parameter logit_scale. Override get_logit_scale"),
@@ -372,6 +418,45 @@ def test_other_errors_of_forward_are_not_hidden(kind):
     with pytest.raises(Exception, match="too hot|can't multiply|layer") as raised:
         with_forward(ClassificationMixin, lambda self, **kw: broken(kind)).model_output({"x": numbers(6, 4)})
     assert "Override" not in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.bool])
+def test_labels_may_be_integers_of_any_kind(dtype):
+    two = with_net(ClassificationMixin, nn.Linear(4, 2))
+    batch = numbers(6, 4), classes(2, 6)
+    assert torch.equal(two.model_output((batch[0], batch[1].to(dtype))), two.model_output(batch))
+    words = with_net(LanguageModelingMixin, nn.Embedding(2, 2))
+    tokens = classes(2, 3, 6)
+    assert torch.equal(words.model_output((tokens, tokens.to(dtype))), words.model_output((tokens, tokens)))
+
+
+def test_labels_within_vmap_are_not_known_and_wrong_ones_end_in_nan():
+    model = with_net(MultilabelMixin, nn.Linear(4, 5))
+    x, y = numbers(6, 4), TAGS.clone()
+    y[2, 1] = -1
+    found = torch.vmap(lambda x, y: model.model_output((x[None], y[None]))[0])(x, y)
+    assert found.isnan().nonzero().flatten().tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("mixin", "net", "batch"),
+    [
+        (ClassificationMixin, nn.Linear(4, 3), (numbers(6, 4), classes(3, 6))),
+        (SegmentationMixin, nn.Conv2d(2, 4, 1), (numbers(3, 2, 5, 5), PIXELS)),
+        (LanguageModelingMixin, nn.Embedding(7, 7), (TOKENS, TOKENS)),
+    ],
+)
+def test_running_out_of_memory_is_no_matter_of_labels(monkeypatch, mixin, net, batch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("out of memory")
+
+    for place in (
+        "torch.Tensor.scatter",
+        *(f"lightning_trak.tasks.{task}.cross_entropy" for task in ("segmentation", "language")),
+    ):
+        monkeypatch.setattr(place, full)
+    with pytest.raises(torch.OutOfMemoryError):
+        with_net(mixin, net).model_output(batch)
 
 
 def test_inputs_of_a_batch_may_be_a_mapping():

@@ -114,6 +114,9 @@ def describe(batch: Any) -> str:
     if isinstance(batch, (list, tuple)):
         shown = ", ".join(describe(value) for value in batch[:4])
         return f"{name}({shown}{', ...' if len(batch) > 4 else ''})"
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = [f"{field.name}: {describe(getattr(batch, field.name))}" for field in dataclasses.fields(batch)]
+        return f"{name}({', '.join(fields)})"
     return name
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from lightning_trak.module import TRAKMixin
-from lightning_trak.tasks.reading import forward, labels, labels_or_none
+from lightning_trak.tasks.reading import forward, labels, labels_in_range, labels_or_none
 
 
 class ClassificationMixin(TRAKMixin):
@@ -85,14 +85,12 @@ class ClassificationMixin(TRAKMixin):
                 " smoothed losses, (b,)."
             )
         classes = logits.argmax(1) if classes is None else classes
-        _check_labels(classes, len(logits))
-        try:
+        classes = _checked_labels(classes, len(logits))
+        with labels_in_range(
+            f"get_labels returned labels outside of 0 to {logits.shape[1] - 1}, the classes of get_logits",
+            "Override get_labels(self, batch); it may return None for targets without labels.",
+        ):
             others = logits.scatter(1, classes[:, None], float("-inf"))
-        except (IndexError, RuntimeError) as error:
-            raise ValueError(
-                f"get_labels returned labels outside of 0 to {logits.shape[1] - 1}, the classes of get_logits: {error}."
-                " Override get_labels(self, batch); it may return None for targets without labels."
-            ) from error
         return logits.gather(1, classes[:, None]).squeeze(1) - others.logsumexp(1)
 
     def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
@@ -122,7 +120,12 @@ class ClassificationMixin(TRAKMixin):
                 "class_weights and label_smoothing together: the loss weighs either class by its own weight. Set"
                 " neither here and define per_sample_loss(self, batch), the losses, (b,)."
             )
-        return torch.as_tensor(weights).to(like)[classes.reshape(len(like)).long()]
+        weights, classes = torch.as_tensor(weights).to(like), classes.reshape(len(like)).long()
+        with labels_in_range(
+            f"class_weights has shape {tuple(weights.shape)}, too few for the labels",
+            "Give it one weight for each class, (classes,).",
+        ):
+            return weights[classes]
 
 
 def _is_single(logits: Tensor) -> bool:
@@ -155,9 +158,11 @@ def _check_logits(logits: Tensor) -> None:
         )
 
 
-def _check_labels(classes: Tensor, size: int) -> None:
+def _checked_labels(classes: Tensor, size: int) -> Tensor:
+    """Return labels as indices, (b,), whatever kind of integers they are."""
     if classes.ndim != 1 or len(classes) != size or classes.dtype.is_floating_point:
         raise ValueError(
             f"get_labels returned shape {tuple(classes.shape)} and {classes.dtype}; expected {size} integer class"
             " labels, shape (b,). Override get_labels(self, batch), e.g. with .argmax(1) for one-hot labels."
         )
+    return classes.long()

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from lightning_trak.gradients.batch import describe
 from lightning_trak.module import TRAKMixin
 from lightning_trak.tasks.joint import log_odds
-from lightning_trak.tasks.reading import forward, labels_or_none
+from lightning_trak.tasks.reading import forward, labels_in_range, labels_or_none
 
 
 class LanguageModelingMixin(TRAKMixin):
@@ -80,7 +80,15 @@ class LanguageModelingMixin(TRAKMixin):
                 " length, vocabulary) and (b, length). Override them to say where logits and tokens are."
             )
         next_tokens, predicted = tokens[:, 1:], logits[:, :-1].transpose(1, 2)
-        losses = cross_entropy(predicted, next_tokens, ignore_index=self.ignore_index, reduction="none")
+        if next_tokens.is_floating_point():
+            raise ValueError(
+                f"get_labels returned {next_tokens.dtype}; expected tokens, integers. Override get_labels(self, batch)."
+            )
+        with labels_in_range(
+            f"get_labels returned tokens outside of 0 to {logits.shape[2] - 1}, those of get_logits",
+            f"Set ignore_index, which is {self.ignore_index}, to the label of tokens that do not count.",
+        ):
+            losses = cross_entropy(predicted, next_tokens.long(), ignore_index=self.ignore_index, reduction="none")
         return log_odds(losses.sum(1) / self._counted(tokens).clamp(min=1))
 
     def kernel_weight(self, output: Tensor, batch: Any) -> Tensor:

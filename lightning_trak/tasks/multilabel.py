@@ -10,7 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from lightning_trak.module import TRAKMixin
 from lightning_trak.tasks.joint import log_odds
-from lightning_trak.tasks.reading import forward, labels
+from lightning_trak.tasks.reading import forward, labels, only_valid
 
 
 class MultilabelMixin(TRAKMixin):
@@ -58,7 +58,14 @@ class MultilabelMixin(TRAKMixin):
                 f"get_logits returned shape {tuple(logits.shape)}, get_labels {tuple(present.shape)}; expected (b, c)"
                 " for both. Override them to say where logits and labels are."
             )
-        return log_odds(binary_cross_entropy_with_logits(logits, present.to(logits), reduction="none").sum(1))
+        present = only_valid(
+            present.to(logits),
+            (present >= 0) & (present <= 1),
+            "get_labels returned labels outside of 0 to 1, for which there is no binary cross-entropy. Override"
+            " get_labels(self, batch). If -1 stands for labels that are not known, override model_output(self, batch)"
+            " and output_to_loss(self, output, batch) to leave these out: log_odds of the sum over the others.",
+        )
+        return log_odds(binary_cross_entropy_with_logits(logits, present, reduction="none").sum(1))
 
     def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
         """Return the binary cross-entropies, (b,)."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from inspect import Parameter, signature, unwrap
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_trak.gradients.batch import describe
@@ -67,6 +69,34 @@ def labels(module: Any, batch: Any, *, hook: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise _wrong_form(module, batch, hook)
     return value
+
+
+@contextmanager
+def labels_in_range(what: str, remedy: str) -> Iterator[None]:
+    """Turn the error of labels that no class belongs to into a ValueError that says so; others, as of memory, stay."""
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        if not any(sign in str(error) for sign in ("out of bounds", "device-side assert")):
+            raise
+        raise ValueError(f"{what}: {str(error).rstrip('.')}. {remedy}") from error
+
+
+def only_valid(values: Tensor, valid: Tensor, why: str) -> Tensor:
+    """Return floating-point ``values`` if they are ``valid`` everywhere.
+
+    Within `torch.vmap` single values are not known: there it is NaN in the place of others, which ends in an error too.
+
+    Raises:
+        ValueError: saying why, if they are not.
+    """
+    try:
+        wrong = not bool(valid.all())
+    except RuntimeError:
+        return values.where(valid, torch.nan)
+    if wrong:
+        raise ValueError(why)
+    return values
 
 
 def call_forward(module: Any, batch: Any, hook: str, /, *args: Tensor, **kwargs: Any) -> Any:

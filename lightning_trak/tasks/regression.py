@@ -70,6 +70,11 @@ class RegressionMixin(TRAKMixin):
         """Return the squared errors, averaged over the numbers of an example, (b,)."""
         targets = _rows(self.get_labels(batch), "get_labels")
         if targets.ndim == 1:
+            if targets.shape != output.shape:
+                raise ValueError(
+                    f"get_labels returned shape {tuple(targets.shape)} for predictions {tuple(output.shape)}. Override"
+                    " get_labels(self, batch) to return one number for each example."
+                )
             return (output - targets).square()
         return output.square() / targets.shape[1]
 

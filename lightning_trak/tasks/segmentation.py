@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from lightning_trak.module import TRAKMixin
 from lightning_trak.tasks.joint import log_odds
-from lightning_trak.tasks.reading import forward, labels
+from lightning_trak.tasks.reading import forward, labels, labels_in_range, only_valid
 
 
 class SegmentationMixin(TRAKMixin):
@@ -65,13 +65,18 @@ class SegmentationMixin(TRAKMixin):
                 f"get_logits returned shape {tuple(logits.shape)}, get_labels {tuple(classes.shape)}; expected (b,"
                 " classes, height, width) and (b, height, width). Override them to say where logits and labels are."
             )
-        try:
+        if classes.is_floating_point():
+            classes = only_valid(
+                classes,
+                classes == classes.round(),
+                "get_labels returned classes that are no whole numbers, as of a mask that was scaled to 0 to 1."
+                " Override get_labels(self, batch) to return them as integers.",
+            )
+        with labels_in_range(
+            f"get_labels returned classes outside of 0 to {logits.shape[1] - 1}, those of get_logits",
+            f"Set ignore_index, which is {self.ignore_index}, to the label of pixels that do not count.",
+        ):
             losses = cross_entropy(logits, classes.long(), ignore_index=self.ignore_index, reduction="none").flatten(1)
-        except (IndexError, RuntimeError) as error:
-            raise ValueError(
-                f"get_labels returned classes outside of 0 to {logits.shape[1] - 1}, those of get_logits: {error}. Set"
-                f" ignore_index, which is {self.ignore_index}, to the label of pixels that do not count."
-            ) from error
         return log_odds(losses.sum(1) / self._counted(classes).clamp(min=1))
 
     def kernel_weight(self, output: Tensor, batch: Any) -> Tensor:
