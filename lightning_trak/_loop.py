@@ -41,7 +41,7 @@ from lightning_trak.gradients import EngineChoice, EngineUnsuitable, ModelFuncti
 from lightning_trak.gradients.batch import same_tensors
 from lightning_trak.loss_projection import PER_SAMPLE_LOSS, LossProjection
 from lightning_trak.module import LossTerms, own_method, prepared
-from lightning_trak.module_state import ModuleState, hidden_frozen, unchanged
+from lightning_trak.module_state import ModuleState, others_frozen, unchanged
 from lightning_trak.progress import progress
 from lightning_trak.projection import Projector, projection_key
 from lightning_trak.tempering import is_logistic
@@ -64,17 +64,17 @@ _WITHOUT_AUGMENTATION = {
 def undisturbed(trainer: Trainer, module: LightningModule, *sources: Any) -> Iterator[None]:
     """Evaluate ``module`` as in ``predict`` but with gradients and without autocast, and leave no trace.
 
-    Kept are the module (see `ModuleState`), the random states, also of generators that the module or one of the
-    ``sources`` of examples holds, the logs, and the trainer's state.
+    Kept are the module (see `ModuleState`), the random states, also of generators that module, datamodule or one of
+    the ``sources`` of examples holds, the logs, and the trainer's state.
 
     Raises:
         ModuleChanged: if the module is not what it was.
     """
     with (
         torch.inference_mode(False),
-        kept_generators(module, *sources),
+        kept_generators(module, trainer.datamodule, *sources),
         unchanged(module, trainer.optimizers),
-        hidden_frozen(module),
+        others_frozen(module, trainer.optimizers),
         _as_in_predict(trainer, module),
     ):
         yield

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-_DEEPEST = 6  # attributes of attributes: a transform in a list of a Compose of a dataset of a Subset
-_MOST = 1000  # entries of a container, and objects in all: data are not searched
-_PASSED_OVER = (str, bytes, int, float, complex, type(None), type, ModuleType, Tensor, np.ndarray)
-_ELSEWHERE = ("trainer", "_trainer", "_fabric")  # of a LightningModule: they lead to everything
+from lightning_trak.reach import reached
+
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
 @contextmanager
@@ -72,45 +68,9 @@ def kept_generators(*owners: Any) -> Iterator[None]:
 def generators_in(*owners: Any) -> list[Any]:
     """List the generators of torch, NumPy and ``random`` that are reached from some objects, each once.
 
-    Attributes, containers, closures, bound methods and arguments of ``partial`` are followed, not too deep.
+    See `reached` for where it is looked.
     """
-    seen: dict[int, Any] = {}
-    return list(_search(list(owners), _DEEPEST, seen))
-
-
-def _search(objects: list[Any], depth: int, seen: dict[int, Any]) -> Iterator[Any]:
-    for value in objects:
-        if isinstance(value, _PASSED_OVER) or id(value) in seen or len(seen) >= _MOST:
-            continue
-        seen[id(value)] = value  # held, so that no other object gets its number
-        if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
-            yield value
-        elif depth:
-            yield from _search(_within(value), depth - 1, seen)
-
-
-def _within(value: Any) -> list[Any]:
-    """Return the objects that an object holds."""
-    if isinstance(value, Mapping):
-        return list(value.values()) if len(value) <= _MOST else []
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return list(value) if len(value) <= _MOST else []
-    if isinstance(value, MethodType):
-        return [value.__self__]
-    if isinstance(value, partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    if isinstance(value, FunctionType):
-        return [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-    attributes = getattr(value, "__dict__", {})
-    return [held for name, held in attributes.items() if name not in _ELSEWHERE]
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018 - reading it is the test
-    except ValueError:
-        return False
-    return True
+    return [value for _, value in reached(*owners) if isinstance(value, _GENERATORS)]
 
 
 def _state(generator: Any) -> Any:

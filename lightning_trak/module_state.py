@@ -7,11 +7,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_trak.reach import attributes_of, reached
+
 _CONTAINERS = (dict, list, set, deque)
+_REGISTERED = ("_parameters", "_buffers", "_modules")
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_LARGEST = 2**26  # entries of a tensor or array that is copied: larger ones are data, unless they are buffers
 _HOOKS = "_hooks"  # how nn.Module's attributes that hold hooks end, or "_hooks_with_kwargs" and the like
 
 
@@ -38,16 +44,16 @@ class ModuleChanged(RuntimeError):
 class ModuleState:
     """A module at one moment: its structure, its attributes, and which tensors it holds.
 
-    Covered are all submodules, and modules that they hold without registering them:
+    Covered are all submodules, and what they hold without registering it, be it in containers or in other objects:
 
-    - their attributes, and what dictionaries, lists and sets among these hold: parameters, buffers, submodules, hooks;
-    - the values of buffers, and of other tensors that are no parameters, as the counts of a metric;
+    - attributes, and what dictionaries, lists and sets hold: parameters, buffers, submodules, hooks, counts;
+    - the values of buffers, of other tensors that are no parameters, as the counts of a metric, and of arrays;
     - of parameters ``requires_grad``, ``.grad``, hooks, and the version counter, by which torch notes changes in place.
       Their values are not copied.
 
     Args:
         module: any module.
-        optimizers: what must hold the same parameters afterwards.
+        optimizers: what must hold the same parameters afterwards. What they hold of other modules is covered, too.
 
     >>> layer = nn.Linear(1, 1)
     >>> state, weight = ModuleState(layer), layer.weight
@@ -57,13 +63,24 @@ class ModuleState:
     """
 
     def __init__(self, module: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
-        hidden = hidden_modules(module)
-        self._parts = [_Part(name, part) for name, part in module.named_modules()]
-        self._parts += [_Part(f"{name}.{local}", part) for name, own in hidden for local, part in own.named_modules()]
-        self._parameters = [_ParameterState(name, value) for name, value in module.named_parameters()]
-        self._parameters += [
-            _ParameterState(f"{name}.{local}", value) for name, own in hidden for local, value in own.named_parameters()
-        ]
+        optimizers = list(optimizers)
+        found = [*reached(module), *_foreign(module, optimizers)]
+        buffers = {id(value) for value in module.buffers()}
+        registered = {id(part) for part in module.modules()}
+        self._holders: list[_Module | _Object | _Container] = []
+        self._tensors: list[_TensorState] = []
+        self._arrays = []
+        for name, value in found:
+            if isinstance(value, nn.Module):
+                self._holders.append(_Module(name, value, id(value) in registered))
+            elif isinstance(value, Tensor):
+                self._tensors.append(_TensorState(name, value, id(value) in buffers))
+            elif isinstance(value, _CONTAINERS):
+                self._holders.append(_Container(value))
+            elif isinstance(value, np.ndarray) and value.size <= _LARGEST and value.flags.writeable:
+                self._arrays.append((value, value.copy()))
+            elif attributes_of(value) is not None:
+                self._holders.append(_Object(value))
         self._groups = [(group, list(group["params"])) for optimizer in optimizers for group in optimizer.param_groups]
         self.lost: list[str] = []
 
@@ -75,9 +92,11 @@ class ModuleState:
             forward pass may well leave behind, as an attribute that it sets, is put back without mention. In ``lost``
             is what could not be put back.
         """
-        changes = [change for part in self._parts for change in part.restore()]
-        changes += [change for parameter in self._parameters for change in parameter.restore()]
-        self.lost = [f"{state.name} has other values" for state in self._parameters if state.has_other_values()]
+        changes = [change for holder in self._holders for change in holder.restore()]
+        changes += [change for tensor in self._tensors for change in tensor.restore()]
+        self.lost = [f"{state.name} has other values" for state in self._tensors if state.has_other_values()]
+        for array, copied in self._arrays:
+            array[...] = copied
         for group, before in self._groups:
             if not _same(group["params"], before):
                 group["params"][:] = before
@@ -106,52 +125,71 @@ def unchanged(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = (
         raise ModuleChanged(changes, restored=not state.lost)
 
 
-def hidden_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """List the modules that a module holds in plain attributes, lists or dictionaries, as one hides a teacher.
+@contextmanager
+def others_frozen(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> Iterator[None]:
+    """Keep a backward pass from reaching tensors that are trained and no parameters of a module.
+
+    They are those that it holds without registering them, as one hides a teacher, and others of the optimizers.
 
     >>> student = nn.Linear(1, 1)
     >>> student.teacher = [nn.Linear(1, 1)]
-    >>> hidden_modules(student)
-    [('teacher', Linear(in_features=1, out_features=1, bias=True))]
+    >>> with others_frozen(student):
+    ...     student(torch.ones(1)).requires_grad, student.teacher[0](torch.ones(1)).requires_grad
+    (True, False)
     """
-    known = set(module.modules())
-    found: list[tuple[str, nn.Module]] = []
-    for part in list(known):
-        for name, value in vars(part).items():
-            if name == "_modules":
-                continue
-            held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
-            for own in held:
-                if isinstance(own, nn.Module) and own not in known:
-                    known.update(own.modules())
-                    found.append((name, own))
-    return found
-
-
-@contextmanager
-def hidden_frozen(module: nn.Module) -> Iterator[None]:
-    """Keep a backward pass from reaching the parameters of modules that are not registered."""
-    hidden = [value for _, own in hidden_modules(module) for value in own.parameters() if value.requires_grad]
-    for value in hidden:
+    own = {id(value) for value in module.parameters()}
+    found = [value for _, value in (*reached(module), *_foreign(module, optimizers)) if id(value) not in own]
+    others = [value for value in found if isinstance(value, Tensor) and value.is_leaf and value.requires_grad]
+    for value in others:
         value.requires_grad_(False)
     try:
         yield
     finally:
-        for value in hidden:
+        for value in others:
             value.requires_grad_(True)
 
 
-class _Part:
-    """One submodule: its attributes, the contents of containers among them, and tensors that are no parameters."""
+def _foreign(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> list[tuple[str, Tensor]]:
+    """List the parameters that optimizers hold and that are not reached from a module."""
+    held = [value for optimizer in optimizers for group in optimizer.param_groups for value in group["params"]]
+    known = {id(value) for _, value in reached(module)}
+    return [(f"parameter {place} of the optimizers", value) for place, value in enumerate(held) if id(value) not in known]
 
-    def __init__(self, name: str, module: nn.Module) -> None:
-        self._name, self._attributes = name, vars(module)
+
+class _Container:
+    """A dictionary, list, set or deque, and what it held."""
+
+    def __init__(self, held: Any) -> None:
+        self._held = held
+        self._before = dict(held) if isinstance(held, dict) else list(held)
+
+    def restore(self) -> list[str]:
+        if not _same(self._held, self._before):
+            _refill(self._held, self._before)
+        return []
+
+
+class _Object:
+    """An object that is no module: its attributes."""
+
+    def __init__(self, owner: Any) -> None:
+        self._attributes = _Container(vars(owner))
+
+    def restore(self) -> list[str]:
+        return self._attributes.restore()
+
+
+class _Module:
+    """A module: its attributes, and the parameters, buffers, submodules and hooks among them.
+
+    A forward pass may set buffers. Where they are registered it sets those of a `ModelFunction`.
+    """
+
+    def __init__(self, name: str, module: nn.Module, registered: bool) -> None:
+        self._name, self._attributes, self._registered = name, vars(module), registered
         self._before = dict(self._attributes)
-        held = {key: value for key, value in self._before.items() if isinstance(value, _CONTAINERS)}
-        self._contents = {key: _copy(value) for key, value in held.items()}
-        tensors = [value for value in self._before.values() if isinstance(value, Tensor)]
-        tensors += [value for value in module._buffers.values() if value is not None]
-        self._tensors = [(value, value._version, value.detach().clone()) for value in tensors if _can_change(value)]
+        named = {key: held for key, held in self._before.items() if key in _REGISTERED or _HOOKS in key}
+        self._contents = {key: dict(held) for key, held in named.items() if isinstance(held, dict)}
 
     def restore(self) -> list[str]:
         changes = []
@@ -160,62 +198,63 @@ class _Part:
             if not _same(held, before):
                 changes += self._describe(key, held, before)
                 _refill(held, before)
-        for value, version, before in self._tensors:
-            if value._version != version:
-                with torch.no_grad():
-                    value.copy_(before)
-        self._attributes.clear()
-        self._attributes.update(self._before)
+        if not _same(self._attributes, self._before):
+            _refill(self._attributes, self._before)
         return changes
 
     def _describe(self, key: str, held: Any, before: Any) -> list[str]:
         """Say what of a container must not have changed."""
         if key in ("_parameters", "_buffers"):
             names = [name for name in {**before, **held} if held.get(name) is not before.get(name)]
-            return [f"{self._path(name)} is another object" for name in names]
-        if key == "_modules" or _HOOKS in key:
-            what = "submodules" if key == "_modules" else "hooks"
-            return [f"{self._name or 'the module'} has other {what}"]
-        return []
+            set_anew = key == "_buffers" and not self._registered and list(held) == list(before)
+            return [] if set_anew else [f"{self._path(name)} is another object" for name in names]
+        return [f"{self._name or 'the module'} has other {'submodules' if key == '_modules' else 'hooks'}"]
 
     def _path(self, name: str) -> str:
         return f"{self._name}.{name}" if self._name else name
 
 
-class _ParameterState:
-    """One parameter: what must not change about it."""
+class _TensorState:
+    """One tensor: of a parameter what must not change about it, of others their values, too."""
 
-    def __init__(self, name: str, value: nn.Parameter) -> None:
-        self.name, self._value, self._version = name, value, value._version
-        self._requires_grad, self._grad = value.requires_grad, value.grad
-        self._grad_version = None if value.grad is None else value.grad._version
-        self._hooks = dict(value._backward_hooks or {})
+    def __init__(self, name: str, value: Tensor, is_buffer: bool) -> None:
+        self.name, self._value = name, value
+        self._is_leaf, self._requires_grad = value.is_leaf, value.requires_grad
+        self._is_parameter = isinstance(value, nn.Parameter) or (value.is_leaf and value.requires_grad)
+        # Outside of inference mode, those made within it cannot change.
+        self._can_change = not is_lazy(value) and not value.is_inference()
+        self._grad = value.grad if value.is_leaf else None
+        self._versions = self._versions_now()
+        copied = self._can_change and not isinstance(value, nn.Parameter) and (is_buffer or value.numel() <= _LARGEST)
+        self._copy = value.detach().clone() if copied else None
+        self._hooks = {kind: dict(getattr(value, kind, None) or {}) for kind in _TENSOR_HOOKS}
 
     def restore(self) -> list[str]:
         changes, value = [], self._value
-        if value.requires_grad != self._requires_grad:
+        if self._copy is not None and value._version != self._versions[0]:
+            with torch.no_grad():
+                value.copy_(self._copy)
+        if self._is_leaf and value.is_leaf and value.requires_grad != self._requires_grad:
             changes.append(f"requires_grad of {self.name} is {value.requires_grad}")
             value.requires_grad_(self._requires_grad)
-        if value.grad is not self._grad:
+        if self._is_leaf and value.grad is not self._grad:
             changes.append(f"the gradient of {self.name} is another one")
             value.grad = self._grad
-        if dict(value._backward_hooks or {}) != self._hooks:
-            changes.append(f"{self.name} has other hooks")
-            _refill(value._backward_hooks, self._hooks)
+        for kind, before in self._hooks.items():
+            held = getattr(value, kind, None)
+            if dict(held or {}) != before:
+                changes.append(f"{self.name} has other hooks")
+                _refill(held, before)
         return changes
 
     def has_other_values(self) -> bool:
-        grad = self._grad
-        return self._value._version != self._version or (grad is not None and grad._version != self._grad_version)
+        """Whether values changed that are not copied."""
+        (value, grad), (own, its_grad) = self._versions, self._versions_now()
+        return (self._copy is None and own != value) or its_grad != grad
 
-
-def _can_change(tensor: Tensor) -> bool:
-    """Tell whether a tensor has values that may change; outside of inference mode those made within it cannot."""
-    return not is_lazy(tensor) and not tensor.is_inference()
-
-
-def _copy(container: Any) -> Any:
-    return dict(container) if isinstance(container, dict) else list(container)
+    def _versions_now(self) -> tuple[int | None, int | None]:
+        own = self._value._version if self._can_change else None
+        return own, None if self._grad is None else self._grad._version
 
 
 def _same(held: Any, before: Any) -> bool:
