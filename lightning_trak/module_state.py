@@ -65,8 +65,8 @@ class ModuleState:
     def __init__(self, module: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
         optimizers = list(optimizers)
         found = [*reached(module), *_foreign(module, optimizers)]
-        buffers = {id(value) for value in module.buffers()}
         registered = {id(part) for part in module.modules()}
+        copied = {id(value) for value in module.buffers()} | _renormalised(value for _, value in found)
         self._holders: list[_Module | _Object | _Container] = []
         self._tensors: list[_TensorState] = []
         self._arrays = []
@@ -74,7 +74,7 @@ class ModuleState:
             if isinstance(value, nn.Module):
                 self._holders.append(_Module(name, value, id(value) in registered))
             elif isinstance(value, Tensor):
-                self._tensors.append(_TensorState(name, value, id(value) in buffers))
+                self._tensors.append(_TensorState(name, value, id(value) in copied))
             elif isinstance(value, _CONTAINERS):
                 self._holders.append(_Container(value))
             elif isinstance(value, np.ndarray) and value.size <= _LARGEST and value.flags.writeable:
@@ -156,6 +156,12 @@ def _foreign(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> 
     return [(f"parameter {place} of the optimizers", value) for place, value in enumerate(held) if id(value) not in known]
 
 
+def _renormalised(values: Iterable[Any]) -> set[int]:
+    """Return the weights that a forward pass changes in place: of embeddings with ``max_norm``."""
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    return {id(value.weight) for value in values if isinstance(value, kinds) and value.max_norm is not None}
+
+
 class _Container:
     """A dictionary, list, set or deque, and what it held."""
 
@@ -217,21 +223,20 @@ class _Module:
 class _TensorState:
     """One tensor: of a parameter what must not change about it, of others their values, too."""
 
-    def __init__(self, name: str, value: Tensor, is_buffer: bool) -> None:
+    def __init__(self, name: str, value: Tensor, copied: bool) -> None:
         self.name, self._value = name, value
         self._is_leaf, self._requires_grad = value.is_leaf, value.requires_grad
-        self._is_parameter = isinstance(value, nn.Parameter) or (value.is_leaf and value.requires_grad)
         # Outside of inference mode, those made within it cannot change.
         self._can_change = not is_lazy(value) and not value.is_inference()
         self._grad = value.grad if value.is_leaf else None
         self._versions = self._versions_now()
-        copied = self._can_change and not isinstance(value, nn.Parameter) and (is_buffer or value.numel() <= _LARGEST)
+        copied = self._can_change and (copied or (not isinstance(value, nn.Parameter) and value.numel() <= _LARGEST))
         self._copy = value.detach().clone() if copied else None
         self._hooks = {kind: dict(getattr(value, kind, None) or {}) for kind in _TENSOR_HOOKS}
 
     def restore(self) -> list[str]:
         changes, value = [], self._value
-        if self._copy is not None and value._version != self._versions[0]:
+        if self._copy is not None and not torch.equal(value, self._copy):  # batch norm does not count its changes
             with torch.no_grad():
                 value.copy_(self._copy)
         if self._is_leaf and value.is_leaf and value.requires_grad != self._requires_grad:

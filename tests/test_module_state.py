@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from lightning_trak.module_state import ModuleChanged, ModuleState, unchanged
+from lightning_trak.module_state import ModuleChanged, ModuleState, others_frozen, unchanged
 
 
 def module():
@@ -55,6 +56,10 @@ def add_tensor_hook(net):
     net[2].weight.register_hook(lambda grad: grad)
 
 
+def add_gradient_hook(net):
+    net[2].weight.register_post_accumulate_grad_hook(lambda value: None)
+
+
 def replace_module(net):
     net[1] = nn.Identity()
 
@@ -70,6 +75,7 @@ UNDONE = {
     drop_gradient: "the gradient of 0.weight is another one",
     add_hook: "1 has other hooks",
     add_tensor_hook: "2.weight has other hooks",
+    add_gradient_hook: "2.weight has other hooks",
     replace_module: "the module has other submodules",
 }
 
@@ -82,6 +88,7 @@ def snapshot(net):
         [(name, id(part), part.training, list(part._forward_hooks)) for name, part in net.named_modules()],
         [None if value.grad is None else (id(value.grad), value.grad.tolist()) for value in net.parameters()],
         [list(value._backward_hooks or ()) for value in net.parameters()],
+        [list(value._post_accumulate_grad_hooks or ()) for value in net.parameters()],
     )
 
 
@@ -166,3 +173,77 @@ def test_lazy_modules_and_inference_tensors_pass():
         net.count = torch.zeros(1)
     state = ModuleState(net)
     assert state.restore() == []
+
+
+class Meter:
+    def __init__(self):
+        self.total, self.seen = 0, [[], {}]
+
+
+def test_what_is_held_in_objects_nested_containers_and_closures_is_put_back():
+    net, counts = module(), []
+    net.meter, net.sums, net.array = Meter(), {"a": [torch.zeros(2)]}, np.zeros(2)
+    net.meter.net = net  # a circle
+    net[0].register_forward_hook(lambda *_: counts.append(1))
+    seen, tensor, array = net.meter.seen, net.sums["a"][0], net.array
+    with unchanged(net):
+        net(torch.ones(2, 2))
+        net.meter.total, net.meter.last = 5, 1
+        net.meter.seen[0].append(1)
+        net.meter.seen[1]["b"] = 1
+        net.sums["a"].append(1)
+        tensor += 1
+        array += 1
+    assert (vars(net.meter), net.meter.seen) == ({"total": 0, "seen": seen, "net": net}, [[], {}])
+    assert net.sums["a"] == [tensor]
+    assert not tensor.any()
+    assert not array.any()
+    assert counts == []
+
+
+def hidden_in(net, way):
+    """Let a module hold another that it does not register."""
+    part = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Embedding(2, 2, max_norm=0.1))
+    holder = Meter()
+    holder.part = part
+    net.held = {"list": [part], "nested": {"a": [(part,)]}, "object": holder}[way]
+    return part
+
+
+WAYS = ["list", "nested", "object"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_modules_that_are_not_registered_are_covered(way):
+    net = module()
+    part = hidden_in(net, way)
+    before = snapshot(part)
+    with unchanged(net):  # what a forward pass may do
+        part[:2](torch.randn(3, 2))
+        part[2](torch.tensor([0, 1]))
+        part[1].running_mean = torch.ones(2)
+        part.eval()
+    assert snapshot(part) == before
+    with pytest.raises(ModuleChanged, match=r"requires_grad of held.*0.weight is False"), unchanged(net):
+        part[0].weight.requires_grad_(False)
+    assert snapshot(part) == before
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_gradient_reaches_them(way):
+    net, elsewhere = module(), nn.Parameter(torch.ones(2))
+    part = hidden_in(net, way)
+    optimizer = torch.optim.SGD([*net.parameters(), elsewhere], lr=1.0)
+    with unchanged(net, [optimizer]), others_frozen(net, [optimizer]):
+        leaf = torch.ones(3, 2, requires_grad=True)
+        part[0](leaf * elsewhere).sum().backward()
+    assert leaf.grad is not None
+    assert all(value.grad is None and value.requires_grad for value in (*part.parameters(), elsewhere))
+
+
+def test_parameters_of_other_modules_that_the_optimizer_holds_are_covered():
+    net, elsewhere = module(), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([*net.parameters(), elsewhere], lr=1.0)
+    with pytest.raises(ModuleChanged, match="gradient of parameter 6 of the optimizers"), unchanged(net, [optimizer]):
+        elsewhere.sum().backward()
+    assert elsewhere.grad is None

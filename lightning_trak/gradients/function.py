@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_trak.gradients.batch import fresh
-from lightning_trak.gradients.substitution import places_of_tensors, with_values
+from lightning_trak.gradients.substitution import places_elsewhere, places_of_tensors, placed_elsewhere, with_values
 
+_LISTS_OF_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
 _HALF = {torch.float16, torch.bfloat16}
 _EXACT, _COARSE = 1e-3, 0.05  # relative difference of numbers that should be the same, in float32 and in half of it
 
@@ -86,6 +87,7 @@ class ModelFunction:
         self._others = values
         self._call = _MethodCall(module)
         self._places = {f"module.{place}": name for place, name in places_of_tensors(module).items()}
+        self._elsewhere = places_elsewhere(module)
         floating = {value.dtype for value in (*self.parameters.values(), *self._others.values())}
         self.tolerance = _COARSE if floating & _HALF else _EXACT
 
@@ -123,7 +125,7 @@ class ModelFunction:
             parameters: put in the place of `parameters`, to differentiate by them.
         """
         values = {**self._others, **(self.parameters if parameters is None else parameters)}
-        with self._differentiable():
+        with self._differentiable(), placed_elsewhere(self._elsewhere, values):
             return with_values(self._call, values, self._places, (method, *fresh(args)))
 
     def prepare(self, method: Callable[[], object]) -> None:
@@ -147,7 +149,8 @@ class ModelFunction:
     def _differentiable(self) -> Iterator[None]:
         """Keep recurrent layers from cuDNN, which refuses to differentiate them in eval mode, and from its weights."""
         recurrent = [part for part in self.module.modules() if isinstance(part, nn.RNNBase)]
-        own = [part._flat_weights for part in recurrent]
+        # Lists of weights, and of what these were made from: by it they tell whether the list is to be made anew.
+        own = [{key: vars(part).get(key) for key in _LISTS_OF_WEIGHTS} for part in recurrent]
         if not recurrent or next(iter(self.parameters.values())).device.type != "cuda":
             off: AbstractContextManager[Any] = nullcontext()
         else:
@@ -156,8 +159,8 @@ class ModelFunction:
             with off:
                 yield
         finally:
-            for part, weights in zip(recurrent, own, strict=True):
-                part._flat_weights = weights
+            for part, lists in zip(recurrent, own, strict=True):
+                vars(part).update(lists)
 
     def observe(self, batch: Any) -> None:
         """Find out how exact its numbers are: what part of it computes in less than float32 sets the `tolerance`."""

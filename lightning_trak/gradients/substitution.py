@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from lightning_trak.reach import attributes_of, reached
 
 
 def places_of_tensors(module: nn.Module) -> dict[str, str]:
@@ -54,3 +57,50 @@ def with_values(
     """
     placed = {place: values[name] for place, name in places.items() if name in values}
     return functional_call(module, placed, args, dict(kwargs or {}), tie_weights=False)
+
+
+class Elsewhere(NamedTuple):
+    """A place of a module's tensor that is none of its modules: a list, or a module that it holds unregistered.
+
+    Attributes:
+        holder: a list, or a dictionary as that of an object's attributes.
+        key: where in it.
+        name: the name by which the module lists what is there.
+    """
+
+    holder: Any
+    key: Any
+    name: str
+
+
+def places_elsewhere(module: nn.Module) -> list[Elsewhere]:
+    """List where a module's parameters and buffers are held besides.
+
+    >>> layer = nn.Linear(2, 2, bias=False)
+    >>> layer.again = [layer.weight]
+    >>> [(place.key, place.name) for place in places_elsewhere(layer)]
+    [(0, 'weight')]
+    """
+    names = {id(value): name for name, value in (*module.named_parameters(), *module.named_buffers())}
+    own = {id(held) for part in module.modules() for held in (part._parameters, part._buffers)}
+    found = []
+    for _, value in reached(module):
+        holder = value if isinstance(value, (list, dict)) else attributes_of(value)
+        if holder is None or id(holder) in own:
+            continue
+        items = enumerate(holder) if isinstance(holder, list) else holder.items()
+        found += [Elsewhere(holder, key, names[id(held)]) for key, held in items if id(held) in names]
+    return found
+
+
+@contextmanager
+def placed_elsewhere(places: Sequence[Elsewhere], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put ``values`` there for a while."""
+    before = [(place, place.holder[place.key]) for place in places if place.name in values]
+    for place, _ in before:
+        place.holder[place.key] = values[place.name]
+    try:
+        yield
+    finally:
+        for place, value in before:
+            place.holder[place.key] = value
