@@ -64,7 +64,7 @@ class ModuleState:
 
     def __init__(self, module: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
         optimizers = list(optimizers)
-        found = [*reached(module), *_foreign(module, optimizers)]
+        found = _found(module, optimizers)
         registered = {id(part) for part in module.modules()}
         copied = {id(value) for value in module.buffers()} | _renormalised(value for _, value in found)
         self._holders: list[_Module | _Object | _Container] = []
@@ -138,7 +138,7 @@ def others_frozen(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]
     (True, False)
     """
     own = {id(value) for value in module.parameters()}
-    found = [value for _, value in (*reached(module), *_foreign(module, optimizers)) if id(value) not in own]
+    found = [value for _, value in _found(module, optimizers) if id(value) not in own]
     others = [value for value in found if isinstance(value, Tensor) and value.is_leaf and value.requires_grad]
     for value in others:
         value.requires_grad_(False)
@@ -149,11 +149,13 @@ def others_frozen(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]
             value.requires_grad_(True)
 
 
-def _foreign(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> list[tuple[str, Tensor]]:
-    """List the parameters that optimizers hold and that are not reached from a module."""
+def _found(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> list[tuple[str, Any]]:
+    """List what is reached from a module, and the parameters of optimizers that are not."""
+    found = list(reached(module))
+    known = {id(value) for _, value in found}
     held = [value for optimizer in optimizers for group in optimizer.param_groups for value in group["params"]]
-    known = {id(value) for _, value in reached(module)}
-    return [(f"parameter {place} of the optimizers", value) for place, value in enumerate(held) if id(value) not in known]
+    others = [(f"parameter {place} of the optimizers", value) for place, value in enumerate(held)]
+    return found + [(name, value) for name, value in others if id(value) not in known]
 
 
 def _renormalised(values: Iterable[Any]) -> set[int]:

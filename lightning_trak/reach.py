@@ -31,10 +31,11 @@ def reached(*owners: Any) -> Iterator[tuple[str, Any]]:
     ['', 'weight', "teachers['a'][0]"]
     """
     seen: dict[int, Any] = {}
-    waiting = deque(entry for owner in owners for entry in _begin("", owner))
+    begins = (owner for owner in owners if not isinstance(owner, _PASSED_OVER))
+    waiting = deque(entry for owner in begins for entry in _begin("", owner))
     while waiting:
         name, value, depth, left = waiting.popleft()
-        if isinstance(value, _PASSED_OVER) or id(value) in seen or depth > _DEEPEST:
+        if id(value) in seen or depth > _DEEPEST:
             continue
         if isinstance(value, nn.Module) and depth:
             waiting.extend(_begin(name, value))
@@ -45,7 +46,8 @@ def reached(*owners: Any) -> Iterator[tuple[str, Any]]:
                 continue
         seen[id(value)] = value  # held, so that no other object gets its number
         yield name, value
-        waiting.extend((_joined(name, step), held, depth + 1, left) for step, held in _within(value))
+        steps = ((step, held) for step, held in _within(value) if not isinstance(held, _PASSED_OVER))
+        waiting.extend((_joined(name, step), held, depth + 1, left) for step, held in steps)
 
 
 def attributes_of(value: Any) -> dict[str, Any] | None:

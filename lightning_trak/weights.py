@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 Weights = dict[str, Tensor]
 
@@ -144,11 +145,18 @@ def select_parameters(module: nn.Module, parameters: str | Sequence[str] | None)
         parameters: None for all that require a gradient; else names or glob patterns, frozen parameters included.
 
     Raises:
-        ValueError: if a pattern matches nothing, nothing is left, or complex parameters are among them.
+        ValueError: if a pattern matches nothing, or nothing is left; or if complex parameters or lazy ones without a
+            shape are among them.
 
     >>> select_parameters(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), "1.*")
     ['1.weight', '1.bias']
     """
+    lazy = [name for name, value in (*module.named_parameters(), *module.named_buffers()) if is_lazy(value)]
+    if lazy:
+        raise ValueError(
+            f"{type(module).__name__}.{lazy[0]} has no shape yet: it is of a lazy module. Pass a batch through the"
+            " model in __init__ or configure_model, or give its size."
+        )
     own = dict(module.named_parameters())
     own = {name: value for name, value in own.items() if value.is_floating_point() or value.is_complex()}
     if parameters is None:

@@ -275,6 +275,44 @@ def test_activation_checkpointing_recomputes_with_the_checkpoints_weights():
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_evaluated_at_the_checkpoints_weights_every_time(kind):
+    torch.manual_seed(0)
+    module, batch = kind(3, 2, batch_first=True), torch.randn(4, 5, 3)
+    module.model_output = lambda x: module(x)[0].sum((1, 2))
+    trained = copy.deepcopy(module.state_dict())
+    function = ModelFunction(module, {name: value + 1 for name, value in trained.items()}, ["weight_ih_l0"])
+    found = [function.output(batch) for _ in range(3)]
+    module.load_state_dict({name: value + 1 for name, value in trained.items()})
+    assert all(torch.equal(output, module.model_output(batch)) for output in found)
+
+
+@pytest.mark.parametrize("hide", ["list", "dict", "attribute", "module"])
+def test_a_parameter_held_elsewhere_is_the_checkpoints_too(hide):
+    torch.manual_seed(0)
+    module, other, batch = nn.Linear(3, 3), nn.Linear(3, 3, bias=False), torch.randn(4, 3)
+    other.weight = module.weight
+    module.held = {"list": [module.weight], "dict": {0: [module.weight]}, "module": [other], "attribute": None}[hide]
+    if hide == "attribute":
+        vars(module)["held"] = module.weight
+
+    def held():
+        found = {"list": lambda: module.held[0], "dict": lambda: module.held[0][0], "attribute": lambda: module.held}
+        return module.held[0].weight if hide == "module" else found[hide]()
+
+    module.model_output = lambda x: (module(x).tanh() @ held()).sum(1)
+    weights = {name: torch.randn_like(value) for name, value in module.state_dict().items()}
+    function = ModelFunction(module, weights, ["weight"])
+    outputs, (gradient,) = batch_gradient(function, batch)
+    assert module.weight.grad is None
+    weight = weights["weight"].requires_grad_()
+    expected = (F.linear(batch, weight, weights["bias"]).tanh() @ weight).sum(1)
+    expected.sum().backward()
+    torch.testing.assert_close(outputs, expected.detach())
+    torch.testing.assert_close(gradient, weight.grad)
+    assert held() is module.weight
+
+
 def test_buffers_changed_in_place_are_copies():
     class Counts(Net):
         def __init__(self):

@@ -188,6 +188,101 @@ class HidesATeacher(Net):
         self.log("gradients", self.teacher[0].weight.grad.norm())
 
 
+class HidesATeacherDeeper(Net):
+    """Learns from modules in an object, in nested containers, and in such a module again."""
+
+    class Distillation:
+        def __init__(self, teacher):
+            self.teacher = teacher
+
+    def __init__(self):
+        super().__init__()
+        self.distillation = self.Distillation(nn.Linear(3, 3))
+        self.more = {"teachers": [(nn.Linear(3, 3),)]}
+        self.more["teachers"][0][0].another = [nn.Linear(3, 3)]
+
+    @property
+    def teachers(self):
+        inner = self.more["teachers"][0][0]
+        return [self.distillation.teacher, inner, inner.another[0]]
+
+    def forward(self, x):
+        x = super().forward(x)
+        for teacher in self.teachers:
+            x = teacher(x)
+        return x
+
+    def on_train_batch_end(self, *_):
+        self.log("gradients", sum(teacher.weight.grad.norm() for teacher in self.teachers))
+
+
+class HidesItsOwnLayer(Net):
+    """Holds a layer's weight in a list, and in a module that is not registered."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = [self.head.weight, nn.Linear(4, 8)]
+        self.again[1].weight = self.backbone[0].weight
+
+    def forward(self, x):
+        return super().forward(x) + F.linear(x.repeat(1, 2), self.again[0]) + self.again[1](x)[:, :3]
+
+
+class Annealed(Net):
+    """An object counts the calls of its loss."""
+
+    class Schedule:
+        def __init__(self):
+            self.calls, self.history = 0, {"all": []}
+
+        def weight(self):
+            self.calls += 1
+            self.history["all"].append(self.calls)
+            return 1 + 0.01 * len(self.history["all"])
+
+    def __init__(self):
+        super().__init__()
+        self.schedule = self.Schedule()
+
+    def forward(self, x):
+        return super().forward(x) * (self.schedule.weight() if self.training else 1)
+
+    def get_logits(self, batch):
+        self.schedule.weight()
+        return super().get_logits(batch)
+
+    def on_train_epoch_end(self):
+        self.log("calls", float(self.schedule.calls))
+
+
+class DrawsDeepInside(Net):
+    """A generator in the last of many layers, and deep in there."""
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Sequential(nn.Sequential(DrawsDeepInside.Noise())))
+
+        def forward(self, x):
+            return self.inner(x)
+
+    class Noise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drawn = {"by": [torch.Generator().manual_seed(3)]}
+
+        def forward(self, x):
+            noise = torch.rand(x.shape, generator=self.drawn["by"][0])
+            return x + noise if self.training else x
+
+    def __init__(self):
+        super().__init__()
+        self.many = nn.Sequential(*(nn.Identity() for _ in range(100)), self.Noisy())
+
+    def forward(self, x):
+        return super().forward(self.many(x))
+
+
 class _Drawing(torch.utils.data.Dataset):
     """Augments by a generator of its own."""
 
@@ -225,6 +320,10 @@ MODULES = [
     Prepares,
     DrawsItself,
     HidesATeacher,
+    HidesATeacherDeeper,
+    HidesItsOwnLayer,
+    Annealed,
+    DrawsDeepInside,
 ]
 
 
@@ -241,7 +340,7 @@ def train(root, module_class, *callbacks, drawing=False, **options):
 
 def structure(found):
     """Which objects a module has, without their values."""
-    parameters, buffers, parts, _, hooks = found
+    parameters, buffers, parts, _, *hooks = found
     return [row[:3] for row in parameters], [row[:2] for row in buffers], parts, hooks
 
 
@@ -278,3 +377,52 @@ def test_generators_of_a_dataset_are_put_back(tmp_path):
         _, with_trak, _, _ = train(tmp_path / "with", Net, TRAKCallback(tmp_path / "store"), drawing=True)
     pairs = zip(without.state_dict().values(), with_trak.state_dict().values(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
+
+
+class _Augmenting(L.LightningDataModule):
+    """Augments batches by a generator of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def train_dataloader(self):
+        return DataLoader(make_data(40), 8, shuffle=True)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] + torch.rand((), generator=self.generator), batch[1]
+
+
+def test_generators_of_a_datamodule_are_put_back(tmp_path):
+    def trained(name, *callbacks):
+        L.seed_everything(0, verbose=False)
+        module, datamodule = Net(), _Augmenting()
+        make_trainer(tmp_path / name, *callbacks).fit(module, datamodule=datamodule)
+        return [*module.state_dict().values(), datamodule.generator.get_state()]
+
+    without = trained("without")
+    with pytest.warns(UserWarning, match="Two reads of the same train examples differ"):
+        with_trak = trained("with", TRAKCallback(tmp_path / "store"))
+    assert all(torch.equal(one, other) for one, other in zip(without, with_trak, strict=True))
+
+
+def test_lazy_modules_are_refused_before_training_and_left_alone(tmp_path):
+    class Lazy(Net):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.LazyLinear(3)
+
+    def trained(name, module):
+        L.seed_everything(1, verbose=False)
+        make_trainer(tmp_path / name).fit(module, DataLoader(make_data(16), 8))
+        return list(module.state_dict().values())
+
+    L.seed_everything(0, verbose=False)
+    without = trained("without", Lazy())
+    L.seed_everything(0, verbose=False)
+    module = Lazy()
+    with pytest.raises(ValueError, match=r"head.weight has no shape yet.*Pass a batch"):
+        make_trainer(tmp_path, TRAKCallback(tmp_path / "store")).fit(module, DataLoader(make_data(16), 8))
+    assert module.head.has_uninitialized_params()
+    after = trained("after", module)
+    assert all(torch.equal(one, other) for one, other in zip(without, after, strict=True))

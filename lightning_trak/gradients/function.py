@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_trak.gradients.batch import fresh
-from lightning_trak.gradients.substitution import places_elsewhere, places_of_tensors, placed_elsewhere, with_values
+from lightning_trak.gradients.substitution import placed_elsewhere, places_elsewhere, places_of_tensors, with_values
 
 _LISTS_OF_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
 _HALF = {torch.float16, torch.bfloat16}
