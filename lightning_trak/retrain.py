@@ -156,7 +156,7 @@ class Runs:
         return outputs
 
     def _try(self, job: tuple[str, Tensor, str], *, wait: bool) -> Tensor | None:
-        """Return the outputs of a run, done now unless it was; None if another process is at it and ``wait`` is False."""
+        """Return the outputs of a run, done now unless it was; None if another process is at it, and not ``wait``."""
         name, mask, _ = job
         with suppress(FileNotFoundError, DamagedRun):
             return read_run(self._path(name), mask)[1]

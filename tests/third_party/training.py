@@ -42,7 +42,9 @@ class Data(L.LightningDataModule):
         self.val_dataloader = self.test_dataloader = lambda: targets
 
 
-def fit(root: Path, build: Callable[[], L.LightningModule], data: Data, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+def fit(
+    root: Path, build: Callable[[], L.LightningModule], data: Data, *callbacks: L.Callback, **options: Any
+) -> L.Trainer:
     """Build a module and train it from one seed, logging at every step."""
     L.seed_everything(0, verbose=False)
     trainer = L.Trainer(
