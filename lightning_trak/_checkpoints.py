@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lightning_trak._loop import FeaturizationLoop
 from lightning_trak.entry import CheckpointEntry, explained_os_errors
+from lightning_trak.framework import rank_zero_warn
+from lightning_trak.influence import Estimator, GaussNewton, TrainFeatures, TrainingTime
 from lightning_trak.store import FeatureStore
 from lightning_trak.weights import Weights, load_weights, save_weights
 
@@ -89,6 +91,34 @@ def check_features(loop: FeaturizationLoop, entry: CheckpointEntry) -> None:
 
     with naming(entry, can_leave_out=False):  # the same is wrong at all of them
         loop.run(load_weights(entry.weights_path, entry.digest), entry.digest, rows, compare, "Checking the store")
+
+
+def train_features(entry: CheckpointEntry) -> TrainFeatures:
+    """Return the train set's features at a complete checkpoint; Φ is verified whenever it is read."""
+    training = entry.meta.get("training_time")
+    return TrainFeatures(
+        entry.verified("features"),
+        entry.verified("loss_grad").read(),
+        entry.verified("curvature").read(),
+        training_time=None if training is None else TrainingTime(**training),
+        logistic=entry.meta.get("logistic", False),
+        n_trainable=entry.meta.get("n_trainable") or 0,
+    )
+
+
+def sums_of(entry: CheckpointEntry, estimator: Estimator, train: TrainFeatures) -> GaussNewton:
+    """Return what the estimator sums over the train set at a checkpoint; it is kept in the store for the next time."""
+    options = estimator.options
+    key = {"kind": options.estimator, "curvature": options.curvature, "temperature": estimator.temperature}
+    kept = entry.read_sums(key)
+    sums = None if kept is None else GaussNewton.from_arrays(kept, estimator.device)
+    if sums is None or not estimator.suffices(train, sums):
+        sums = estimator.accumulate(train)
+        try:
+            entry.write_sums(key, sums.arrays())
+        except OSError as error:  # of a full disk, or a store that may only be read
+            rank_zero_warn(f"Sums over the train set are not kept, and will be computed again next time: {error}")
+    return sums
 
 
 def featurize_targets(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> Tensor:

@@ -39,12 +39,12 @@ from lightning_trak.framework import (
 from lightning_trak.generators import kept_generators, kept_random_states
 from lightning_trak.gradients import EngineChoice, EngineUnsuitable, ModelFunction, batch_gradient
 from lightning_trak.gradients.batch import same_tensors
+from lightning_trak.influence import is_logistic
 from lightning_trak.loss_projection import PER_SAMPLE_LOSS, LossProjection
 from lightning_trak.module import LossTerms, own_method, prepared
 from lightning_trak.module_state import ModuleState, others_frozen, unchanged
 from lightning_trak.progress import progress
 from lightning_trak.projection import Projector, projection_key
-from lightning_trak.tempering import is_logistic
 from lightning_trak.weights import Weights
 
 Array = npt.NDArray[Any]

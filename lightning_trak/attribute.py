@@ -5,17 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_trak._checkpoints import add_checkpoint, check_features, featurize_checkpoint, pool_of
+from lightning_trak._checkpoints import (
+    add_checkpoint,
+    check_features,
+    featurize_checkpoint,
+    featurize_targets,
+    naming,
+    pool_of,
+    sums_of,
+    train_features,
+)
 from lightning_trak._loop import attached
 from lightning_trak._plan import Plan
-from lightning_trak._scoring import Scoring
 from lightning_trak.attribution import Attribution, AttributionInfo
 from lightning_trak.callback import (
     TRAIN_REMEDY,
@@ -25,6 +34,7 @@ from lightning_trak.callback import (
     find_callback,
 )
 from lightning_trak.data import check_loader
+from lightning_trak.entry import CheckpointEntry
 from lightning_trak.framework import (
     LightningDataModule,
     LightningModule,
@@ -35,9 +45,9 @@ from lightning_trak.framework import (
     rank_zero_info,
 )
 from lightning_trak.gradients.function import check_fit
-from lightning_trak.scores import Extremes
+from lightning_trak.influence import Estimator, Options, Solved, TrainingTime, n_blocks
+from lightning_trak.progress import progress
 from lightning_trak.store import FeatureStore
-from lightning_trak.training_time import TrainingTime
 from lightning_trak.weights import load_weights, read_checkpoint, read_weights, weights_digest, weights_in
 
 CkptPath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
@@ -80,32 +90,45 @@ def attribute(
     """
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise ValueError(f"top_k must be a positive integer or None, got {top_k!r}.")
-    with _featurized(trainer, model, dataloaders, datamodule, ckpt_path) as (scoring, data):
-        scored = scoring.targets(data.targets(), top_k)
-    metas = [scoring.store[digest].meta for digest in scoring.digests]
-    info = AttributionInfo(
-        n_train=scoring.store.n_train,
-        n_targets=scored.n_targets,
-        checkpoints=tuple(scoring.digests),
-        projector=scoring.plan.projector.name,
-        proj_dim=scoring.plan.proj_dim,
-        damping=scoring.damping,
-        curvature=scoring.curvature,
-        estimator=scoring.estimator,
-        dampings=tuple(damping.value for damping in scored.dampings),
-        damping_rules=tuple(damping.rule for damping in scored.dampings),
-        temperature=scored.temperature,
+    with _featurized(trainer, model, dataloaders, datamodule, ckpt_path) as job:
+        targets = job.target_features()
+        estimator, solved = job.estimator(), []
+        for entry, train, phi in zip(job.entries, estimator.trains, targets, strict=True):
+            with naming(entry):
+                solved.append(estimator.solve(train, phi, sums_of(entry, estimator, train)))
+        n_train, n_targets = job.store.n_train, len(targets[0])
+        with progress(trainer, "Scoring", n_blocks(n_train, n_targets)) as advance:
+            if top_k is None:
+                whole = estimator.scores(solved, lambda: advance(1))
+            else:
+                extremes = estimator.extremes(solved, top_k, lambda: advance(1))
+    info = _info(job, estimator, solved, n_targets)
+    attribution = Attribution(extremes, info) if top_k is not None else Attribution(whole.mean, info, whole.spread)
+    if name is not None:
+        attribution.save(job.store.scores_dir(name))
+    return attribution
+
+
+def _info(job: _Job, estimator: Estimator, solved: Sequence[Solved], n_targets: int) -> AttributionInfo:
+    """Say how scores came about, and tell the damping."""
+    dampings = [one.damping for one in solved]
+    values = " to ".join(f"{value:.2g}" for value in sorted({min(dampings).value, max(dampings).value}))
+    rank_zero_info(f"TRAKCallback: damping {values}, {' or '.join(sorted({damping.rule for damping in dampings}))}.")
+    options, metas = estimator.options, [entry.meta for entry in job.entries]
+    return AttributionInfo(
+        n_train=job.store.n_train,
+        n_targets=n_targets,
+        checkpoints=tuple(entry.digest for entry in job.entries),
+        projector=job.plan.projector.name,
+        proj_dim=job.plan.proj_dim,
+        damping=options.damping,
+        curvature=options.curvature,
+        estimator=options.estimator,
+        dampings=tuple(damping.value for damping in dampings),
+        damping_rules=tuple(damping.rule for damping in dampings),
+        temperature=estimator.temperature,
         loss_explained=tuple(meta["loss_explained"] for meta in metas if "loss_explained" in meta),
     )
-    values = " to ".join(f"{value:.2g}" for value in sorted({min(info.dampings), max(info.dampings)}))
-    rank_zero_info(f"TRAKCallback: damping {values}, {' or '.join(sorted({*info.damping_rules}))}.")
-    result = scored.scores
-    attribution = (
-        Attribution(result, info) if isinstance(result, Extremes) else Attribution(result.mean, info, result.spread)
-    )
-    if name is not None:
-        attribution.save(scoring.store.scores_dir(name))
-    return attribution
 
 
 def attribute_self(
@@ -131,14 +154,57 @@ def attribute_self(
     Returns:
         Self-influences in units of the loss, (n,), float32.
     """
-    with _featurized(trainer, model, None, datamodule, ckpt_path) as (scoring, _):
-        return scoring.self_influence()
+    with _featurized(trainer, model, None, datamodule, ckpt_path) as job:
+        estimator, total = job.estimator(), torch.zeros(job.store.n_train)
+        with progress(trainer, "Scoring", len(job.entries)) as advance:
+            for entry, train in zip(job.entries, estimator.trains, strict=True):
+                with naming(entry):
+                    total += estimator.self_influence(train, sums_of(entry, estimator, train))
+                advance(1)
+    return total / len(job.entries)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is attributed: checkpoints of a store that are featurized, and how.
+
+    Attributes:
+        trainer: supplies device and progress bar.
+        model: the model.
+        store: has the train features.
+        plan: how targets are featurized.
+        entries: the checkpoints to average over.
+        loaders: find the targets.
+        options: of the estimator.
+    """
+
+    trainer: Trainer
+    model: LightningModule
+    store: FeatureStore
+    plan: Plan
+    entries: list[CheckpointEntry]
+    loaders: Loaders
+    options: Options
+
+    def target_features(self) -> list[Tensor]:
+        """Return φ(z) of all targets, (m, k), at every checkpoint."""
+        loop = self.plan.loop(self.trainer, self.model, self.loaders.targets(), "target")
+        first, last, total = self.entries[0], self.entries[-1], len(self.entries)
+        loop.label_targets(lambda: load_weights(last.weights_path, last.digest))
+        loop.preflight(load_weights(first.weights_path, first.digest), first.digest)
+        return [featurize_targets(loop, entry, f"{number}/{total}") for number, entry in enumerate(self.entries, 1)]
+
+    def estimator(self) -> Estimator:
+        """Return the estimator over the train features of all checkpoints."""
+        device = self.trainer.strategy.root_device
+        device = device if device.type == "cuda" else torch.device("cpu")  # others lack float64
+        return Estimator([train_features(entry) for entry in self.entries], self.options, device)
 
 
 @contextmanager
 def _featurized(
     trainer: Trainer, model: Any, dataloaders: Any, datamodule: LightningDataModule | None, ckpt_path: CkptPath
-) -> Iterator[tuple[Scoring, Loaders]]:
+) -> Iterator[_Job]:
     """Open the store, and featurize the train set wherever that is still to be done."""
     callback = find_callback(trainer)
     if is_datamodule(model):
@@ -162,8 +228,8 @@ def _featurized(
         digests = _select(trainer, store, ckpt_path)
         _featurize_missing(trainer, model, store, plan, data, digests)
         rank_zero_info(f"TRAKCallback: averaging over {pool_of(store, digests)}.")
-        asked = (callback.damping, callback.temperature, callback.curvature, callback.estimator)
-        yield Scoring(trainer, model, store, plan, digests, *asked), data
+        options = Options(callback.damping, callback.temperature, callback.curvature, callback.estimator)
+        yield _Job(trainer, model, store, plan, [store[digest] for digest in digests], data, options)
 
 
 class Loaders:
@@ -336,7 +402,6 @@ def _featurize_missing(
     loop.preflight(load_weights(store[digests[0]].weights_path, digests[0]), digests[0])
     if loop.repeatable:
         for digest in {*complete[:1], *complete[-1:]}:
-            store[digest].verify()
             check_features(loop, store[digest])
     for number, digest in enumerate(missing, 1):
         featurize_checkpoint(loop, store[digest], f"{number}/{len(missing)}")

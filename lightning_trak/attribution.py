@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_trak.influence import Extremes, Ranked, Spread, rank
 from lightning_trak.metrics import spearman
 from lightning_trak.plot import plot_extremes
-from lightning_trak.scores import Extremes, Ranked, Spread, rank
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

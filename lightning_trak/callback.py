@@ -30,11 +30,11 @@ from lightning_trak.framework import (
 )
 from lightning_trak.generators import kept_generators
 from lightning_trak.gradients import ENGINES
+from lightning_trak.influence.training_time import CHECKPOINT_KEY, TrainingTime
 from lightning_trak.loss_check import LossCheck
 from lightning_trak.module_state import ModuleChanged
 from lightning_trak.projection import Projector, check_projector
 from lightning_trak.store import FeatureStore
-from lightning_trak.training_time import CHECKPOINT_KEY, TrainingTime
 from lightning_trak.weights import Weights, copy_of_weights, tensors_in, weights_digest
 
 _FINISH_LATER = "trainer.attribute(...) computes what is missing, once the cause is mended."

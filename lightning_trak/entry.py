@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -94,16 +97,6 @@ class CheckpointEntry:
             with explained_os_errors(self.path):
                 write_json(self.path / "meta.json", self.meta)
 
-    def verify(self) -> None:
-        """Raise a ValueError if a file of a complete entry is not what was written."""
-        for name, expected in self.meta.get("checksums", {}).items():
-            try:
-                found = self._checksum(name)
-            except OSError as error:
-                raise self._damaged(name, str(error)) from error
-            if found != expected:
-                raise self._damaged(name, "its checksum has changed")
-
     @property
     def features(self) -> Array:
         """Φ, (n, k), memory-mapped; what is written to it does not reach the file."""
@@ -118,6 +111,34 @@ class CheckpointEntry:
     def curvature(self) -> Array:
         """w, (n,)."""
         return self._complete("curvature")
+
+    def verified(self, name: str) -> VerifiedRows:
+        """Return Φ, Q or w, by the name of its property, to be read in order; damage is found out at the end."""
+        return VerifiedRows(self._complete(name), self.path / f"{name}.npy", self.meta["checksums"][name])
+
+    def read_sums(self, key: Mapping[str, Any]) -> dict[str, Array] | None:
+        """Return what `write_sums` wrote for these features and this key; None if there is nothing, or it is damaged.
+
+        Args:
+            key: all that the sums depend on beside the features.
+        """
+        try:
+            with open(self._sums_path(key), "rb") as opened, np.load(opened, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        except (OSError, ValueError, zipfile.BadZipFile, KeyError, EOFError):
+            return None
+        return arrays if arrays.pop("checksum", None) == _checksum_of(arrays) else None
+
+    def write_sums(self, key: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+        """Keep sums over the train set; see `read_sums`."""
+        path = self._sums_path(key)
+        with explained_os_errors(self.path), atomically(path) as partial, open(partial, "wb") as file:
+            np.savez(file, **arrays, checksum=_checksum_of(arrays))  # type: ignore[arg-type]
+
+    def _sums_path(self, key: Mapping[str, Any]) -> Path:
+        """Name the file by all that the sums depend on."""
+        text = json.dumps([key, self.meta["checksums"]], sort_keys=True)
+        return self.path / f"sums-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.npz"
 
     def _complete(self, name: str) -> Array:
         if not self.complete:
@@ -149,10 +170,52 @@ class CheckpointEntry:
         return crc
 
     def _damaged(self, name: str, why: str) -> ValueError:
-        return ValueError(
-            f"'{self.path / name}.npy' is damaged: {why}. Delete {name}.npy, written.npy and the 'checksums' of"
-            f" meta.json there, or simply the folder '{self.path}', and featurize the checkpoint again."
-        )
+        return _damaged(self.path / f"{name}.npy", why)
+
+
+class VerifiedRows:
+    """The rows of an array file, each block read once; a checksum tells at the end whether the file is as written."""
+
+    def __init__(self, array: Array, path: Path, checksum: int) -> None:
+        self._array, self._path, self._checksum = array, path, checksum
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, k)."""
+        return self._array.shape
+
+    def blocks(self, size: int) -> Iterator[Array]:
+        """Yield all rows in order, ``size`` at a time.
+
+        Raises:
+            ValueError: after the last block, if the file is damaged.
+        """
+        with open(self._path, "rb") as file:
+            crc = zlib.crc32(file.read(os.path.getsize(self._path) - self._array.nbytes))
+        for start in range(0, len(self._array), size):
+            block = self._array[start : start + size]
+            crc = zlib.crc32(np.ascontiguousarray(block).data, crc)
+            yield block
+        if crc != self._checksum:
+            raise _damaged(self._path, "its checksum has changed")
+
+    def read(self) -> Array:
+        """Return all rows, or raise as `blocks` does."""
+        return np.concatenate(list(self.blocks(max(1, len(self._array)))))
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(
+        f"'{path}' is damaged: {why}. Delete {path.name}, written.npy and the 'checksums' of meta.json there, or simply"
+        f" the folder '{path.parent}', and featurize the checkpoint again."
+    )
+
+
+def _checksum_of(arrays: Mapping[str, Array]) -> int:
+    crc = 0
+    for name in sorted(arrays):
+        crc = zlib.crc32(np.ascontiguousarray(arrays[name]).data, zlib.crc32(name.encode(), crc))
+    return crc
 
 
 @contextmanager
@@ -170,24 +233,19 @@ def explained_os_errors(path: Path) -> Iterator[None]:
 
 def _allocate(path: Path, shape: tuple[int, ...], dtype: type) -> None:
     """Create an array file of zeros whose blocks are really on the disk: a sparse one would end in SIGBUS when full."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            np.lib.format.write_array_header_1_0(
-                file,
-                {
-                    "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
-                    "fortran_order": False,
-                    "shape": shape,
-                },
-            )
-            start, size = file.tell(), int(np.prod(shape)) * np.dtype(dtype).itemsize
-            if not _reserve(file.fileno(), start + size):
-                for first in range(0, size, _CRC_BLOCK):
-                    file.write(bytes(min(_CRC_BLOCK, size - first)))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomically(path) as partial, open(partial, "wb") as file:
+        np.lib.format.write_array_header_1_0(
+            file,
+            {
+                "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+                "fortran_order": False,
+                "shape": shape,
+            },
+        )
+        start, size = file.tell(), int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if not _reserve(file.fileno(), start + size):
+            for first in range(0, size, _CRC_BLOCK):
+                file.write(bytes(min(_CRC_BLOCK, size - first)))
 
 
 def _reserve(descriptor: int, size: int) -> bool:
@@ -218,6 +276,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Replace a file at once, so that it is never half-written."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1))
-    os.replace(partial, path)
+    with atomically(path) as partial:
+        partial.write_text(json.dumps(value, indent=1))
+
+
+@contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """Write a file at once or not at all: to the path that is yielded, which takes its place at the end."""
+    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")  # another process may write the same
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

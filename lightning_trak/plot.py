@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lightning_trak.scores import Extremes
+from lightning_trak.influence import Extremes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 import lightning_trak as lt
 from lightning_trak import Attribution, FeatureStore, TRAKCallback, attribute
-from lightning_trak.damping import choose_damping
+from lightning_trak.entry import VerifiedRows
+from lightning_trak.influence.damping import choose_damping
 from lightning_trak.projection import FactoredProjector, make_projector, projection_key
 from tests.conftest import Blobs, Classifier, make_data, make_trainer
 
@@ -437,6 +439,30 @@ def test_store_settings_hold_where_the_callback_says_nothing(tmp_path):
     for other in ({"seed": 8}, {"proj_dim": 17}, {"projector": "sparse"}, {"parameters": "net.0.weight"}):
         with pytest.raises(ValueError, match=r"was made with .*, but here"):
             fresh(tmp_path, **other).attribute(Classifier(), datamodule=Blobs())
+
+
+def test_features_are_read_twice_at_most_and_sums_over_them_are_kept(tmp_path, run, monkeypatch):
+    """Once to sum H, once to score; a second call sums nothing anew."""
+    root, _, _, data = run
+    read, blocks = [], VerifiedRows.blocks
+
+    def noting(self, size):
+        read.append(self.shape)
+        return blocks(self, size)
+
+    monkeypatch.setattr(VerifiedRows, "blocks", noting)
+    shutil.copytree(root / "store", tmp_path / "store")
+    for path in (tmp_path / "store").glob("checkpoints/*/sums-*"):
+        path.unlink()
+    copied = fresh(tmp_path)
+    first = copied.attribute(Classifier(), datamodule=data)
+    checkpoints = len(first.info.checkpoints)
+    assert sum(len(shape) == 2 for shape in read) == 2 * checkpoints
+    read.clear()
+    second = copied.attribute(Classifier(), datamodule=data)
+    assert sum(len(shape) == 2 for shape in read) == checkpoints
+    assert torch.equal(first.scores, second.scores)
+    assert first.info == second.info
 
 
 def test_the_whole_projection_is_its_identity(tmp_path):

@@ -11,7 +11,7 @@ import torch
 
 from lightning_trak import Attribution
 from lightning_trak.attribution import AttributionInfo
-from lightning_trak.scores import Extremes, Ranked, Spread
+from lightning_trak.influence import Extremes, Ranked, Spread
 
 mpl.use("Agg")
 

@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_trak.damping import CANDIDATES, between, choose_damping, distance_to_optimum, training_damping
-from lightning_trak.scores import TrainFeatures, moments
-from lightning_trak.training_time import TrainingTime
+from lightning_trak.influence import TrainFeatures, TrainingTime
+from lightning_trak.influence.damping import (
+    CANDIDATES,
+    between,
+    choose_damping,
+    distance_to_optimum,
+    training_damping,
+)
+from lightning_trak.influence.gauss_newton import accumulate
 
 
 def problem(noise, n=40, k=12, seed=0, weighted=True):
@@ -70,7 +76,8 @@ def test_a_sample_of_a_large_train_set_decides_as_the_whole_does(noise):
     response = features @ rng.normal(size=200) + noise / np.sqrt(weights) * rng.normal(size=1500)
     scale = np.mean(np.diag((features.T * weights) @ features))
     arrays = tensors(features, weights * response, weights)
-    sample = TrainFeatures(*(array.numpy() for array in arrays)).sample(500, torch.device("cpu"))
+    train = TrainFeatures(*(array.numpy() for array in arrays))
+    _, sample = accumulate(train, curvature=True, sample_size=500)
     assert choose_damping(*sample, scale) == pytest.approx(choose_damping(*arrays, scale), rel=0.5)
 
 
@@ -82,19 +89,6 @@ def test_training_damping_is_the_strength_of_training_relative_to_the_kernel():
 
 def test_training_damping_is_never_so_small_that_nothing_can_be_solved():
     assert training_damping([TrainingTime(1e9)], n_train=30, scale=5.0) == 1e-3
-
-
-@pytest.mark.parametrize("curvature", [True, False])
-def test_moments_are_sums_over_the_train_set(monkeypatch, curvature):
-    monkeypatch.setattr("lightning_trak.scores._BLOCK_ROWS", 7)
-    features, loss_grad, weights = problem(1.0)
-    train = TrainFeatures(*(array.astype(np.float32) for array in (features, loss_grad, weights)))
-    sums = moments(train, curvature=curvature)
-    weighted = (features.T * weights) @ features
-    assert sums.scale == pytest.approx(np.mean(np.diag(weighted if curvature else features.T @ features)), rel=1e-6)
-    assert sums.weighted_scale == pytest.approx(np.mean(np.diag(weighted)), rel=1e-6)
-    np.testing.assert_allclose(sums.gradient, features.T @ loss_grad, rtol=1e-5)
-    assert sums.squares == pytest.approx(sum(q**2 * x @ x for q, x in zip(loss_grad, features, strict=True)), rel=1e-6)
 
 
 def test_an_optimum_is_where_gradients_add_up_to_nothing():

@@ -19,18 +19,12 @@ from torch import nn
 from lightning_trak import ClassificationMixin
 from lightning_trak.featurize import Featurizer
 from lightning_trak.gradients import ModelFunction, VmapEngine
-from lightning_trak.gram import factor, full_precision, gram, solve
+from lightning_trak.influence import Estimator, Options, TrainFeatures, n_blocks
+from lightning_trak.influence.gauss_newton import accumulate, factor, solve
+from lightning_trak.influence.scores import extreme_scores, scores, with_mean_loss_grad
 from lightning_trak.module import LossTerms
+from lightning_trak.precision import full_precision
 from lightning_trak.projection import IdentityProjector
-from lightning_trak.scores import (
-    TrainFeatures,
-    extreme_scores,
-    n_blocks,
-    precondition,
-    scores,
-    self_influence,
-    with_mean_loss_grad,
-)
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -59,19 +53,42 @@ def scores_reference(trains, targets, damping, curvature):
     return total
 
 
+class Cut:
+    """An array in blocks of any size, as from a disk."""
+
+    def __init__(self, array, edges):
+        self.array, self.edges, self.shape = array, edges, array.shape
+
+    def blocks(self, size):
+        yield from (self.array[first:last] for first, last in itertools.pairwise(self.edges) if first < last)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 6), st.sampled_from([1, 2, 4, 512]), st.booleans(), st.data())
-def test_gram_against_numpy_for_any_cut(n, k, panel, weighted, data):
+def test_sums_against_numpy_for_any_cut(n, k, panel, weighted, data):
     train = random_train(n, k)
-    cuts = sorted(data.draw(st.lists(st.integers(0, n), max_size=3)))
-    features, weights = torch.tensor(train.features), torch.tensor(train.curvature)
-    edges = [0, *cuts, n]
-    with mock.patch("lightning_trak.gram._PANEL", panel):
-        got = gram((features[a:b], weights[a:b] if weighted else None) for a, b in itertools.pairwise(edges) if b > a)
-    phi = np.float64(train.features)
-    expected = phi.T @ ((np.float64(train.curvature)[:, None] if weighted else 1) * phi)
-    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-5)
-    assert got.dtype == torch.float64
+    edges = [0, *sorted(data.draw(st.lists(st.integers(0, n), max_size=3))), n]
+    with mock.patch("lightning_trak.influence.gauss_newton._PANEL", panel):
+        sums, _ = accumulate(replace(train, features=Cut(train.features, edges)), curvature=weighted)
+    phi, q, w = (np.float64(array) for array in (train.features, train.loss_grad, train.curvature))
+    np.testing.assert_allclose(
+        sums.matrix.numpy(), phi.T @ ((w[:, None] if weighted else 1) * phi), rtol=1e-5, atol=1e-5
+    )
+    assert sums.matrix.dtype == torch.float64
+    np.testing.assert_allclose(sums.gradient, phi.T @ q, rtol=1e-4, atol=1e-5)
+    assert sums.squares == pytest.approx((q**2 * (phi**2).sum(1)).sum(), rel=1e-5)
+    assert sums.curvature_scale == pytest.approx((w * (phi**2).sum(1)).sum() / k, rel=1e-5)
+
+
+@pytest.mark.parametrize("cross_validated", [None, 0.7])
+def test_sums_can_be_kept_as_arrays(cross_validated):
+    sums, _ = accumulate(random_train(20, 5), curvature=True)
+    sums.cross_validated = cross_validated
+    again = type(sums).from_arrays(sums.arrays())
+    assert torch.equal(again.matrix, sums.matrix)
+    assert torch.equal(again.gradient, sums.gradient)
+    numbers = [(one.squares, one.curvature_scale, one.n_train, one.cross_validated) for one in (again, sums)]
+    assert numbers[0] == numbers[1]
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.01, 0.3, 10.0])
@@ -98,12 +115,11 @@ def test_kernels_that_cannot_be_solved():
         factor(torch.zeros(2, 2, dtype=torch.float64), 0.3)
     with pytest.raises(ValueError, match="mean diagonal of nan"):
         factor(torch.full((2, 2), float("nan"), dtype=torch.float64), 0.3)
+    negative = TrainFeatures(*(np.array(array, "f4") for array in (np.ones((2, 2)), [1, 1], [1, -0.5])))
     with pytest.raises(ValueError, match="negative for 1 examples"):
-        gram([(torch.ones(2, 2), torch.tensor([1.0, -0.5]))])
-    with pytest.raises(ValueError, match="at least one block"):
-        gram([])
+        accumulate(negative, curvature=True)
     with pytest.raises(ValueError, match=r"damping=0.*n=4"):
-        precondition(random_train(4, 4), torch.zeros(1, 4), damping=0, curvature=True)
+        Estimator([random_train(4, 4)], Options(damping=0))([torch.zeros(1, 4)])
 
 
 @pytest.mark.parametrize("curvature", [True, False])
@@ -111,20 +127,19 @@ def test_kernels_that_cannot_be_solved():
 @pytest.mark.parametrize("checkpoints", [1, 3])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 def test_scores_against_numpy_loops(monkeypatch, curvature, block, checkpoints, device):
-    monkeypatch.setattr("lightning_trak.scores._BLOCK_ROWS", block)
+    monkeypatch.setattr("lightning_trak.influence.train_features._BLOCK_ROWS", block)
     trains = [random_train(23, 5, seed) for seed in range(checkpoints)]
     targets = [np.random.default_rng(9 + seed).normal(size=(6, 5)) for seed in range(checkpoints)]
-    solved = [
-        precondition(train, torch.tensor(phi, dtype=torch.float32, device=device), damping=0.2, curvature=curvature)
-        for train, phi in zip(trains, targets, strict=True)
-    ]
+    estimator = Estimator(trains, Options(damping=0.2, curvature=curvature), torch.device(device))
+    pairs = zip(trains, targets, strict=True)
+    solved = [estimator.solve(train, torch.tensor(phi, dtype=torch.float32)) for train, phi in pairs]
     calls = []
-    got = scores(trains, solved, lambda: calls.append(1), torch.device(device))
+    got = estimator.scores(solved, lambda: calls.append(1))
     expected = scores_reference(trains, targets, 0.2, curvature)
     np.testing.assert_allclose(got.mean.numpy(), expected, rtol=1e-4, atol=1e-6)
     check_spread(got.spread, trains, targets, curvature)
     assert len(calls) == n_blocks(23, 6) == -(-23 // block)
-    extremes = extreme_scores(trains, solved, 7, device=torch.device(device))
+    extremes = estimator.extremes(solved, 7)
     for ranked, largest in ((extremes.top, True), (extremes.bottom, False)):
         values, indices = torch.tensor(expected).topk(7, dim=0, largest=largest)
         assert torch.equal(ranked.indices, indices.T)
@@ -135,13 +150,14 @@ def test_scores_against_numpy_loops(monkeypatch, curvature, block, checkpoints, 
 @pytest.mark.parametrize("block", [4, 4096])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 def test_self_influence_is_q_times_the_diagonal(monkeypatch, curvature, block, device):
-    monkeypatch.setattr("lightning_trak.scores._BLOCK_ROWS", block)
+    monkeypatch.setattr("lightning_trak.influence.train_features._BLOCK_ROWS", block)
     train = random_train(23, 5, 1)
-    got = self_influence(train, damping=0.2, curvature=curvature, device=torch.device(device))
+    estimator = Estimator([train], Options(damping=0.2, curvature=curvature), torch.device(device))
+    got = estimator.self_influence(train)
     expected = scores_reference([train], [np.asarray(train.features, dtype=np.float64)], 0.2, curvature)
     np.testing.assert_allclose(got.numpy(), np.diag(expected) * np.asarray(train.loss_grad), rtol=1e-4, atol=1e-6)
     flipped = replace(train, features=-np.asarray(train.features), loss_grad=-np.asarray(train.loss_grad))
-    other = self_influence(flipped, damping=0.2, curvature=curvature, device=torch.device(device))
+    other = estimator.self_influence(flipped)
     np.testing.assert_allclose(got.numpy(), other.numpy(), rtol=1e-5)  # of -f the same
 
 
@@ -159,8 +175,8 @@ def check_spread(spread, trains, targets, curvature):
 
 
 def test_sample_is_spread_over_the_train_set(monkeypatch):
-    monkeypatch.setattr("lightning_trak.scores._SAMPLED", 3)
-    monkeypatch.setattr("lightning_trak.scores._BLOCK_ROWS", 4)
+    monkeypatch.setattr("lightning_trak.influence.scores._SAMPLED", 3)
+    monkeypatch.setattr("lightning_trak.influence.train_features._BLOCK_ROWS", 4)
     trains, solved = [random_train(23, 5, seed) for seed in range(2)], [torch.randn(6, 5) for _ in range(2)]
     sample = scores(trains, solved).spread.sample
     for number in range(2):
@@ -171,7 +187,7 @@ def test_sample_is_spread_over_the_train_set(monkeypatch):
 def test_many_targets_make_small_blocks(monkeypatch):
     train, solved = random_train(23, 5), torch.randn(6, 5)
     whole = scores([train], [solved]).mean
-    monkeypatch.setattr("lightning_trak.scores._BLOCK_SCORES", 20)
+    monkeypatch.setattr("lightning_trak.influence.train_features._BLOCK_SCORES", 20)
     assert n_blocks(23, 6) == 8
     torch.testing.assert_close(scores([train], [solved]).mean, whole)
     assert torch.equal(extreme_scores([train], [solved], 4).top.indices, whole.topk(4, dim=0).indices.T)
@@ -215,7 +231,8 @@ def test_against_traker_on_identical_gradients(tmp_path, checkpoints):
         trains.append(TrainFeatures(result.features.numpy(), loss_grad.numpy(), curvature.numpy()))
         targets = featurizer((z, target_y), 20).features
         inverse = (result.features.T @ result.features).inverse()
-        solved.append(precondition(trains[-1], targets, damping=0, curvature=False) / inverse.abs().mean())
+        estimator = Estimator(trains[-1:], Options(damping=0, curvature=False))
+        solved.append(estimator.solve(trains[-1], targets).vectors / inverse.abs().mean())
     ours = scores(with_mean_loss_grad(trains), solved).mean
     assert theirs.shape == (200, 20)
     assert min(spearmanr(theirs[:, j], ours[:, j]).statistic for j in range(20)) > 0.999
@@ -287,13 +304,13 @@ def _own_precision():
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_products_are_exact_whatever_precision_is_set(setting):
     train, targets = random_train(300, 40), torch.randn(20, 40)
-    expected = scores([train], [precondition(train, targets, damping=0.1, curvature=True)])
+    expected = Estimator([train], Options(damping=0.1))([targets])
     for place, value in SETTINGS[setting].items():
         set_precision(place, value)
     before = precisions()
     with full_precision():
         assert precisions()["cuda.matmul"] == precisions()["mkldnn.matmul"] == "ieee"
-    found = scores([train], [precondition(train, targets, damping=0.1, curvature=True)])
+    found = Estimator([train], Options(damping=0.1))([targets])
     assert torch.equal(found.mean, expected.mean)
     assert precisions() == before
     another = next(value for value in ("tf32", "ieee", "bf16") if value not in before.values())

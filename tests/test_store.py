@@ -185,10 +185,35 @@ def test_damaged_arrays_are_noticed(tmp_path, name, damage):
         path.unlink()
     entry = FeatureStore(tmp_path)["d1"]
     with pytest.raises(ValueError, match=rf"{name}.npy' is damaged.*featurize the checkpoint again"):
-        entry.verify()
+        entry.verified(name).read()
     if damage != "flipped":
         with pytest.raises(ValueError, match=rf"{name}.npy' is damaged"):
             getattr(entry, name)
+
+
+def test_rows_are_verified_as_they_are_read(tmp_path):
+    entry = complete_entry(FeatureStore.create(tmp_path, MANIFEST))
+    for size in (1, 4, 6, 100):
+        np.testing.assert_array_equal(np.concatenate(list(entry.verified("features").blocks(size))), entry.features)
+
+
+def test_sums_are_those_of_their_key_and_features(tmp_path):
+    entry = complete_entry(FeatureStore.create(tmp_path, MANIFEST))
+    sums = {"matrix": np.eye(4), "squares": np.array(2.0)}
+    assert entry.read_sums({"curvature": True}) is None
+    entry.write_sums({"curvature": True}, sums)
+    found = entry.read_sums({"curvature": True})
+    np.testing.assert_array_equal(found["matrix"], sums["matrix"])
+    assert set(found) == set(sums)
+    assert entry.read_sums({"curvature": False}) is None
+    (path,) = entry.path.glob("sums-*.npz")
+    content = path.read_bytes()
+    for damaged in (content[:-20], content[:200] + bytes([content[200] ^ 1]) + content[201:], b""):
+        path.write_bytes(damaged)
+        assert entry.read_sums({"curvature": True}) is None
+    path.write_bytes(content)
+    entry.meta["checksums"]["features"] += 1  # other features
+    assert entry.read_sums({"curvature": True}) is None
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format_version": 1'])

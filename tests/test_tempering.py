@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import softplus
 
-from lightning_trak.scores import TrainFeatures
-from lightning_trak.tempering import is_logistic, tempered
+from lightning_trak.influence import TrainFeatures
+from lightning_trak.influence.temperature import is_logistic, tempered
 
 
 def train_set(loss_grad, curvature):

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import ClassificationMixin, FeatureStore, TRAKCallback
-from lightning_trak.training_time import TrainingTime
+from lightning_trak.influence import TrainingTime
 from lightning_trak.weights import read_checkpoint
 
 STEPS = 4  # in an epoch

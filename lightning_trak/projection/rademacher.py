@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_trak.gram import full_precision
+from lightning_trak.precision import full_precision
 from lightning_trak.projection import triton_kernel
 from lightning_trak.projection.philox import random_signs, random_words, signs_of
 from lightning_trak.projection.projector import Projector

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lightning_trak.scores import TrainFeatures, extreme_scores, precondition, scores
+from lightning_trak.influence import Estimator, Options, Solved, TrainFeatures
 from tests.benchmarks.measuring import print_table, seconds
 
 N_TRAIN, N_TARGETS, PROJ_DIM = 50_000, 1_000, 2048
@@ -26,12 +26,10 @@ def _rows(n: int, m: int, k: int) -> Iterator[list[str]]:
     with tempfile.TemporaryDirectory() as root:
         train, targets = _mapped(Path(root) / "features.npy", n, k), torch.randn(m, k)
         gemm = _gemm_rate(k)
-        solved: list[torch.Tensor] = []
-        solving = seconds(
-            lambda: solved.append(precondition(train, targets, damping=0.3, curvature=True))  # H, Cholesky, solve
-        )
-        scoring = seconds(lambda: scores([train], solved))
-        ranking = seconds(lambda: extreme_scores([train], solved, k=10))
+        estimator, solved = Estimator([train], Options(damping=0.3)), list[Solved]()
+        solving = seconds(lambda: solved.append(estimator.solve(train, targets)))  # H, Cholesky, solve
+        scoring = seconds(lambda: estimator.scores(solved))
+        ranking = seconds(lambda: estimator.extremes(solved, k=10))
         gemm = (gemm + _gemm_rate(k)) / 2
         kernel, products = 2 * n * k * k, 2 * n * m * k
         for name, operations, time in (

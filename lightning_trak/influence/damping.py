@@ -1,17 +1,19 @@
-"""How much to damp the kernel: from how long training went on; where that is unknown, by cross-validation."""
+"""How much to damp H: from how long training went on; where that is unknown, by cross-validation."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_trak.training_time import TrainingTime
+from lightning_trak.influence.gauss_newton import GaussNewton
+from lightning_trak.influence.training_time import TrainingTime
 
 PART_OF_TIME = 0.25
-LEAST_DAMPING = 1e-3  # with less a kernel of fewer examples than features cannot be solved with in float32
+LEAST_DAMPING = 1e-3  # with less, H of fewer examples than features cannot be solved with in float32
 
 CANDIDATES = (0.3, 1.0, 3.0, 10.0)
 EXAMPLES = 1000  # of the train set that are enough to choose with
@@ -21,10 +23,44 @@ _OPTIMUM, _FAR = 1e-3, 1e-1  # how large the gradient is, see `distance_to_optim
 _ALIKE = 0.005  # relative difference of errors that hardly counts
 
 
+class Damping(NamedTuple):
+    """λ, and how it was chosen."""
+
+    value: float
+    rule: str
+
+
+def damping_of(sums: GaussNewton, trainings: Sequence[TrainingTime]) -> Damping:
+    """Choose λ at one checkpoint: by a rule, and the less the nearer training has come to its optimum.
+
+    Args:
+        sums: H at the checkpoint, with the damping of cross-validation where `needs_cross_validation`.
+        trainings: of all checkpoints whose training time is known; empty if that of this one is not.
+    """
+    n, k = sums.n_train, len(sums.matrix)
+    if not needs_cross_validation(sums, trainings):
+        value, rule = training_damping(trainings, n, sums.curvature_scale), "from the training time"
+        least, at_optimum = (LEAST_DAMPING, "least, as at an optimum") if n > k else (value, rule)
+    else:
+        assert sums.cross_validated is not None
+        value, rule = sums.cross_validated, "by cross-validation"
+        least, at_optimum = (LEAST_DAMPING, "least") if n > k else (CANDIDATES[0], "little")
+        at_optimum += ", as at an optimum"
+    distance = distance_to_optimum(sums.gradient, sums.squares)
+    if distance == 0:
+        return Damping(least, at_optimum)
+    return Damping(between(least, value, distance), rule if distance == 1 else f"{rule}, less near an optimum")
+
+
+def needs_cross_validation(sums: GaussNewton, trainings: Sequence[TrainingTime]) -> bool:
+    """Say whether nothing else tells λ at a checkpoint; see `damping_of`."""
+    return not trainings or sums.curvature_scale <= 0
+
+
 def training_damping(trainings: Sequence[TrainingTime], n_train: int, scale: float) -> float:
     """Return the damping with which a Newton step goes as far as training did.
 
-    Gradient flow on the mean loss of a linearised model, with kernel H / n, goes the part 1 − exp(−t s) of the way in a
+    Gradient flow on the mean loss of a linearised model, with H / n, goes the part 1 − exp(−t s) of the way in a
     direction of eigenvalue s. A ridge of strength 1 / t goes nearly as far, s / (s + 1 / t), and weight decay adds to
     that strength (Ali, Kolter and Tibshirani, "A continuous-time view of early stopping for least squares regression",
     AISTATS 2019, arXiv 1810.10082). It is the same at every checkpoint, that of a quarter of the longest time: on the
@@ -34,7 +70,7 @@ def training_damping(trainings: Sequence[TrainingTime], n_train: int, scale: flo
     Args:
         trainings: of the checkpoints, at least one.
         n_train: n.
-        scale: the mean diagonal of the kernel.
+        scale: the mean diagonal of Φᵀ diag(w) Φ.
 
     >>> training_damping([TrainingTime(time=4.0), TrainingTime(time=20.0)], n_train=100, scale=80.0)
     0.25
@@ -93,8 +129,8 @@ def choose_damping(features: Tensor, loss_grad: Tensor, weights: Tensor, scale: 
     Args:
         features: Φ, (r, k), of some training examples.
         loss_grad: q, (r,).
-        weights: w, (r,), not negative; ones for a kernel without curvature.
-        scale: the mean diagonal of the kernel of the whole train set.
+        weights: w, (r,), not negative; ones for H without curvature.
+        scale: the mean diagonal of H of the whole train set.
 
     >>> x = torch.linspace(-1, 1, 100)[:, None]
     >>> round(choose_damping(x, x[:, 0], torch.ones(100), scale=100 / 3), 4)  # no noise: as little as there is

@@ -1,14 +1,15 @@
-"""Outputs that are less certain: Q and w as a model has them whose examples were not all trained on."""
+"""Temperature-scaled outputs: Q and w as of a model that was not trained on all of the examples."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_trak.scores import TrainFeatures
+from lightning_trak.influence.train_features import TrainFeatures
 
 TEMPERATURE = 1.3
 
@@ -31,6 +32,28 @@ def is_logistic(outputs: Tensor, loss_grad: Tensor, curvature: Tensor) -> bool:
     expected = torch.sigmoid(-outputs.double())
     pairs = ((loss_grad, expected), (curvature, expected * (1 - expected)))
     return all(torch.allclose(own.double(), logistic, rtol=1e-2, atol=1e-4) for own, logistic in pairs)
+
+
+def choose_temperature(asked: float | str, trains: Sequence[TrainFeatures], *, auto_damping: bool) -> float:
+    """Return T: the number asked for, or of ``"auto"`` 1.3 where the rule of `TRAKCallback` says so, else 1.
+
+    Raises:
+        ValueError: if a temperature is asked for, and the loss is not softplus(−f).
+
+    >>> train = TrainFeatures(*np.ones((3, 2, 1)), logistic=True, n_trainable=5)
+    >>> choose_temperature("auto", [train], auto_damping=True)
+    1.3
+    """
+    logistic = all(train.logistic for train in trains)
+    if isinstance(asked, str):
+        fits_all = all(train.n_trainable >= train.shape[0] for train in trains)
+        return TEMPERATURE if auto_damping and logistic and fits_all else 1.0
+    if asked != 1 and not logistic:
+        raise ValueError(
+            f"TRAKCallback(temperature={asked}) needs the loss softplus(−f), as that of ClassificationMixin is: Q and w"
+            " in the store are of another one. Use temperature='auto' or 1."
+        )
+    return float(asked)
 
 
 def tempered(train: TrainFeatures, temperature: float) -> TrainFeatures:

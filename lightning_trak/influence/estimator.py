@@ -1,0 +1,183 @@
+"""From features of train set and targets to scores, over all checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_trak.influence.damping import (
+    EXAMPLES,
+    Damping,
+    choose_damping,
+    damping_of,
+    needs_cross_validation,
+)
+from lightning_trak.influence.gauss_newton import (
+    CholeskyFactor,
+    GaussNewton,
+    accumulate,
+    effective_rank,
+    factor,
+    solve,
+)
+from lightning_trak.influence.scores import (
+    Extremes,
+    Scores,
+    extreme_scores,
+    scores,
+    self_influence,
+    with_mean_loss_grad,
+)
+from lightning_trak.influence.temperature import choose_temperature, tempered
+from lightning_trak.influence.train_features import CPU, TrainFeatures
+from lightning_trak.influence.training_time import TrainingTime
+
+
+class Solved(NamedTuple):
+    """Targets solved with H at one checkpoint.
+
+    Attributes:
+        vectors: H⁻¹ φ(z), (m, k).
+        damping: λ.
+    """
+
+    vectors: Tensor
+    damping: Damping
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `TRAKCallback` calls by the same names.
+
+    Attributes:
+        damping: λ, or ``"auto"``.
+        temperature: T, or ``"auto"``.
+        curvature: whether H is weighted.
+        estimator: ``"gauss_newton"`` or ``"trak"``.
+    """
+
+    damping: float | str = "auto"
+    temperature: float | str = "auto"
+    curvature: bool = True
+    estimator: str = "gauss_newton"
+
+
+class Estimator:
+    """Scores from features, wherever they come from: no model, no Trainer, no store.
+
+    At one checkpoint τ = φ(z)ᵀ H⁻¹ φ(zᵢ) qᵢ, with H = Φᵀ diag(w) Φ + λ·mean(diag)·I the damped Gauss–Newton matrix of
+    the training loss in feature space; averaged over checkpoints, each with its own q. It is the change of f(z) by one
+    Newton step on zᵢ. With ``estimator="trak"`` it is that of Park et al., "TRAK", arXiv 2303.14186, Eq. 15 and 17.
+
+    Args:
+        trains: the train set at each checkpoint.
+        options: see `Options`.
+        device: where matrices are multiplied.
+
+    Attributes:
+        options: as given.
+        device: as given.
+        temperature: T, as it was chosen.
+        trains: the train set, with Q and w at that temperature.
+
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> features, targets = rng.normal(size=(50, 4)).astype("f4"), torch.randn(3, 4)
+    >>> train = TrainFeatures(features, loss_grad=np.ones(50, "f4"), curvature=np.full(50, 0.25, "f4"))
+    >>> Estimator([train], Options(damping=0.1))([targets]).mean.shape
+    torch.Size([50, 3])
+    """
+
+    def __init__(
+        self, trains: Sequence[TrainFeatures], options: Options = Options(), device: torch.device = CPU
+    ) -> None:
+        self.options, self.device = options, device
+        auto_damping = options.damping == "auto"
+        self.temperature = choose_temperature(options.temperature, trains, auto_damping=auto_damping)
+        if self.temperature != 1:
+            trains = [tempered(train, self.temperature) for train in trains]
+        self.trains = with_mean_loss_grad(trains) if options.estimator == "trak" else list(trains)
+        times = [train.training_time for train in trains]
+        self._known = [time for time in times if time is not None and time.time > 0]
+
+    def accumulate(self, train: TrainFeatures) -> GaussNewton:
+        """Sum H at one checkpoint, and what damping depends on; the train features are read once."""
+        curvature, size = self.options.curvature, EXAMPLES if self.options.damping == "auto" else 0
+        sums, sample = accumulate(train, curvature=curvature, sample_size=size, device=self.device)
+        if not self.suffices(train, sums):
+            features, loss_grad, w = sample
+            weights = w if curvature else torch.ones_like(w)
+            sums.cross_validated = choose_damping(features, loss_grad, weights, sums.scale)
+        return sums
+
+    def suffices(self, train: TrainFeatures, sums: GaussNewton) -> bool:
+        """Say whether sums that were kept have all that the options need."""
+        by_rule = self.options.damping != "auto" or not needs_cross_validation(sums, self._trainings(train))
+        return by_rule or sums.cross_validated is not None
+
+    def __call__(self, targets: Sequence[Tensor]) -> Scores:
+        """Return the scores of targets whose features at each checkpoint are φ(z), (m, k)."""
+        return self.scores([self.solve(train, phi) for train, phi in zip(self.trains, targets, strict=True)])
+
+    def solve(self, train: TrainFeatures, targets: Tensor, sums: GaussNewton | None = None) -> Solved:
+        """Solve H x = φ(z) for all targets at one checkpoint.
+
+        Args:
+            train: one of ``trains``.
+            targets: φ(z), (m, k).
+            sums: what `accumulate` returns for it, if that is known; H in it is overwritten.
+
+        Raises:
+            ValueError: if H is singular.
+        """
+        state, damping = self._factor(train, sums)
+        return Solved(solve(state, targets.to(self.device)).cpu(), damping)  # all checkpoints would fill the device
+
+    def self_influence(
+        self, train: TrainFeatures, sums: GaussNewton | None = None, advance: Callable[[], object] = lambda: None
+    ) -> Tensor:
+        """Return how much training on each example lowers its own loss, (n,), at one checkpoint; see `solve`."""
+        return self_influence(train, self._factor(train, sums)[0], advance, self.device)
+
+    def scores(self, solved: Sequence[Solved], advance: Callable[[], object] = lambda: None) -> Scores:
+        """Average over checkpoints: τ, (n, m). The train features are read once.
+
+        Args:
+            solved: the targets, solved at each checkpoint.
+            advance: called after every block of rows, for progress.
+        """
+        return scores(self.trains, [one.vectors for one in solved], advance, self.device)
+
+    def extremes(self, solved: Sequence[Solved], k: int, advance: Callable[[], object] = lambda: None) -> Extremes:
+        """Return the k highest and lowest scores of each target, without the matrix; as `scores` otherwise."""
+        k = min(k, self.trains[0].shape[0])
+        return extreme_scores(self.trains, [one.vectors for one in solved], k, advance, self.device)
+
+    def _factor(self, train: TrainFeatures, sums: GaussNewton | None) -> tuple[CholeskyFactor, Damping]:
+        """Damp and factor H at one checkpoint."""
+        sums = self.accumulate(train) if sums is None else sums
+        damping = self._damping(train, sums)
+        _check_rank(sums, damping.value)
+        return factor(sums.matrix, damping.value), damping
+
+    def _damping(self, train: TrainFeatures, sums: GaussNewton) -> Damping:
+        if not isinstance(self.options.damping, str):
+            return Damping(self.options.damping, "as given")
+        return damping_of(sums, self._trainings(train))
+
+    def _trainings(self, train: TrainFeatures) -> list[TrainingTime]:
+        return self._known if train.training_time is not None else []
+
+
+def _check_rank(sums: GaussNewton, damping: float) -> None:
+    n, k = sums.n_train, len(sums.matrix)
+    if damping == 0 and n <= k:
+        raise ValueError(
+            f"With damping=0 the Gauss–Newton matrix H, ({k}, {k}), of n={n} training examples is singular (condition"
+            f" number inf, effective rank {effective_rank(sums.matrix):.1f}), and scores would be meaningless. Set"
+            " TRAKCallback(damping='auto'), or a proj_dim well below n."
+        )

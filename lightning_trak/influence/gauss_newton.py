@@ -1,0 +1,209 @@
+"""The Gauss–Newton matrix H of the training loss in feature space: accumulated, damped, factored; never inverted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lightning_trak.influence.train_features import CPU, TrainFeatures
+from lightning_trak.precision import full_precision
+
+_PANEL = 512  # columns of H that are multiplied at once
+
+
+@dataclass
+class GaussNewton:
+    """H and what else is summed over the train set at one checkpoint: all that the estimator needs but Φ itself.
+
+    Attributes:
+        matrix: H = Φᵀ diag(w) Φ, or Φᵀ Φ, (k, k), float64; undamped. `factor` overwrites it.
+        gradient: Φᵀq, (k,), float64.
+        squares: Σ q² ‖φ‖².
+        curvature_scale: the mean diagonal of Φᵀ diag(w) Φ, whether or not H is weighted.
+        n_train: n.
+        cross_validated: the λ that cross-validation chooses; None where it was not asked.
+    """
+
+    matrix: Tensor
+    gradient: Tensor
+    squares: float
+    curvature_scale: float
+    n_train: int
+    cross_validated: float | None = None
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Return it as arrays to be kept; of H, which is symmetric, the upper half."""
+        rows, columns = np.triu_indices(len(self.matrix))
+        return {
+            "upper": self.matrix.cpu().numpy()[rows, columns],
+            "gradient": self.gradient.cpu().numpy(),
+            "numbers": np.array([self.squares, self.curvature_scale, self.n_train, self.cross_validated or np.nan]),
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]], device: torch.device = CPU) -> GaussNewton:
+        """Return what was kept by `arrays`."""
+        k = len(arrays["gradient"])
+        rows, columns = np.triu_indices(k)
+        matrix = np.zeros((k, k))
+        matrix[rows, columns] = matrix[columns, rows] = arrays["upper"]
+        squares, curvature_scale, n_train, damping = arrays["numbers"].tolist()
+        own, gradient = (torch.from_numpy(array).to(device) for array in (matrix, arrays["gradient"]))
+        return cls(own, gradient, squares, curvature_scale, int(n_train), None if np.isnan(damping) else damping)
+
+    @property
+    def scale(self) -> float:
+        """The mean diagonal of H, to which damping is relative."""
+        return self.matrix.diagonal().mean().item()
+
+
+def accumulate(
+    train: TrainFeatures, *, curvature: bool, sample_size: int = 0, device: torch.device = CPU
+) -> tuple[GaussNewton, tuple[Tensor, ...]]:
+    """Sum H over the train set, which is read once.
+
+    Products are taken in float32, and summed over blocks in float64. As H is symmetric, only panels on and above its
+    diagonal are multiplied.
+
+    Args:
+        train: the train set at one checkpoint.
+        curvature: whether to weight by w.
+        sample_size: return so many rows, drawn at random, but the same every time.
+        device: where to multiply.
+
+    Returns:
+        The sums; and Φ, Q and w of the rows that were drawn.
+
+    Raises:
+        ValueError: if a weight is negative: H would not be positive definite.
+
+    >>> import numpy as np
+    >>> train = TrainFeatures(np.array([[1, 0], [1, 1]], "f4"), np.ones(2, "f4"), np.array([2, 1], "f4"))
+    >>> accumulate(train, curvature=True)[0].matrix
+    tensor([[3., 1.],
+            [1., 1.]], dtype=torch.float64)
+    """
+    n, k = train.shape
+    matrix = torch.zeros(k, k, dtype=torch.float64, device=device)
+    gradient = torch.zeros(k, dtype=torch.float64, device=device)
+    squares, weighted = 0.0, 0.0
+    chosen = torch.from_numpy(np.sort(np.random.default_rng(0).permutation(n)[:sample_size]))
+    sampled = []
+    for rows, features, loss_grad, w in train.blocks(device=device):
+        if curvature:
+            _check_not_negative(w)
+        _add_products_(matrix, features, w if curvature else None)
+        norms = features.square().sum(1)
+        with full_precision():
+            weighted += (norms @ w).item()
+            squares += (norms @ loss_grad.square()).item()
+            gradient += loss_grad @ features
+        here = (chosen[(chosen >= rows.start) & (chosen < rows.stop)] - rows.start).to(device)
+        sampled.append([array[here] for array in (features, loss_grad, w)])
+    for first in range(0, k, _PANEL):
+        last = first + _PANEL
+        own = matrix[first:last, first:last]
+        own.copy_(own.triu() + own.triu(1).T)  # products of a panel with itself are symmetric but for rounding
+        matrix[last:, first:last] = matrix[first:last, last:].T
+    sample = tuple(torch.cat(parts) for parts in zip(*sampled, strict=True))
+    return GaussNewton(matrix, gradient, squares, weighted / k, n), sample
+
+
+def _add_products_(matrix: Tensor, features: Tensor, weights: Tensor | None) -> None:
+    """Add Φᵀ diag(w) Φ of some rows, on and above the diagonal."""
+    weighted = features if weights is None else features * weights[:, None]
+    with full_precision():
+        for first in range(0, len(matrix), _PANEL):
+            last = first + _PANEL
+            matrix[first:last, first:] += weighted[:, first:last].T @ features[:, first:]
+
+
+def _check_not_negative(weights: Tensor) -> None:
+    negative = weights < 0
+    if bool(negative.any()):
+        raise ValueError(
+            f"The curvature ∂²L/∂f² is negative for {int(negative.sum())} examples (least:"
+            f" {weights.min().item():.3g}): output_to_loss is not convex in the output. Use"
+            " TRAKCallback(curvature=False), or override out_to_loss_curvature."
+        )
+
+
+@dataclass(frozen=True)
+class CholeskyFactor:
+    """The lower Cholesky factor of H + λ·mean(diag H)·I, (k, k), float64. `factor` makes it, `solve` uses it."""
+
+    lower: Tensor
+
+
+def factor(matrix: Tensor, damping: float) -> CholeskyFactor:
+    """Damp H relative to its mean diagonal and factor it: H + λ·mean(diag H)·I = L Lᵀ.
+
+    Relative damping means the same whatever the scale of the gradients and the size of the train set.
+
+    Args:
+        matrix: H, (k, k), symmetric, positive semi-definite; it is overwritten, as a copy would be large.
+        damping: λ ≥ 0.
+
+    Raises:
+        ValueError: if the damped matrix is not numerically positive definite.
+
+    >>> state = factor(2 * torch.eye(2, dtype=torch.float64), damping=0.5)
+    >>> solve(state, torch.tensor([[3.0, 6.0]]))
+    tensor([[1., 2.]])
+    """
+    scale = matrix.diagonal().mean()
+    if not bool(torch.isfinite(scale)) or scale <= 0:
+        raise ValueError(
+            f"The Gauss–Newton matrix H has a mean diagonal of {scale.item():.3g}: all gradients or all curvatures"
+            " vanish or are not finite. Attribute checkpoints whose training loss is not exactly zero, or use"
+            " curvature=False."
+        )
+    matrix.diagonal().add_(damping * scale)
+    diagonal, rank = matrix.diagonal().clone(), effective_rank(matrix)
+    columns = matrix.mT  # the same, in the order of LAPACK
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    lower, info = torch.linalg.cholesky_ex(columns, out=(columns, info))
+    pivots = lower.diagonal().square()
+    # Features are float32, so H is known to about k·ε of its largest entries: beyond that it is singular.
+    if int(info) or bool(pivots.min() < 1e-7 * pivots.max()):
+        least = 0.0 if int(info) else pivots.min()  # the least eigenvalue is at most that
+        condition = diagonal.max() / least
+        raise ValueError(
+            f"The Gauss–Newton matrix H, ({len(matrix)}, {len(matrix)}), is singular or nearly so with"
+            f" damping={damping:g} (condition number ≥ {condition.item():.2g}, effective rank {rank:.1f}): there are"
+            " too few or too similar training examples for so many features. Set TRAKCallback(damping='auto'), or a"
+            " proj_dim well below the number of training examples."
+        )
+    return CholeskyFactor(lower)
+
+
+def effective_rank(matrix: Tensor) -> float:
+    """Return (tr H)² / ‖H‖², the number of equal eigenvalues that would have the same mean and mean square.
+
+    >>> round(effective_rank(torch.diag(torch.tensor([2.0, 2.0, 0.0]))), 4)
+    2.0
+    """
+    return ((matrix.diagonal().sum() / torch.linalg.matrix_norm(matrix)) ** 2).item()
+
+
+def solve(state: CholeskyFactor, vectors: Tensor) -> Tensor:
+    """Return (H + λ·mean(diag H)·I)⁻¹ x for every row x of ``vectors``, (m, k) → (m, k), in their own precision."""
+    half = torch.linalg.solve_triangular(state.lower, vectors.to(state.lower.dtype).T, upper=False)
+    solved = torch.linalg.solve_triangular(state.lower.mT, half, upper=True).T  # cholesky_solve would copy the factor
+    return solved.to(vectors.dtype).contiguous()
+
+
+def quadratic_form(state: CholeskyFactor, vectors: Tensor) -> Tensor:
+    """Return xᵀ (H + λ·mean(diag H)·I)⁻¹ x for every row x of ``vectors``, (m, k) → (m,): ‖L⁻¹x‖², so one solve does.
+
+    >>> quadratic_form(factor(2 * torch.eye(2, dtype=torch.float64), damping=0.5), torch.tensor([[3.0, 6.0]]))
+    tensor([15.])
+    """
+    half = torch.linalg.solve_triangular(state.lower, vectors.to(state.lower.dtype).T, upper=False)
+    return half.square().sum(0).to(vectors.dtype)

@@ -1,0 +1,191 @@
+"""From features and solved targets of all checkpoints to scores: the whole matrix, or only its extremes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_trak.influence.gauss_newton import CholeskyFactor, factor, quadratic_form  # noqa: F401 - for the doctest
+from lightning_trak.influence.train_features import CPU, TrainFeatures
+from lightning_trak.precision import full_precision
+
+_SAMPLED = 64  # training examples whose scores are kept for every checkpoint
+
+
+class Ranked(NamedTuple):
+    """Training examples in the order of their scores, for every target.
+
+    Attributes:
+        indices: (m, k), rows of the train set.
+        values: (m, k), their scores.
+    """
+
+    indices: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How scores vary from checkpoint to checkpoint.
+
+    Attributes:
+        standard_error: of the mean over checkpoints, (n, m).
+        sample: the scores of some training examples, evenly spaced, at each checkpoint, (checkpoints, r, m).
+    """
+
+    standard_error: Tensor
+    sample: Tensor
+
+
+class Scores(NamedTuple):
+    """Scores averaged over checkpoints, (n, m), and how they vary; None for a single checkpoint."""
+
+    mean: Tensor
+    spread: Spread | None
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """The highest and the lowest scores of every target."""
+
+    top: Ranked
+    bottom: Ranked
+
+
+def scores(
+    trains: Sequence[TrainFeatures],
+    solved: Sequence[Tensor],
+    advance: Callable[[], object] = lambda: None,
+    device: torch.device = CPU,
+) -> Scores:
+    """Average φ(z)ᵀ H⁻¹ φ(zᵢ) qᵢ over checkpoints, each with its own q.
+
+    Args:
+        trains: the train set's features at each checkpoint.
+        solved: H⁻¹ φ(z) at each checkpoint, (m, k), on any device.
+        advance: called after every block of rows, for progress.
+        device: where blocks are multiplied.
+
+    Returns:
+        τ, (n, m), float32, on the CPU; and how it varies from checkpoint to checkpoint, unless there is one only.
+    """
+    (n, _), m, checkpoints = trains[0].shape, len(solved[0]), len(trains)
+    mean = torch.zeros(n, m)
+    if checkpoints == 1:
+        for rows, blocks in _score_blocks(trains, solved, device):
+            mean[rows] = _mean(blocks)
+            advance()
+        return Scores(mean, None)
+    sampled = torch.linspace(0, n - 1, min(n, _SAMPLED)).round().long()
+    spread = Spread(torch.zeros(n, m), torch.zeros(checkpoints, len(sampled), m))
+    for rows, blocks in _score_blocks(trains, solved, device):
+        here = (sampled >= rows.start) & (sampled < rows.stop)
+        total = squares = torch.zeros(rows.stop - rows.start, m, device=device)
+        for number, block in enumerate(blocks):
+            difference = block - total
+            total = total + difference / (number + 1)  # Welford's recurrence: no difference of large sums of squares
+            squares = squares + difference * (block - total)
+            spread.sample[number, here] = block[sampled[here] - rows.start].cpu()
+        mean[rows] = total
+        spread.standard_error[rows] = (squares / (checkpoints * (checkpoints - 1))).sqrt()
+        advance()
+    return Scores(mean, spread)
+
+
+def extreme_scores(
+    trains: Sequence[TrainFeatures],
+    solved: Sequence[Tensor],
+    k: int,
+    advance: Callable[[], object] = lambda: None,
+    device: torch.device = CPU,
+) -> Extremes:
+    """Return the k highest and k lowest scores of every target, without ever holding the (n, m) matrix.
+
+    See `scores` for the arguments.
+    """
+    m = len(solved[0])
+    top = bottom = Ranked(torch.zeros(m, 0, dtype=torch.int64, device=device), torch.zeros(m, 0, device=device))
+    for rows, blocks in _score_blocks(trains, solved, device):
+        values = _mean(blocks).T
+        top, bottom = (_keep(kept, rows.start, values, k, largest) for kept, largest in ((top, True), (bottom, False)))
+        advance()
+    return Extremes(*(Ranked(kept.indices.cpu(), kept.values.cpu()) for kept in (top, bottom)))
+
+
+def self_influence(
+    train: TrainFeatures,
+    state: CholeskyFactor,
+    advance: Callable[[], object] = lambda: None,
+    device: torch.device = CPU,
+) -> Tensor:
+    """Return how much training on each example lowers its own loss, at one checkpoint: qᵢ² φ(zᵢ)ᵀ H⁻¹ φ(zᵢ) ≥ 0.
+
+    As ∇L = −q ∇f, this is ∇Lᵀ H⁻¹ ∇L, the influence of Koh and Liang, "Understanding black-box predictions via
+    influence functions", ICML 2017, arXiv 1703.04730, Eq. 2, of an example on its own loss. It does not depend on the
+    sign of the model output. No n × n matrix is made.
+
+    Args:
+        train: the train set's features.
+        state: the damped H, factored.
+        advance: called after every block of rows, for progress.
+        device: where blocks are multiplied.
+
+    Returns:
+        q times the diagonal of the scores with the train set as targets, (n,), float32, on the CPU.
+
+    >>> train = TrainFeatures(np.eye(3, 2, dtype="f4"), np.array([1, -2, 1], "f4"), np.ones(3, "f4"))
+    >>> self_influence(train, factor(torch.eye(2, dtype=torch.float64), damping=0))
+    tensor([1., 4., 0.])
+    """
+    result = torch.zeros(train.shape[0])
+    for rows, features, loss_grad, _ in train.blocks(device=device):
+        result[rows] = (quadratic_form(state, features) * loss_grad.square()).cpu()
+        advance()
+    return result
+
+
+def with_mean_loss_grad(trains: Sequence[TrainFeatures]) -> list[TrainFeatures]:
+    """Give every checkpoint the Q averaged over all of them, apart from H⁻¹, as the TRAK paper does (Eq. 17)."""
+    mean = np.stack([train.loss_grad for train in trains]).mean(0)
+    return [replace(train, loss_grad=mean) for train in trains]
+
+
+def _score_blocks(
+    trains: Sequence[TrainFeatures], solved: Sequence[Tensor], device: torch.device
+) -> Iterator[tuple[slice, Iterator[Tensor]]]:
+    """Yield rows, and their scores (r, m) at each checkpoint."""
+    readers = [train.blocks(len(solved[0])) for train in trains]
+    for parts in zip(*readers, strict=True):
+        yield parts[0][0], (_product(part[1], part[2], x, device) for part, x in zip(parts, solved, strict=True))
+
+
+def _product(features: Tensor, loss_grad: Tensor, solved: Tensor, device: torch.device) -> Tensor:
+    with full_precision():
+        return (features.to(device) * loss_grad.to(device)[:, None]) @ solved.to(device).T
+
+
+def _mean(blocks: Iterator[Tensor]) -> Tensor:
+    """Average over checkpoints, as `scores` does to the bit."""
+    total = next(blocks)
+    for number, block in enumerate(blocks, 2):
+        total = total + (block - total) / number
+    return total
+
+
+def _keep(kept: Ranked, first: int, values: Tensor, k: int, largest: bool) -> Ranked:
+    """Merge the best so far, (m, k), with those of a block whose rows begin at ``first``."""
+    block = rank(values, min(k, values.shape[1]), largest)
+    indices = torch.cat([kept.indices, block.indices + first], 1)
+    values = torch.cat([kept.values, block.values], 1)
+    return rank(values, min(k, values.shape[1]), largest, indices)
+
+
+def rank(values: Tensor, k: int, largest: bool, indices: Tensor | None = None) -> Ranked:
+    """Return the k largest or smallest of every row of ``values``, (m, n), the best first."""
+    best, where = values.topk(k, dim=1, largest=largest)
+    return Ranked(where if indices is None else indices.gather(1, where), best)

@@ -1,0 +1,90 @@
+"""What is known of the train set at one checkpoint, read in blocks of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lightning_trak.influence.training_time import TrainingTime
+
+_BLOCK_ROWS = 4096
+_BLOCK_SCORES = 2**26  # at most so many at once: 256 MiB
+CPU = torch.device("cpu")
+
+Array = npt.NDArray[Any]
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """An array of rows that is read once, in order, block by block, as one on the disk is."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, k)."""
+        ...
+
+    def blocks(self, size: int) -> Iterator[Array]:
+        """Yield all rows in order, ``size`` at a time."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainFeatures:
+    """The train set at one checkpoint.
+
+    Attributes:
+        features: Φ, (n, k), float32: an array, or `Rows`.
+        loss_grad: Q, (n,).
+        curvature: w, (n,).
+        training_time: for how long training went on; None where that is not known.
+        logistic: whether the loss is softplus(−f), see `is_logistic`.
+        n_trainable: the number of trainable parameters; 0 where that is not known.
+
+    Arrays must be writable, or mapped copy-on-write (``mmap_mode="c"``), for torch to read them in place.
+    """
+
+    features: Array | Rows
+    loss_grad: Array
+    curvature: Array
+    training_time: TrainingTime | None = None
+    logistic: bool = False
+    n_trainable: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, k)."""
+        n, k = self.features.shape
+        return n, k
+
+    def blocks(self, n_targets: int = 1, device: torch.device = CPU) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Yield (rows, Φ, Q, w) of all rows in order, so few that neither features nor scores of a block are large."""
+        size = block_size(n_targets)
+        cut = self.features.blocks(size) if isinstance(self.features, Rows) else _cut(self.features, size)
+        start = 0
+        for block in cut:
+            rows = slice(start, start + len(block))
+            arrays = (block, self.loss_grad[rows], self.curvature[rows])
+            features, loss_grad, curvature = (torch.from_numpy(np.asarray(array)).to(device) for array in arrays)
+            yield rows, features, loss_grad, curvature
+            start = rows.stop
+
+
+def block_size(n_targets: int) -> int:
+    """Return how many training examples are dealt with at once."""
+    return min(_BLOCK_ROWS, max(1, _BLOCK_SCORES // n_targets))
+
+
+def n_blocks(n_train: int, n_targets: int) -> int:
+    """Return how many blocks of rows the scores come in."""
+    return -(-n_train // block_size(n_targets))
+
+
+def _cut(array: Array, size: int) -> Iterator[Array]:
+    for start in range(0, len(array), size):
+        yield array[start : start + size]
