@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_trak.adaptation import Adaptation
 from lightning_trak.checks import (
     check_dependent,
     check_finite,
@@ -32,12 +31,19 @@ from lightning_trak.framework import (
     LightningModule,
     Trainer,
     framework_of,
-    is_oom_error,
     rank_zero_info,
     rank_zero_warn,
 )
 from lightning_trak.generators import kept_generators, kept_random_states
-from lightning_trak.gradients import EngineChoice, EngineUnsuitable, ModelFunction, batch_gradient
+from lightning_trak.gradients import (
+    Engine,
+    EngineUnsuitable,
+    LoopEngine,
+    ModelFunction,
+    Selector,
+    Trial,
+    check_gradients,
+)
 from lightning_trak.gradients.batch import same_tensors
 from lightning_trak.influence import is_logistic
 from lightning_trak.loss_projection import PER_SAMPLE_LOSS, LossProjection
@@ -50,6 +56,7 @@ from lightning_trak.weights import Weights
 Array = npt.NDArray[Any]
 
 _TRIED = 8  # examples of the first batch that are tried before training
+_FEW = 3  # examples that are tried later: an odd number, that no axis of a model is likely to have
 _SHOWN = 10  # examples named in a warning, at most
 
 _WITHOUT_AUGMENTATION = {
@@ -150,6 +157,10 @@ class Reports:
         if self._is_new(about):
             rank_zero_info(f"TRAKCallback: {' '.join(what.split())}")
 
+    def tell_once(self, what: str) -> None:
+        """Tell something, unless just that was told."""
+        self.tell(what, about=what)
+
     def warn(self, what: str, about: str) -> None:
         """Warn of something, once."""
         if self._is_new(about):
@@ -171,8 +182,7 @@ class FeaturizationLoop:
         parameters: names of the attributed parameters.
         projector: the family of projections.
         seed: with the checkpoint's digest it determines the projection.
-        gradients: ``"auto"`` or the name of an engine.
-        batch_size: None for that of the loader, or fewer if the memory is short.
+        selector: finds engine and batch size.
         examples: what the rows are, for messages: ``"train"`` or ``"target"``.
         reports: takes what the user is told.
     """
@@ -186,8 +196,7 @@ class FeaturizationLoop:
         parameters: Sequence[str],
         projector: Projector,
         seed: int,
-        gradients: str,
-        batch_size: int | None,
+        selector: Selector,
         examples: str,
         reports: Reports,
     ) -> None:
@@ -198,17 +207,7 @@ class FeaturizationLoop:
         self._parameters = list(parameters)
         self._projector = projector
         self._seed = seed
-        self._gradients = gradients
-        self._adaptation = Adaptation(
-            gradients,
-            projector,
-            batch_size or loader_batch_size(loader),
-            fixed=batch_size is not None,
-            n_examples=self.size,
-            read=lambda rows: self._read_once(rows, seed=0),
-            tell=reports.tell,
-            examples=examples,
-        )
+        self._selector = selector
         self._examples = examples
         self._loss_terms = LossTerms(module)
         self._label: Callable[[Any], Any] | None = None
@@ -240,51 +239,63 @@ class FeaturizationLoop:
         if label is not None:
             self._label = partial(self._function(load()).call, label)
 
-    def preflight(self, weights: Weights, digest: str | None = None) -> None:
-        """Try the first batch, so that what cannot work fails now with its reason, and not after hours of training.
+    def preflight(self, weights: Weights, digest: str = "", *, thorough: bool = False) -> None:
+        """Try a few examples, so that what cannot work fails now with its reason, and not after hours of training.
 
         Args:
             weights: of any checkpoint, to which the module may do what it likes.
             digest: their digest, if they are going to be used.
+            thorough: whether to try more of the first batch, and to look at all of its outputs.
 
         Raises:
             ValueError: if outputs have the wrong shape, do not depend on the parameters, depend on the rest of the
                 batch, or are not finite; or if the loss terms do not belong together.
         """
         with self._undisturbed(), ExitStack() as stack:
-            rows = range(min(self._adaptation.batch_size, _TRIED))
+            rows = range(min(self._largest, _TRIED if thorough else _FEW))
             batch = self._read_once(rows, seed=0)
             self.repeatable = self._is_repeatable(batch, self._read_once(rows, seed=1))
             function = self._function(weights)
             stack.enter_context(prepared(self._module, function.prepare))
             versions = versions_of(batch)
-            function.observe(batch)
+            outputs = self._try(function, batch, rows if thorough else rows[-1:], len(rows))
             check_unchanged(self._module, batch, versions)
-            outputs = self._try(function, batch, rows)
-            if self._examples == "train" and self._loss_terms.need_projection:
+            if self._examples != "train":
+                return
+            if self._loss_terms.need_projection:
                 losses = function.of(PER_SAMPLE_LOSS)
-                self._try(losses, batch, rows)
-                if self._gradients != "auto":  # of "auto", one of the engines can
-                    EngineChoice(self._gradients).choose(losses, batch, len(rows))
-            elif self._examples == "train":
+                self._try(losses, batch, rows if thorough else rows[-1:], len(rows))
+                if self._selector.gradients != "auto":  # of "auto", one of the engines can
+                    Selector(self._selector.gradients).choose(losses, batch, len(rows))
+            else:
                 self._check_loss(outputs, *self._loss_terms(function.call, batch, outputs), rows)
-            self._adaptation.prepare(function, digest)
-            rows = range(self._adaptation.batch_size)
-            with torch.no_grad(), suppress(torch.OutOfMemoryError):  # it will come in smaller batches
-                check_finite("model_output", function.output(self._read_once(rows, seed=0)), self._examples, rows)
+            engine = self._prepare(function, digest, projection_key(self._seed, digest))
+            if thorough:
+                rows = range(engine.batch_size or self._selector.batch_size(self._largest))
+                with suppress(torch.OutOfMemoryError, EngineUnsuitable):  # the selector will see to it
+                    batch = self._read_once(rows, seed=0)
+                    check_finite("model_output", function.output(batch).detach(), self._examples, rows)
+                    check_gradients(function, engine, batch, len(rows))
 
-    def _try(self, function: ModelFunction, batch: Any, rows: Sequence[int]) -> Tensor:
-        """Evaluate a method on the first batch and see whether it can be attributed; return what it gives."""
-        outputs, gradients = batch_gradient(function, batch)
-        check_size(self._module, outputs, len(rows), function.method)
-        check_dependent(self._module, gradients, function.method)
-        check_finite(function.method, outputs, self._examples, rows)
-        if self._gradients != "loop" and self.repeatable:
-            what = f"{type(self._module).__name__}.{function.method}"
-            for row in rows:
-                alone = function.differentiable_output(self._read_once([row], seed=0))
-                together = outputs[row : row + 1]
-                check_independent(what, together, alone, function.tolerance, self._examples, row)
+    def _try(self, function: ModelFunction, batch: Any, alone: Sequence[int], size: int) -> Tensor:
+        """Evaluate a method on a batch and see whether it can be attributed; return what it gives.
+
+        Args:
+            function: the model at some weights.
+            batch: the first examples.
+            alone: which of them must have the same output when they are alone.
+            size: their number.
+        """
+        outputs, method = function.observe(batch), function.method
+        check_size(self._module, outputs, size, method)
+        check_dependent(self._module, outputs, len(self._parameters), method)
+        outputs = outputs.detach()
+        check_finite(method, outputs, self._examples, range(size))
+        if self._selector.gradients != "loop" and self.repeatable:
+            for row in alone:
+                by_itself = function.observe(self._read_once([row], seed=0)).detach()
+                what, together = f"{type(self._module).__name__}.{method}", outputs[row : row + 1]
+                check_independent(what, together, by_itself, function.tolerance, self._examples, row)
         return outputs
 
     def run(
@@ -309,41 +320,17 @@ class FeaturizationLoop:
         """
         rows = [int(row) for row in rows]
         projection = self._projection()
-        done, engine, batch, size, adaptation = 0, None, None, 0, self._adaptation
-        with (
-            self._undisturbed(),
-            progress(self._trainer, description, len(rows)) as advance,
-            ExitStack() as stack,
-        ):
+        with self._undisturbed(), progress(self._trainer, description, len(rows)) as advance, ExitStack() as stack:
             function, key = self._function(weights), projection_key(self._seed, digest)
             stack.enter_context(prepared(self._module, function.prepare))
-            while done < len(rows):
-                full = False
-                try:
-                    if engine is None:
-                        device = self._trainer.strategy.root_device
-                        engine, unchecked = adaptation.engine(function, digest, key, device), True
-                    featurizer = Featurizer(function, engine, self._projector, key)
-                    for batch_rows, batch in self._read(rows[done:], engine.batch_size or adaptation.batch_size):
-                        size = len(batch_rows)
-                        receive(
-                            batch_rows,
-                            *self._featurize(featurizer, batch_rows, batch, check=unchecked, projection=projection),
-                        )
-                        unchecked = False
-                        done += size
-                        advance(size)
-                except EngineUnsuitable as error:
-                    if engine is None:
-                        raise
-                    engine, unchecked = adaptation.mend(engine, error, function, batch, size), True
-                except RuntimeError as error:
-                    out_of_memory = isinstance(error, torch.OutOfMemoryError) or is_oom_error(error)
-                    if not out_of_memory or not adaptation.can_halve(engine):
-                        raise
-                    full = True
-                if full:  # only now that nothing holds on to the batch
-                    adaptation.halve()
+
+            def featurize(engine: Engine, batch_rows: Sequence[int], batch: Any) -> None:
+                featurizer = Featurizer(function, engine, self._projector, key)
+                receive(batch_rows, *self._featurize(featurizer, batch_rows, batch, projection))
+                advance(len(batch_rows))
+
+            prepare = partial(self._prepare, function, digest, key)
+            self._selector.run(rows, self._largest, self._read, prepare, featurize, function)
         self._projector.forget()
         self._warn_of_nothing()
         return projection
@@ -360,14 +347,30 @@ class FeaturizationLoop:
             )
             self._reports.warn(what, about=what)
 
+    @property
+    def _largest(self) -> int:
+        """How many examples at a time, at most."""
+        return min(self._selector.given or loader_batch_size(self._loader), self.size)
+
+    def _prepare(self, function: ModelFunction, digest: str, key: int) -> Engine:
+        """Return the engine for a checkpoint."""
+
+        def trial() -> Trial:
+            size = min(_FEW, self.size)
+            batch, first = (self._read_once(range(number), seed=0) for number in (size, 1))
+            rehearsal = Featurizer(function, LoopEngine(), self._projector, key).rehearsal
+            return Trial(function, batch, size, first, rehearsal)
+
+        return self._selector.prepare(function, digest, trial, self._largest)
+
     def _undisturbed(self) -> AbstractContextManager[None]:
         return undisturbed(self._trainer, self._module, self._loader.dataset, self._loader.collate_fn)
 
     def _projection(self) -> LossProjection | None:
         if self._examples != "train" or not self._loss_terms.need_projection:
             return None
-        rows = range(min(_TRIED, self._adaptation.batch_size))
-        return LossProjection(self._gradients, lambda: (self._read_once(rows, seed=0), len(rows)))
+        size = min(_FEW, self.size)
+        return LossProjection(self._selector.gradients, lambda: (self._read_once(range(size), seed=0), size))
 
     def report(self, projection: LossProjection) -> None:
         """Say of the first checkpoint how Q was found by projection; and warn once of what is doubtful of any."""
@@ -376,9 +379,9 @@ class FeaturizationLoop:
             self._reports.warn(doubt, about=kind)
 
     def _featurize(
-        self, featurizer: Featurizer, rows: Sequence[int], batch: Any, *, check: bool, projection: LossProjection | None
+        self, featurizer: Featurizer, rows: Sequence[int], batch: Any, projection: LossProjection | None
     ) -> tuple[Array, Array, Array]:
-        result = (featurizer.checked if check else featurizer)(batch, len(rows))
+        result = featurizer(batch, len(rows))
         check_size(self._module, result.outputs, len(rows))
         check_finite("model_output", result.outputs, self._examples, rows)
         check_finite("the gradient of model_output", result.features.sum(1), self._examples, rows)

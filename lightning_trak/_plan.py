@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak._loop import FeaturizationLoop
 from lightning_trak.data import fingerprint
+from lightning_trak.gradients import Selector
 from lightning_trak.projection import make_projector, restore_projector
 from lightning_trak.weights import select_parameters
 
@@ -55,6 +56,7 @@ class Plan:
         self.n_params = sum(own[name].numel() for name in self.parameters)
         self.projector = make_projector(projector, proj_dim, self.n_params)
         self.seed = seed
+        self._selector = Selector(callback.gradients, callback.batch_size, callback.reports.tell_once)
 
     @property
     def proj_dim(self) -> int:
@@ -81,8 +83,7 @@ class Plan:
             parameters=self.parameters,
             projector=self.projector,
             seed=self.seed,
-            gradients=self._callback.gradients,
-            batch_size=self._callback.batch_size,
+            selector=self._selector,
             examples=examples,
             reports=self._callback.reports,
         )

@@ -182,7 +182,7 @@ class TRAKCallback(Callback):
             _check_limit(trainer, loader)
             plan = Plan(self, pl_module, parameters=self._parameters_to_be(trainer, pl_module))
             loop = plan.loop(trainer, pl_module, loader, "train")
-            loop.preflight(copy_of_weights(pl_module))
+            loop.preflight(copy_of_weights(pl_module), thorough=True)
             if trainer.fast_dev_run:
                 return  # nothing will be saved
             if self.overwrite and trainer.global_step == 0:

@@ -19,11 +19,11 @@ _LOOK = {  # what is likely to be wrong: of targets it is not the weights, at wh
 _STABLER = "or compute model_output in a stabler way, e.g. from logsumexp and not from log(softmax)."
 
 
-def check_dependent(module: Any, gradients: Sequence[Tensor | None], method: str = "model_output") -> None:
-    """Raise a ValueError if the gradients of all attributed parameters are None: the output depends on none."""
-    if all(gradient is None for gradient in gradients):
+def check_dependent(module: Any, outputs: Tensor, n_parameters: int, method: str = "model_output") -> None:
+    """Raise a ValueError if outputs that were computed with gradients depend on no attributed parameter."""
+    if not outputs.requires_grad:
         raise ValueError(
-            f"{type(module).__name__}.{method} does not depend on any of the {len(gradients)} attributed"
+            f"{type(module).__name__}.{method} does not depend on any of the {n_parameters} attributed"
             " parameters. Return the output without .detach(), .item(), torch.no_grad() or NumPy on its way, and"
             " let parameters=... select some that it uses."
         )

@@ -22,7 +22,6 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.connectors.data_connector import _DataHookSelector
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
-from lightning.pytorch.utilities.memory import is_oom_error
 from lightning.pytorch.utilities.model_helpers import is_overridden as _is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -48,7 +47,6 @@ __all__ = [
     "framework_of",
     "is_datamodule",
     "is_finetuning",
-    "is_oom_error",
     "is_overridden",
     "rank_zero_info",
     "rank_zero_warn",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.featurize import Features, Featurizer
-from lightning_trak.gradients import Engine, EngineChoice, EngineUnsuitable, NotPrepared
+from lightning_trak.gradients import Selector, Trial
 
 PER_SAMPLE_LOSS = "per_sample_loss"
 _LITTLE = 0.5  # of the loss's gradients: if less is along the output's, it is doubtful
@@ -68,16 +68,14 @@ class LossProjection:
         read: returns a few examples and their number, to prepare an engine on.
 
     Attributes:
-        engine: which engine differentiates the losses, and why.
         negative: whether w was taken of a negative loss.
     """
 
     def __init__(self, gradients: str, read: Callable[[], tuple[Any, int]]) -> None:
-        self._choice = EngineChoice(gradients)
+        self._selector = Selector(gradients)
         self._read = read
-        self._engine: Engine | None = None
         self._whole, self._left = 0.0, 0.0
-        self.engine, self.negative = "", False
+        self.negative = False
 
     def explained(self) -> float:
         """Return the part of the squared norms of all ∇L so far that is along ∇f; 1 where all are zero."""
@@ -104,7 +102,7 @@ class LossProjection:
         return projected_curvature(loss_grad, losses)
 
     def __str__(self) -> str:
-        return f"Q by projection, {self.engine}: {self._found()}"
+        return f"Q by projection, {self._selector}: {self._found()}"
 
     def doubts(self) -> dict[str, str]:
         """Return what the user should be warned of, by its kind."""
@@ -128,17 +126,10 @@ class LossProjection:
     def _featurized(self, featurizer: Featurizer, batch: Any, size: int) -> Features:
         """Featurize the losses of a batch, with another engine if one turns out not to suit them."""
         function = featurizer.function.of(PER_SAMPLE_LOSS)
-        examples = None
-        while True:
-            fresh = self._engine is None
-            engine = self._engine = self._engine or self._choice.choose(function, *(examples or self._read()))
-            if fresh:
-                self.engine = self._choice.report(engine)
-            own = featurizer.of(PER_SAMPLE_LOSS, engine)
-            try:
-                return (own.checked if fresh else own)(batch, size)
-            except NotPrepared:
-                examples, self._engine = (batch, size), None
-            except EngineUnsuitable as error:
-                self._choice.reject(engine, error)
-                self._engine = None
+        return self._selector.attempt(
+            function,
+            lambda: Trial(function, *self._read()),
+            batch,
+            size,
+            lambda engine: featurizer.of(PER_SAMPLE_LOSS, engine)(batch, size),
+        )

@@ -11,16 +11,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_trak.featurize import Featurizer
 from lightning_trak.gradients import (
-    EngineChoice,
     EngineUnsuitable,
     HooksEngine,
     LoopEngine,
     ModelFunction,
     NotPrepared,
+    Selector,
     VmapEngine,
+    check_gradients,
     layer_rule,
 )
-from lightning_trak.memory import peak_bytes
+from lightning_trak.gradients.memory import peak_bytes
 from lightning_trak.projection import FactoredProjector, IdentityProjector, RademacherProjector, SparseProjector
 from tests.benchmarks.models import LowRank
 
@@ -53,7 +54,9 @@ def function_of(model, weights=None):
 
 
 def featurize(function, engine, batch, projector=None):
-    return Featurizer(function, engine, projector or IdentityProjector(), key=1).checked(batch, len(batch)).features
+    if not isinstance(engine, LoopEngine):
+        check_gradients(function, engine, batch, len(batch))
+    return Featurizer(function, engine, projector or IdentityProjector(), key=1)(batch, len(batch)).features
 
 
 def assert_right(function, engine, batch, tolerance=1e-4):
@@ -82,7 +85,7 @@ def shifted(steps):
 @pytest.mark.parametrize("size", [1, 4, 5, 8])
 def test_an_argument_as_long_as_the_batch(steps, size):
     function, x = function_of(shifted(steps)), torch.randn(9, steps, 3)
-    engine = EngineChoice("auto").choose(function, x[:4], 4)
+    engine = Selector("auto").choose(function, x[:4], 4)
     assert_right(function, engine, x[:size])
 
 
@@ -111,7 +114,7 @@ def test_rows_sent_to_experts(experts, tokens, size):
     """Batch after batch: right, or refused, which makes another engine take over."""
     model = Model(lambda m, x: m.experts(x).tanh().sum((1, 2)), experts=Experts(experts))
     function, x = function_of(model), torch.randn(64, tokens, 3)
-    choice = EngineChoice("auto")
+    choice = Selector("auto")
     engine = choice.choose(function, x[:4], 4)
     for batch in x.split(size):
         while True:
@@ -193,9 +196,9 @@ def test_mixed_precision(case, projector):
     function, x = function_of(model), torch.randn(8, 20).to(inputs)
     function.observe(x)
     assert function.tolerance == 0.05
-    choice = EngineChoice("auto")
+    choice = Selector("auto")
     engine = choice.choose(function, x[:4], 4)
-    assert choice.report(engine) == "gradients by hooks"
+    assert str(choice) == "gradients by hooks"
     assert_right(function, engine, x, tolerance=0.05)
     assert featurize(function, engine, x, projector).isfinite().all()
 
@@ -209,7 +212,7 @@ def test_float32_adapters_on_a_bfloat16_backbone():
     model.frozen.requires_grad_(False)
     function, x = function_of(model), torch.randn(16, 20)
     assert set(function.parameters) == {"down.weight", "down.bias", "up.weight", "up.bias"}
-    engine = EngineChoice("auto").choose(function, x[:4], 4)
+    engine = Selector("auto").choose(function, x[:4], 4)
     assert_right(function, engine, x, tolerance=0.05)
 
 
@@ -220,7 +223,7 @@ def test_sparse_embedding_gradients(engine):
     x = torch.randint(0, 9, (6, 3))
     expected = featurize(function_of(dense, model.state_dict()), LoopEngine(), x)
     function = function_of(model)
-    found = featurize(function, EngineChoice(engine).choose(function, x[:4], 4), x)
+    found = featurize(function, Selector(engine).choose(function, x[:4], 4), x)
     torch.testing.assert_close(found, expected)
 
 
@@ -233,7 +236,7 @@ def test_two_layers_in_a_row_that_all_examples_share(leading):
 
     model = Model(output, one=nn.Linear(3, 3), position=nn.Embedding(5, 3), two=nn.Linear(3, 3))
     function, x = function_of(model), torch.randn(9, 5, 3)
-    engine = EngineChoice("auto").choose(function, x[:4], 4)
+    engine = Selector("auto").choose(function, x[:4], 4)
     assert isinstance(engine, HooksEngine)
     assert_right(function, engine, x)
 
@@ -254,7 +257,7 @@ def test_an_output_that_is_not_used():
 
     model = Model(lambda m, x: m.two(x)[1].cos().sum(1), two=Two())
     function, x = function_of(model), torch.randn(6, 3)
-    assert_right(function, EngineChoice("auto").choose(function, x[:4], 4), x)
+    assert_right(function, Selector("auto").choose(function, x[:4], 4), x)
 
 
 def test_a_rule_takes_types():
@@ -280,7 +283,7 @@ def test_a_rule_that_fails_is_an_error_that_names_the_layer():
 
     function, x = function_of(Model(lambda m, x: m.own(x).cos().sum(1), own=Own())), torch.randn(6, 3)
     with pytest.raises(ValueError, match=r"The rule for Own fails with .*Its input is \(4, 3\)"):
-        EngineChoice("auto").choose(function, x[:4], 4)
+        Selector("auto").choose(function, x[:4], 4)
 
 
 def test_modules_are_as_before_after_an_error_in_the_backward_pass():
@@ -330,7 +333,7 @@ def test_adapters_on_a_frozen_backbone_cost_what_adapters_cost():
     adapted.one, adapted.two = LowRank(adapted.one, 4), LowRank(adapted.two, 4)
     function = function_of(adapted)
     assert set(function.parameters) == {f"{part}.{side}.weight" for part in ("one", "two") for side in ("down", "up")}
-    engine = EngineChoice("auto").choose(function, x[:4], 4)
+    engine = Selector("auto").choose(function, x[:4], 4)
     ours = operations(lambda: engine(function, x, len(x), lambda rows, name, gradient: gradient.dense()))
     assert ours <= 1.001 * training(adapted) < 2 / 3 * training(build())
     assert_right(function, engine, x)

@@ -110,7 +110,7 @@ def memory(monkeypatch):
     asked = []
 
     def set_free(free):
-        monkeypatch.setattr("lightning_trak.memory.free_bytes", lambda device: asked.append(device) or free)
+        monkeypatch.setattr("lightning_trak.gradients.memory.free_bytes", lambda device: asked.append(device) or free)
         return asked
 
     return set_free
@@ -132,19 +132,17 @@ def messages_of_halving(*sizes):
 
 
 @pytest.mark.parametrize(
-    ("engine", "limit", "batch_size", "halved", "halved_for_targets"),
+    ("engine", "limit", "batch_size", "halved"),
     [
-        ("hooks", 7, 8, [4], []),
-        ("hooks", 3, 8, [4, 2], [3]),
-        ("vmap", 2, 9, [4, 2], [3, 1]),
-        ("hooks", 1, 9, [4, 2, 1], [3, 1]),
-        ("vmap", 8, 8, [], []),
-        ("hooks", 5, 100, [20, 10, 5], [3]),  # never more than there are
+        ("hooks", 7, 8, [4]),
+        ("hooks", 3, 8, [4, 2]),
+        ("vmap", 2, 9, [2]),  # three examples are tried first
+        ("hooks", 1, 9, [2, 1]),
+        ("vmap", 8, 8, []),
+        ("hooks", 5, 100, [20, 10, 5]),  # never more than there are
     ],
 )
-def test_batches_are_halved_until_they_fit(
-    tmp_path, run, wrap, said, written, engine, limit, batch_size, halved, halved_for_targets
-):
+def test_batches_are_halved_until_they_fit(tmp_path, run, wrap, said, written, engine, limit, batch_size, halved):
     root, expected = run
     wrap(engine, full_above(limit))
     scores, store = featurize(root, tmp_path, gradients=engine, batch_size=batch_size)
@@ -152,9 +150,8 @@ def test_batches_are_halved_until_they_fit(
     assert max(len(rows) for rows in written) == (halved or [batch_size])[-1] <= limit
     assert_same_store(store, FeatureStore(root / "store"))
     assert_same_scores(scores, expected)
-    # the loops of train set and targets each find out once, not at every checkpoint
-    told = [message for message in said() if "memory" in message]
-    assert told == messages_of_halving(*halved, *halved_for_targets)
+    # found out once, not at every checkpoint, and for train set and targets together
+    assert [message for message in said() if "memory" in message] == messages_of_halving(*halved)
 
 
 def test_batches_are_halved_in_fit(tmp_path, run, wrap, said, written):
@@ -173,13 +170,13 @@ def test_what_is_done_when_memory_runs_out_is_kept(tmp_path, run, wrap, written)
 
     def fails_once(size):
         sizes.append(size)
-        if len(sizes) == 3:
+        if sizes == [3, 8, 8, 8]:  # three examples are tried first
             raise torch.OutOfMemoryError("for once")
 
     wrap("hooks", fails_once)
     scores, store = featurize(root, tmp_path, batch_size=8)
     assert [len(rows) for rows in written] == [8, 8] + [4] * 6 + [4] * 10
-    assert sizes[: len(written) + 1] == [8, 8, 8] + [4] * 16  # nothing is computed again
+    assert sizes == [3, 8, 8, 8] + [4] * 6 + [3] + [4] * 10 + [4, 3] * 2  # nothing is computed again
     assert_each_row_once(written)
     assert_same_store(store, FeatureStore(root / "store"))
     assert_same_scores(scores, expected)
@@ -190,8 +187,7 @@ def test_one_example_that_does_not_fit(tmp_path, run, wrap, said, engine):
     wrap(engine, full_above(0))
     with pytest.raises(torch.OutOfMemoryError, match="1 examples do not fit"):
         featurize(run[0], tmp_path, gradients=engine, batch_size=4)
-    halvings = [] if engine == "loop" else [2, 1]
-    assert [message for message in said() if "memory" in message] == messages_of_halving(*halvings)
+    assert [message for message in said() if "memory" in message] == messages_of_halving(2)
     assert not any(entry.complete for entry in FeatureStore(tmp_path / "store"))
 
 
@@ -244,7 +240,7 @@ def test_batches_are_as_large_as_the_memory_allows(tmp_path, run, memory, said, 
         assert limited == ([] if largest[-1] == 8 else [what])
         assert_same_store(store, FeatureStore(root / "store"))
         assert_same_scores(scores, expected)
-        assert len(asked) == 2  # for the train set and for the targets, whatever the number of checkpoints
+        assert 1 <= len(asked) <= 3  # once for train set and targets together, whatever the number of checkpoints
         asked.clear()
         written.clear()
     assert largest == sorted(largest)
@@ -359,16 +355,13 @@ CHOSEN = {
 def test_the_engine_is_reported_once_a_fit_with_reasons(tmp_path, said, case):
     module, options, message = CHOSEN[case]
     trainer = fit(tmp_path, module=module, **options)
-    engines = [line for line in said() if "gradients by" in line]
-    assert len(engines) == 1
-    assert re.fullmatch(rf"TRAKCallback: {message} \(train examples\)\.", engines[0])
-    for _ in range(2):  # the stored features are looked at again before the targets
+    for _ in range(2):
         trainer.attribute()
     trainer.attribute_self()
-    (target,) = [line for line in said() if "gradients by" in line][1:]
-    assert re.fullmatch(rf"TRAKCallback: {message} \(target examples\)\.", target)
+    (engine,) = [line for line in said() if "gradients by" in line]
+    assert re.fullmatch(rf"TRAKCallback: {message}\.", engine)
     fit(tmp_path / "again", module=module, **options)
-    assert [line for line in said() if "gradients by" in line] == [*engines, target, *engines]
+    assert [line for line in said() if "gradients by" in line] == [engine] * 2
 
 
 @pytest.mark.parametrize(
@@ -403,7 +396,7 @@ def gives_up_at(number):
     return check
 
 
-@pytest.mark.parametrize("number", [1, 3, 6])
+@pytest.mark.parametrize("number", [2, 4, 6])
 def test_the_next_engine_goes_on(tmp_path, run, wrap, said, written, number):
     root, expected = run
     wrap("hooks", gives_up_at(number))
@@ -412,41 +405,40 @@ def test_the_next_engine_goes_on(tmp_path, run, wrap, said, written, number):
     assert [len(rows) for rows in written] == [8] * 10
     assert_same_store(store, FeatureStore(root / "store"))
     assert_same_scores(scores, expected)
-    assert [line for line in said() if "train examples" in line] == [
-        "TRAKCallback: gradients by hooks (train examples).",
-        "TRAKCallback: gradients by vmap; not hooks, as it is tired (train examples).",
+    assert [line for line in said() if "gradients by" in line] == [
+        "TRAKCallback: gradients by hooks.",
+        "TRAKCallback: gradients by vmap; not hooks, as it is tired.",
     ]
 
 
 def test_down_to_the_loop_in_fit(tmp_path, run, wrap, said, written):
-    wrap("hooks", gives_up_at(2))
-    wrap("vmap", gives_up_at(4))
+    wrap("hooks", gives_up_at(3))  # in the first batch that is featurized, after a trial and a whole batch
+    wrap("vmap", gives_up_at(6))  # it is tried on the way, and so is the loop
     fit(tmp_path, batch_size=8)
     assert_each_row_once(written)
     assert [len(rows) for rows in written] == [8] * 4 + [1] * 48
     assert_same_store(FeatureStore(tmp_path / "store"), FeatureStore(run[0] / "store"))
     assert [line for line in said() if "gradients by" in line] == [
-        "TRAKCallback: gradients by hooks (train examples).",
-        "TRAKCallback: gradients by vmap; not hooks, as it is tired (train examples).",
-        "TRAKCallback: gradients by loop; not hooks, as it is tired; not vmap, as it is tired (train examples).",
+        "TRAKCallback: gradients by hooks.",
+        "TRAKCallback: gradients by vmap; not hooks, as it is tired.",
+        "TRAKCallback: gradients by loop; not hooks, as it is tired; not vmap, as it is tired.",
     ]
 
 
 def test_for_the_targets_too(tmp_path, run, wrap, said):
     root, expected = run
-    wrap("hooks", gives_up_at(12))  # ten batches of the train set, one of the first checkpoint's targets
+    wrap("hooks", gives_up_at(13))  # two trials, ten batches of the train set, and then the targets
     scores, _ = featurize(root, tmp_path, batch_size=8)
     assert_same_scores(scores, expected)
     assert [line for line in said() if "gradients by" in line] == [
-        "TRAKCallback: gradients by hooks (train examples).",
-        "TRAKCallback: gradients by hooks (target examples).",
-        "TRAKCallback: gradients by vmap; not hooks, as it is tired (target examples).",
+        "TRAKCallback: gradients by hooks.",
+        "TRAKCallback: gradients by vmap; not hooks, as it is tired.",
     ]
 
 
 @pytest.mark.parametrize("gradients", ["hooks", "vmap"])
 def test_the_only_engine_that_may_be_taken_gives_up(tmp_path, run, wrap, written, gradients):
-    wrap(gradients, gives_up_at(3))
+    wrap(gradients, gives_up_at(4))
     message = rf"At checkpoint .*gradients='{gradients}' cannot differentiate this model: it is tired.*'auto'"
     with pytest.raises(ValueError, match=message):
         featurize(run[0], tmp_path, gradients=gradients, batch_size=8)
@@ -512,7 +504,7 @@ def fit_shifted(root, rule, **options):
     ("rule", "featurize_on"), [*((rule, "save") for rule in RULES), ("the wrong examples", "fit_end")]
 )
 def test_a_wrong_rule_is_noticed_in_fit(tmp_path, written, rule, featurize_on):
-    with pytest.warns(UserWarning, match=r"gradients of net\.5\.shift do not add up.*layer_rule.*'vmap' or 'loop'"):
+    with pytest.raises(ValueError, match=r"gradients of net\.5\.shift do not add up.*layer_rule.*'vmap' or 'loop'"):
         fit_shifted(tmp_path, RULES[rule], featurize_on=featurize_on)
     assert written == []
 
@@ -524,7 +516,7 @@ def test_a_wrong_rule_is_noticed_in_attribute(tmp_path, written, projector):
     fit_shifted(tmp_path, lambda grad: grad, **options)
     layer_rule(Shift)(lambda layer, call: {"shift": RULES["the wrong examples"](call.grad)})
     written.clear()
-    with pytest.raises(ValueError, match=r"At checkpoint .* gradients of net\.5\.shift do not add up"):
+    with pytest.raises(ValueError, match=r"gradients of net\.5\.shift do not add up"):
         featurize(tmp_path, tmp_path / "wrong", module=Shifted, **options)
     assert written == []
     _, store = featurize(tmp_path, tmp_path / "wrong", module=Shifted, gradients="vmap", **options)  # as is advised
@@ -532,10 +524,11 @@ def test_a_wrong_rule_is_noticed_in_attribute(tmp_path, written, projector):
 
 
 @pytest.mark.usefixtures("_restored_rules")
-def test_a_wrong_rule_is_noticed_at_the_targets(tmp_path):
-    trainer = fit_shifted(tmp_path, lambda grad: grad.roll(1, 0) if len(grad) == 3 else grad)  # targets come in threes
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_a_rule_that_is_wrong_for_batches_of_one_size_is_noticed(tmp_path, size):
+    """Tried are three examples, and a whole batch."""
     with pytest.raises(ValueError, match=r"gradients of net\.5\.shift do not add up"):
-        trainer.attribute()
+        fit_shifted(tmp_path, lambda grad: grad + 1 if len(grad) == size else grad, batch_size=1 if size == 1 else 8)
 
 
 @pytest.mark.usefixtures("_restored_rules")
@@ -551,8 +544,8 @@ def test_every_checkpoint_is_checked(tmp_path, written):
 
 
 @pytest.mark.usefixtures("_restored_rules")
-def test_the_first_batch_is_checked_again_after_memory_ran_out(tmp_path, wrap, written):
-    wrap("hooks", full_above(5))
-    with pytest.warns(UserWarning, match=r"gradients of net\.5\.shift do not add up"):
+def test_gradients_are_checked_where_memory_runs_out(tmp_path, wrap, written):
+    wrap("hooks", full_above(1))
+    with pytest.raises(ValueError, match=r"gradients of net\.5\.shift do not add up"):
         fit_shifted(tmp_path, lambda grad: -grad, batch_size=8)
     assert written == []

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_trak.memory import fitting_batch_size, free_bytes, peak_bytes
+from lightning_trak.gradients.memory import fitting_batch_size, free_bytes, peak_bytes
 
 CPU = torch.device("cpu")
 KB4 = 1000  # elements of 4 bytes: a tensor of 4000 bytes
@@ -151,7 +151,7 @@ def files(monkeypatch):
                 raise FileNotFoundError(self.path)
             return found[self.path]
 
-    monkeypatch.setattr("lightning_trak.memory.Path", Path)
+    monkeypatch.setattr("lightning_trak.gradients.memory.Path", Path)
     return found
 
 
@@ -212,7 +212,7 @@ def work(size):
 
 
 def fitting(monkeypatch, free, largest=10**6, run=work):
-    monkeypatch.setattr("lightning_trak.memory.free_bytes", lambda device: free)
+    monkeypatch.setattr("lightning_trak.gradients.memory.free_bytes", lambda device: free)
     return fitting_batch_size(run, largest, CPU)
 
 
@@ -285,16 +285,17 @@ def test_what_the_first_run_keeps_is_not_free(monkeypatch):
         return work(size)
 
     monkeypatch.setattr(
-        "lightning_trak.memory.free_bytes", lambda device: 10**6 + 2 * (FIXED + 20 * EACH) - sum(map(len, cache))
+        "lightning_trak.gradients.memory.free_bytes",
+        lambda device: 10**6 + 2 * (FIXED + 20 * EACH) - sum(map(len, cache)),
     )
     assert fitting_batch_size(run, 1000, CPU) == 20
 
 
 def test_the_device_is_asked_for(monkeypatch):
     asked = SimpleNamespace(free=[], peak=[])
-    monkeypatch.setattr("lightning_trak.memory.free_bytes", lambda device: asked.free.append(device) or 1000)
+    monkeypatch.setattr("lightning_trak.gradients.memory.free_bytes", lambda device: asked.free.append(device) or 1000)
     monkeypatch.setattr(
-        "lightning_trak.memory.peak_bytes",
+        "lightning_trak.gradients.memory.peak_bytes",
         lambda run, device: asked.peak.append(device) or (run(), 10 * len(asked.peak))[1],
     )
     device = torch.device("cuda", 3)

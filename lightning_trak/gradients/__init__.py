@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from lightning_trak.gradients.choice import ENGINES, EngineChoice
+from lightning_trak.gradients.check import GradientsDiffer, check_gradients
 from lightning_trak.gradients.engine import Engine, EngineUnsuitable, NotPrepared, Sink
 from lightning_trak.gradients.function import ModelFunction
 from lightning_trak.gradients.gradient import ConvGradient, DenseGradient, Gradient, OuterGradient, RowsGradient
 from lightning_trak.gradients.hooks import HooksEngine
 from lightning_trak.gradients.loop import LoopEngine, batch_gradient
 from lightning_trak.gradients.rules import LayerCall, layer_rule
+from lightning_trak.gradients.selector import ENGINES, Selector, Trial
 from lightning_trak.gradients.vmap import VmapEngine
 
 __all__ = [
@@ -16,9 +17,9 @@ __all__ = [
     "ConvGradient",
     "DenseGradient",
     "Engine",
-    "EngineChoice",
     "EngineUnsuitable",
     "Gradient",
+    "GradientsDiffer",
     "HooksEngine",
     "LayerCall",
     "LoopEngine",
@@ -26,8 +27,11 @@ __all__ = [
     "NotPrepared",
     "OuterGradient",
     "RowsGradient",
+    "Selector",
     "Sink",
+    "Trial",
     "VmapEngine",
     "batch_gradient",
+    "check_gradients",
     "layer_rule",
 ]

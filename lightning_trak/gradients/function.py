@@ -162,21 +162,21 @@ class ModelFunction:
             for part, lists in zip(recurrent, own, strict=True):
                 vars(part).update(lists)
 
-    def observe(self, batch: Any) -> None:
-        """Find out how exact its numbers are: what part of it computes in less than float32 sets the `tolerance`."""
+    def observe(self, batch: Any) -> Tensor:
+        """Return the outputs, and note how exact they are: a part in less than float32 sets the `tolerance`.
+
+        Computed are they as where gradients are needed: modules have faster ways, not quite the same.
+        """
+        leaves = {name: value.detach().requires_grad_() for name, value in self.parameters.items()}
         with _Dtypes() as seen:
-            self.output(batch)
+            outputs = self.output(batch, leaves)
         if seen.dtypes & _HALF:
             self.tolerance = _COARSE
+        return outputs
 
     def output(self, batch: Any, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return ``model_output(batch)``, shape (b,)."""
         return self.call(self.model_output, batch, parameters=parameters)  # type: ignore[no-any-return]
-
-    def differentiable_output(self, batch: Any) -> Tensor:
-        """Return the outputs computed as where gradients are needed: modules have faster ways, not quite the same."""
-        leaves = {name: value.detach().requires_grad_() for name, value in self.parameters.items()}
-        return self.output(batch, leaves).detach()
 
     def model_output(self, batch: Any) -> Tensor:
         """Return the module's own ``model_output(batch)``, its form checked; to be called through `call`."""

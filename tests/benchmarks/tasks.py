@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning_trak import ContrastiveMixin
-from lightning_trak.gradients import EngineChoice, ModelFunction
+from lightning_trak.gradients import ModelFunction, Selector
 from tests.benchmarks.features import Case, measure
 from tests.benchmarks.measuring import print_table
 from tests.benchmarks.models import MODELS
@@ -46,4 +46,4 @@ def _engine(key: str, module: Any) -> str:
         module.prepare_checkpoint()
     batch = next(iter(MODELS[key].loader(4)))
     function = ModelFunction(module, module.state_dict(), [name for name, _ in module.named_parameters()])
-    return str(EngineChoice("auto").choose(function, batch, 4))
+    return str(Selector("auto").choose(function, batch, 4))

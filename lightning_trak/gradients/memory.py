@@ -15,26 +15,47 @@ from torch.utils._pytree import tree_leaves
 _SHARE = 0.5  # of what is free: other processes, and what operations need inside, want some too
 
 
-def fitting_batch_size(run: Callable[[int], object], largest: int, device: torch.device) -> int:
+def fitting_batch_size(run: Callable[[int], object], largest: int, device: torch.device, tried: int = 4) -> int:
     """Return the largest batch size, up to ``largest``, for which the free memory is enough.
 
     Args:
-        run: does the work for a small batch of the given size, at most 4.
+        run: does the work for a small batch, of 1 example or of ``tried``.
         largest: the upper bound.
         device: where the work is done.
+        tried: how many examples are tried.
 
     >>> fitting_batch_size(lambda size: torch.ones(size, 10), largest=32, device=torch.device("cpu"))
     32
     """
-    if largest <= 4 or free_bytes(device) is None:
+    if largest <= tried or free_bytes(device) is None:
         return largest
     try:
-        run(4)  # what is kept from batch to batch is there from now on
-        one, four = (peak_bytes(lambda size=size: run(size), device) for size in (1, 4))  # type: ignore[misc]
+        run(tried)  # what is kept from batch to batch is there from now on
+        one, more = (peak_bytes(lambda size=size: run(size), device) for size in (1, tried))  # type: ignore[misc]
     except torch.OutOfMemoryError:
-        return 2
-    per_example, free = max(1.0, (four - one) / 3), free_bytes(device) or 0
+        return max(1, tried // 2)
+    per_example, free = max(1.0, (more - one) / (tried - 1)), free_bytes(device) or 0
     return int(min(largest, max(1, (_SHARE * free - max(0, one - per_example)) // per_example)))
+
+
+def surely_fits(n_bytes: float, device: torch.device) -> bool:
+    """Say whether there is room for so much, as far as is known.
+
+    >>> surely_fits(1, torch.device("cpu"))
+    True
+    """
+    free = free_bytes(device)
+    return free is None or n_bytes <= _SHARE * free
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error tells that a device ran out of memory, by its type or in words.
+
+    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 TB"))
+    True
+    """
+    words = ("out of memory", "can't allocate memory", "CUDNN_STATUS_NOT_SUPPORTED", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:

@@ -1,0 +1,71 @@
+"""Whether per-sample gradients are right: they must add up to autograd's gradient of the whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lightning_trak.gradients.engine import Engine, Sink
+from lightning_trak.gradients.function import ModelFunction
+from lightning_trak.gradients.gradient import Gradient
+from lightning_trak.gradients.loop import batch_gradient
+
+_ROUNDING = 1e-2  # of the tolerance: gradients that cancel, as a bias's before a norm, are compared with all others
+
+
+class GradientsDiffer(ValueError):
+    """Per-sample gradients do not add up to autograd's."""
+
+
+def check_gradients(
+    function: ModelFunction, engine: Engine, batch: Any, size: int, sink: Sink = lambda *_: None
+) -> None:
+    """Compare an engine's gradients with autograd's, weighted with random numbers v.
+
+    Σᵢ vᵢ ∇θ f(zᵢ) must be ∇θ Σᵢ vᵢ f(zᵢ), for every parameter: then no use of it was missed, and every part of its
+    gradient went to the example that it belongs to.
+
+    Args:
+        function: the model at some weights.
+        engine: is prepared.
+        batch: a few examples.
+        size: their number.
+        sink: takes the gradients, too.
+
+    Raises:
+        GradientsDiffer: if they differ; the parameter is named.
+    """
+    names = list(function.parameters)
+    weights = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(function.parameters[names[0]].device)
+    _, expected = batch_gradient(function, batch, weights)
+    difference = {
+        name: torch.zeros_like(function.parameters[name]).float() if gradient is None else gradient.float()
+        for name, gradient in zip(names, expected, strict=True)
+    }
+    norms = {name: gradient.norm().item() for name, gradient in difference.items()}
+    squares = dict.fromkeys(names, 0.0)
+
+    def compare(rows: slice, name: str, gradient: Gradient) -> None:
+        for row in range(gradient.size):
+            part = gradient[row : row + 1].weighted_sum(weights[rows][row : row + 1])
+            squares[name] += part.square().sum().item()
+            difference[name] = difference[name] - part
+        sink(rows, name, gradient)
+
+    outputs = engine(function, batch, size, compare)
+    if not bool(torch.isfinite(outputs).all()) or not all(map(_is_finite, squares.values())):
+        return  # which examples are to blame is said when they are featurized
+    rounding = _ROUNDING * function.tolerance * sum(squares.values()) ** 0.5
+    for name, norm in norms.items():
+        found = difference[name].norm().item()
+        if not found <= function.tolerance * (squares[name] ** 0.5 + norm) + rounding:
+            raise GradientsDiffer(
+                f"The per-sample gradients of {name} do not add up to its gradient over the batch: they differ by"
+                f" {found:.3g}, of {norm:.3g}, with gradients='{engine}'. A layer_rule is wrong, or {function.method}"
+                " depends on more than the example. Use gradients='vmap' or 'loop'."
+            )
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) < float("inf")
