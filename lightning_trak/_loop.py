@@ -47,7 +47,7 @@ from lightning_trak.gradients import (
 from lightning_trak.gradients.batch import same_tensors
 from lightning_trak.influence import is_logistic
 from lightning_trak.loss_projection import PER_SAMPLE_LOSS, LossProjection
-from lightning_trak.module import LossTerms, own_method, prepared
+from lightning_trak.module import LossTerms, numbered, own_method, prepared
 from lightning_trak.module_state import ModuleState, others_frozen, unchanged
 from lightning_trak.progress import progress
 from lightning_trak.projection import Projector, projection_key
@@ -252,11 +252,11 @@ class FeaturizationLoop:
                 batch, or are not finite; or if the loss terms do not belong together.
         """
         with self._undisturbed(), ExitStack() as stack:
+            function = self._function(weights)
+            stack.enter_context(prepared(self._module, function.prepare))
             rows = range(min(self._largest, _TRIED if thorough else _FEW))
             batch = self._read_once(rows, seed=0)
             self.repeatable = self._is_repeatable(batch, self._read_once(rows, seed=1))
-            function = self._function(weights)
-            stack.enter_context(prepared(self._module, function.prepare))
             versions = versions_of(batch)
             outputs = self._try(function, batch, rows if thorough else rows[-1:], len(rows))
             check_unchanged(self._module, batch, versions)
@@ -416,8 +416,10 @@ class FeaturizationLoop:
         return ModelFunction(self._module, weights, self._parameters, device, plugin.convert_input)
 
     def _read(self, rows: Sequence[int], batch_size: int, num_workers: int | None = None) -> Iterator[tuple[Any, Any]]:
-        batches = read_batches(self._trainer, self._module, self._loader, rows, batch_size, num_workers)
-        return batches if self._label is None else ((rows, self._label(batch)) for rows, batch in batches)
+        dataset = None if self._examples == "train" else self._loader.dataset
+        for own, batch in read_batches(self._trainer, self._module, self._loader, rows, batch_size, num_workers):
+            labelled = batch if self._label is None else self._label(batch)
+            yield own, numbered(self._module, labelled, own, dataset)
 
     def _read_once(self, rows: Sequence[int], seed: int) -> Any:
         seed_all(seed)

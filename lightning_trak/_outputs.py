@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from lightning_trak._loop import attached
 from lightning_trak.checks import check_size
 from lightning_trak.data import read_batches
-from lightning_trak.module import prepared
+from lightning_trak.gradients.batch import with_numbers_told
+from lightning_trak.module import numbered, prepared
 from lightning_trak.module_state import unchanged
 
 
@@ -24,19 +25,20 @@ def model_outputs(
     find_loader: Callable[[], DataLoader[Any]],
 ) -> Tensor:
     """Return the model output of every example, (m,), as in ``predict``: in eval mode, without gradients."""
+
+    def call(method: Callable[..., Any], *args: Any) -> Any:
+        """Call a method of the module at its own weights."""
+        with with_numbers_told(module, args) as plain:
+            return method(*plain)
+
     with attached(trainer, module, datamodule), ExitStack() as stack:
         loader = find_loader()  # may let the module set itself up
-        for context in (unchanged(module), prepared(module, _call), torch.no_grad()):
+        for context in (unchanged(module), prepared(module, call), torch.no_grad()):
             stack.enter_context(context)
         rows = range(len(loader.dataset))  # type: ignore[arg-type]
         outputs = torch.zeros(len(rows))
         for batch_rows, batch in read_batches(trainer, module, loader, rows):
-            values = module.model_output(batch)
+            values = call(module.model_output, numbered(module, batch, batch_rows, loader.dataset))
             check_size(module, values, len(batch_rows))
             outputs[batch_rows] = values.float().cpu()
     return outputs
-
-
-def _call(method: Callable[..., Any], *args: Any) -> Any:
-    """Call a method of the module at its own weights."""
-    return method(*args)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from lightning_trak.gradients.batch import fresh
+from lightning_trak.gradients.batch import NumberedBatch, fresh
 from lightning_trak.module_state import ModuleState, unchanged
 
 
@@ -28,6 +28,9 @@ class TRAKMixin:
     A module that merely defines ``model_output`` works without the mixin. Park et al., "TRAK: Attributing Model
     Behavior at Scale", ICML 2023, arXiv 2303.14186.
 
+    Attributes:
+        example_numbers: what `number_examples` returned for the batch in hand; None where rows are unknown.
+
     >>> class Logistic(TRAKMixin, torch.nn.Linear):
     ...     def model_output(self, batch):
     ...         x, sign = batch
@@ -37,6 +40,8 @@ class TRAKMixin:
     >>> model.out_to_loss_grad(batch), model.out_to_loss_curvature(batch)
     (tensor([0.5000]), tensor([0.2500]))
     """
+
+    example_numbers: Tensor | None = None
 
     def prepare_checkpoint(self) -> None:
         """Compute what ``model_output`` needs of every checkpoint, once, at its weights.
@@ -61,6 +66,18 @@ class TRAKMixin:
         It is called at the weights of the last checkpoint, so that at all checkpoints the same is attributed.
         """
         return batch
+
+    def number_examples(self, rows: Sequence[int], dataset: Any | None = None) -> Tensor | None:
+        """Return what ``model_output`` is to know of which examples a batch has, (b, ...): a batch tells no rows.
+
+        It is `example_numbers` while a method is called with these examples, or with one of them. It is called after
+        ``prepare_checkpoint``. Optional.
+
+        Args:
+            rows: of the examples.
+            dataset: what they are rows of; None for the train set.
+        """
+        return None
 
     def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
         """Return the training loss of every example as a function of its model output, (b,) → (b,).
@@ -165,6 +182,12 @@ def prepared(module: Any, call: Callable[..., Any]) -> Iterator[None]:
             yield
     finally:
         state.restore()
+
+
+def numbered(module: Any, batch: Any, rows: Sequence[int], dataset: Any | None) -> Any:
+    """Return a batch with the numbers of its examples, if the module asks for them; see `TRAKMixin.number_examples`."""
+    number_examples = own_method(module, "number_examples")
+    return batch if number_examples is None else NumberedBatch(batch, number_examples(rows, dataset))
 
 
 class LossTerms:

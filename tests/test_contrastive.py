@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 
-from lightning_trak import ContrastiveMixin, TRAKCallback
+from lightning_trak import ContrastiveMixin, TRAKCallback, retrain_subsets
+from lightning_trak.tasks.contrastive import _Members
 
 N, M, SIZE = 30, 5, 12
 
@@ -62,9 +63,11 @@ class Data(L.LightningDataModule):
 
 def margins_by_loop(module, batch, contrast):
     """m₁ and m₂, pair by pair and term by term."""
-    module, scale = copy.deepcopy(module).double(), module.logit_scale.double().exp()
+    module = module if module.logit_scale.dtype == torch.float64 else copy.deepcopy(module).double()
     u, v = (F.normalize(half, dim=1) for half in module.get_embeddings([half.double() for half in batch]))
-    others_u, others_v = (F.normalize(half, dim=1) for half in module.get_embeddings([h.double() for h in contrast]))
+    others = module.get_embeddings([half.double() for half in contrast])
+    others_u, others_v = (F.normalize(half, dim=1).detach() for half in others)
+    scale = module.logit_scale.exp()
     first = [-torch.log(sum(torch.exp(scale * (a @ (w - b))) for w in others_v)) for a, b in zip(u, v, strict=True)]
     second = [-torch.log(sum(torch.exp(scale * (b @ (w - a))) for w in others_u)) for a, b in zip(u, v, strict=True)]
     return torch.stack(first), torch.stack(second)
@@ -100,18 +103,29 @@ def test_the_loss_of_a_batch_is_that_of_clip(prepared_module):
     torch.testing.assert_close(prepared_module.batch_loss(batch), prepared_module.training_step(batch, 0))
 
 
+def margins_without(module, pair, contrast, place):
+    """m₁ and m₂ of one pair; that at ``place`` in the contrast set, if there is one, is left out of the sums."""
+    others = [half[torch.arange(len(half)) != place] for half in contrast]
+    return torch.cat(margins_by_loop(module, pair, others))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_pair_is_not_among_its_own_others(prepared_module, dtype):
-    """Nor is one that is the same in both halves; one of which either half is the same is."""
+    """By its number alone: a copy is another."""
     images, texts = (half.to(dtype) for half in pairs(SIZE, 2))
+    images[7], texts[7] = images[1], texts[1]
     prepared_module.to(dtype).get_contrast_batch = lambda: [images, texts]
     prepared_module.prepare_checkpoint()
-    others = [torch.cat([images[:3], images[:1]]), torch.cat([texts[:3], texts[1:2]])]  # three members, and a mixture
-    for row in range(4):
-        rest = [half[torch.arange(SIZE) != row] if row < 3 else half for half in (images, texts)]
-        first, second = margins_by_loop(prepared_module, [half[row : row + 1] for half in others], rest)
-        output = prepared_module.model_output([half[row : row + 1] for half in others])
-        torch.testing.assert_close(output.double(), first + second, rtol=1e-4, atol=1e-5)
+    for place in (0, 1, 7, -1):
+        pair = [half[place : place + 1] if place >= 0 else half[2:3] for half in (images, texts)]
+        prepared_module.example_numbers = torch.tensor([place])
+        expected = margins_without(prepared_module, pair, (images, texts), place).sum(0, keepdim=True)
+        torch.testing.assert_close(prepared_module.model_output(pair).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_contrast_set_from_elsewhere_has_no_rows(prepared_module):
+    assert prepared_module.number_examples([0, 1]).tolist() == [-1, -1]
+    assert prepared_module.example_numbers is None
 
 
 class Augmented(Data):
@@ -136,42 +150,178 @@ def test_the_contrast_set_is_not_augmented(tmp_path):
     assert torch.equal(first, second)
 
 
+ROWS = torch.randperm(N, generator=torch.Generator().manual_seed(0))[:SIZE].tolist()  # of the contrast set
+OTHERS = [row for row in range(N) if row not in ROWS]
+COPIES = {ROWS[3]: ROWS[1], OTHERS[0]: ROWS[2]}  # train rows with the content of another, in the contrast set and not
+
+
+def train_pairs():
+    halves = pairs(N, 0)
+    for half in halves:
+        for row, original in COPIES.items():
+            half[row] = half[original]
+    return halves
+
+
+class Copies(Data):
+    """Duplicates in the train set, and train examples among the targets."""
+
+    drawn = (ROWS[1], OTHERS[1], ROWS[5])  # of a content that is twice in the contrast set, not there, and once
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(*train_pairs()), batch_size=10, shuffle=True)
+
+    def predict_dataloader(self):
+        halves = zip(pairs(M, 1), train_pairs(), strict=True)
+        return DataLoader(TensorDataset(*(torch.cat([own, train[[*self.drawn]]]) for own, train in halves)), 5)
+
+
+def fit(tmp_path, module, data, **options):
+    saving = ModelCheckpoint(tmp_path / "files", save_top_k=-1)
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[saving, TRAKCallback(tmp_path / "store", damping=0.1, **options)],
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    return trainer
+
+
 @pytest.fixture
 def run(tmp_path):
     """Train, and attribute with exact gradients."""
-    saving = ModelCheckpoint(tmp_path / "files", save_top_k=-1)
-    trak = TRAKCallback(tmp_path / "store", projector="identity", damping=0.1)
-    trainer = L.Trainer(
-        default_root_dir=tmp_path, max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[saving, trak],
-    )  # fmt: skip
     module = Pairs()
-    trainer.fit(module, datamodule=Data())
-    return trainer, module, tmp_path
+    return fit(tmp_path, module, Data(), projector="identity"), module, tmp_path
 
 
-def test_whole_attribution_against_a_float64_reference(run):
-    trainer, module, tmp_path = run
-    scores = trainer.attribute(datamodule=Data()).scores
-    rows = torch.randperm(N, generator=torch.Generator().manual_seed(0))[:SIZE]
-    contrast = [half[rows] for half in pairs(N, 0)]
+@pytest.mark.parametrize("gradients", ["hooks", "vmap", "loop"])
+def test_whole_attribution_against_a_float64_reference(tmp_path, gradients):
+    module = Pairs()
+    trainer = fit(tmp_path, module, Copies(), projector="identity", gradients=gradients, batch_size=7)
+    scores = trainer.attribute(datamodule=Copies()).scores
+    contrast = [half[ROWS] for half in train_pairs()]
+    places = [ROWS.index(row) if row in ROWS else -1 for row in range(N)]
+    target_places = [-1] * M + [1, -1, 5]
+    targets = Copies().predict_dataloader().dataset.tensors
     expected = 0
     for path in sorted((tmp_path / "files").iterdir()):
         module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
         reference = copy.deepcopy(module).double()
-        reference.get_contrast_batch = lambda: [half.double() for half in contrast]
-        reference.prepare_checkpoint()
-        phi = {}
-        for name, data in (("train", pairs(N, 0)), ("targets", pairs(M, 1))):
-            outputs = reference.model_output([half.double() for half in data])
-            gradients = [torch.autograd.grad(f, list(reference.parameters()), retain_graph=True) for f in outputs]
-            phi[name] = np.array([np.concatenate([part.flatten() for part in gradient]) for gradient in gradients])
-        batch = [half.double() for half in pairs(N, 0)]
-        q, w = reference.out_to_loss_grad(batch).numpy(), reference.out_to_loss_curvature(batch).numpy()
+        phi, margins = {}, {}
+        for name, data, own in (("train", train_pairs(), places), ("targets", targets, target_places)):
+            found = [
+                margins_without(reference, [half[i : i + 1] for half in data], contrast, place)
+                for i, place in enumerate(own)
+            ]
+            gradients_ = [torch.autograd.grad(both.sum(), list(reference.parameters())) for both in found]
+            phi[name] = np.array([np.concatenate([part.flatten() for part in gradient]) for gradient in gradients_])
+            margins[name] = torch.stack(found).detach()
+        p = margins["train"].sigmoid().numpy()
+        q, w = (2 - p.sum(1)) / 4, (p * (1 - p)).sum(1) / 8
         kernel = phi["train"].T @ np.diag(w) @ phi["train"]
         kernel += 0.1 * np.mean(np.diag(kernel)) * np.eye(len(kernel))
         expected = expected + (phi["train"] * q[:, None]) @ np.linalg.solve(kernel, phi["targets"].T) / 2
     np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+class Deep(Pairs):
+    """Towers that map everything to almost the same place at initialisation."""
+
+    def __init__(self):
+        super().__init__()
+        for name, width in (("image", 4), ("text", 3)):
+            deeper = [layer for _ in range(20) for layer in (nn.Linear(8, 8), nn.ReLU())]
+            setattr(self, name, nn.Sequential(nn.Linear(width, 8), nn.ReLU(), *deeper, nn.Linear(8, 3)))
+
+
+@pytest.mark.parametrize("gradients", ["hooks", "vmap", "loop"])
+def test_training_starts_where_all_pairs_look_the_same(tmp_path, gradients):
+    module = Deep()
+    for half in module._directions(pairs(N, 0)):
+        assert (half @ half.T).min() > 1 - torch.finfo(torch.float32).eps ** 0.5  # no cosine tells pairs apart
+    trainer = fit(tmp_path, module, Data(), proj_dim=16, projector="sparse", gradients=gradients)
+    assert trainer.attribute(datamodule=Data()).scores.isfinite().all()
+    assert trainer.attribute_self(datamodule=Data()).isfinite().all()
+
+
+class Example:
+    """Of a type that does not tell its value."""
+
+
+def places(train, rows, dataset=None, targets=()):
+    return _Members(train, rows).places(targets, dataset)
+
+
+def test_training_examples_are_told_by_row():
+    train = [1.0, 2.0, 1.0, 3.0]
+    assert places(train, [3, 0], None, range(4)) == [1, -1, -1, 0]  # row 2 is a copy of row 0, and another pair
+    assert places(train, [3, 0], train, range(4)) == [1, -1, -1, 0]
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        [1.0, 2.0, 1.0, 3.0],
+        [{"tokens": torch.arange(n % 3), "text": "ab"[n // 3 :]} for n in (1, 2, 1, 3)],  # padded when collated
+        [(np.ones(2), n % 3) for n in (1, 2, 1, 3)],
+    ],
+)
+def test_targets_are_told_by_content(train):
+    targets = [*copy.deepcopy(train), "another"]
+    assert places(train, [3, 2, 0], targets, [4, 0, 2, 1, 3]) == [-1, 1, 1, -1, 0]
+    assert places(train, [3, 2, 0], Subset(train, [1, 2]), [0, 1]) == [-1, 1]
+
+
+def test_examples_without_a_value_are_never_the_same():
+    assert places([Example()], [0], [Example(), [Example()]], [0, 1]) == [-1, -1]
+
+
+def test_reading_targets_draws_no_random_numbers():
+    class Augmented:
+        def __getitem__(self, row):
+            return torch.rand(2), np.random.rand()
+
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    assert places(Augmented(), [0, 1], Augmented(), [0]) == [0]  # as read under one seed
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]
+
+
+def test_a_part_of_the_contrast_set_is_refused(tmp_path):
+    class Half(Pairs):
+        def get_contrast_batch(self):
+            return [half[:6] for half in super().get_contrast_batch()]
+
+    with pytest.raises(ValueError, match="returned 6 of the 12 pairs.*Set contrast_size"):
+        fit(tmp_path, Half(), Data())
+
+
+def test_outputs_after_retraining(tmp_path):
+    """Of targets that are in the contrast set, too."""
+    made = []
+
+    def make_module():
+        made.append(Pairs())
+        return made[-1]
+
+    def make_trainer():
+        return L.Trainer(
+            default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False,
+            enable_model_summary=False, enable_checkpointing=False,
+        )  # fmt: skip
+
+    truth = retrain_subsets(make_module, Copies(), make_trainer, n_subsets=1, dirpath=tmp_path / "runs")
+    rows = truth.masks[0].nonzero()[:, 0]
+    chosen = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:SIZE]]
+    contrast = [half[chosen] for half in train_pairs()]
+    targets = Copies().predict_dataloader().dataset.tensors
+    places = [next(iter((contrast[0] == x).all(1).nonzero()[:, 0].tolist()), -1) for x in targets[0]]
+    assert max(places) >= 0
+    expected = [
+        margins_without(made[0], [half[i : i + 1] for half in targets], contrast, place).sum()
+        for i, place in enumerate(places)
+    ]
+    torch.testing.assert_close(truth.outputs[0].double(), torch.stack(expected), rtol=1e-4, atol=1e-5)
+    assert made[0].example_numbers is None
 
 
 def test_the_contrast_set_is_embedded_once_a_checkpoint_and_nothing_stays(run):

@@ -26,7 +26,7 @@ from lightning_trak.gradients import (
     batch_gradient,
     check_gradients,
 )
-from lightning_trak.gradients.batch import describe, map_tensors, tensors_of, with_tensors
+from lightning_trak.gradients.batch import NumberedBatch, describe, map_tensors, tensors_of, with_tensors
 from lightning_trak.projection import make_projector
 
 
@@ -369,6 +369,39 @@ def test_the_loop_cuts_batches_into_rows_where_it_can():
     module.inputs = lambda b: b - b.mean(0)
     with pytest.raises(EngineUnsuitable, match="alone differs"):
         LoopEngine()(function, batch, 3, lambda *_: None)
+
+
+class Remembering(nn.Module):
+    """Has a weight for every example of the train set, and takes that of the example in hand."""
+
+    example_numbers = None
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.offsets = nn.Linear(1, 1, bias=False), torch.arange(10.0)
+
+    def model_output(self, batch):
+        assert isinstance(batch, dict)
+        x = batch.pop("x")
+        return self.scale(x * (self.offsets[self.example_numbers])[:, None]).squeeze(1)
+
+
+@pytest.mark.parametrize("engine", ["hooks", "vmap", "loop"])
+def test_numbers_of_examples_go_with_them(engine):
+    module, numbers = Remembering(), torch.tensor([7, 2, 2, 0, 9])
+    batch = NumberedBatch({"x": torch.randn(5, 1)}, numbers)
+    function = ModelFunction(module, module.state_dict(), ["scale.weight"])
+    chosen = ENGINES[engine]()
+    chosen.prepare(function, batch, 5)
+    featurizer = Featurizer(function, chosen, make_projector("identity", 1, 1), key=0)
+    for part in (slice(0, 5), slice(3, 5), slice(1, 2)):
+        one = map_tensors(batch, lambda tensor, part=part: tensor[part])
+        result = featurizer.checked(one, len(one.numbers))
+        expected = batch.batch["x"][part] * numbers[part, None]
+        torch.testing.assert_close(result.features, expected)
+        torch.testing.assert_close(result.outputs, (expected @ module.scale.weight.T)[:, 0].detach())
+    assert module.example_numbers is None
+    assert describe(batch) == "dict(x: Tensor(5, 1))"
 
 
 def test_batch_structures():

@@ -3,11 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+
+@dataclasses.dataclass
+class NumberedBatch:
+    """A batch, and what the module's ``number_examples`` returned for its rows.
+
+    The numbers are one more tensor of the batch: whatever an engine does with the examples, it does with their numbers.
+    The module's methods get the batch alone, see `with_numbers_told`.
+
+    Attributes:
+        batch: what ``model_output`` takes.
+        numbers: (b, ...).
+    """
+
+    batch: Any
+    numbers: Tensor
+
+
+@contextmanager
+def with_numbers_told(module: nn.Module, args: Sequence[Any]) -> Iterator[list[Any]]:
+    """Yield arguments for a method of a module; of a `NumberedBatch` the numbers are its ``example_numbers`` meanwhile.
+
+    >>> import torch
+    >>> module = nn.Identity()
+    >>> with with_numbers_told(module, [NumberedBatch("batch", torch.tensor([3]))]) as args:
+    ...     args, module.example_numbers
+    (['batch'], tensor([3]))
+    """
+    numbered = [arg for arg in args if isinstance(arg, NumberedBatch)]
+    attributes = vars(module)
+    for arg in numbered:
+        attributes["example_numbers"] = arg.numbers
+    try:
+        yield [arg.batch if isinstance(arg, NumberedBatch) else arg for arg in args]
+    finally:
+        if numbered:
+            attributes.pop("example_numbers", None)
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
@@ -108,6 +146,8 @@ def describe(batch: Any) -> str:
     """
     if isinstance(batch, Tensor):
         return f"Tensor{tuple(batch.shape)}"
+    if isinstance(batch, NumberedBatch):
+        return describe(batch.batch)
     name = type(batch).__name__
     if isinstance(batch, Mapping):
         return f"{name}({', '.join(f'{key}: {describe(value)}' for key, value in batch.items())})"

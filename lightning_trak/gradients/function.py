@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_trak.gradients.batch import fresh
+from lightning_trak.gradients.batch import fresh, with_numbers_told
 from lightning_trak.gradients.substitution import placed_elsewhere, places_elsewhere, places_of_tensors, with_values
 
 _LISTS_OF_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
@@ -41,7 +41,8 @@ class _MethodCall(nn.Module):
         self.module = module
 
     def forward(self, method: Any, *args: Any) -> Any:
-        return method(*args)
+        with with_numbers_told(self.module, args) as plain:
+            return method(*plain)
 
 
 class ModelFunction:
@@ -121,7 +122,7 @@ class ModelFunction:
 
         Args:
             method: e.g. ``module.model_output``.
-            args: its arguments; it may take things out of them.
+            args: its arguments; it may take things out of them. Of a `NumberedBatch` it gets the batch.
             parameters: put in the place of `parameters`, to differentiate by them.
         """
         values = {**self._others, **(self.parameters if parameters is None else parameters)}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, softplus
 
-from lightning_trak.data import read_batches, seed_all
+from lightning_trak.data import digest_of, read_batches, seed_all
 from lightning_trak.framework import is_overridden
 from lightning_trak.generators import kept_random_states
 from lightning_trak.gradients.batch import describe
@@ -25,11 +25,17 @@ class ContrastiveMixin(TRAKMixin):
 
     - m₁ = −log Σ_j exp(s u·v_j − s u·v), the log-odds of the text given the image, and likewise
       m₂ = −log Σ_j exp(s u_j·v − s u·v);
-    - a pair that is itself in the contrast set is left out of the sums: it is no other;
+    - a pair that is itself in the contrast set is left out of the sums: it is no other. Row numbers decide that for
+      training examples, never embeddings or content: a duplicate in another row counts as another, as in training.
+      Targets have rows of their own. One whose data equal those of a pair of the contrast set is that pair; of several
+      equal ones it is the first;
     - f = m₁ + m₂;
     - L = (softplus(−m₁) + softplus(−m₂)) / 2, as a function of f with m₁ − m₂ held fixed;
     - Q = (2 − p₁ − p₂) / 4, with p = sigmoid(m);
     - w = (p₁ (1 − p₁) + p₂ (1 − p₂)) / 8.
+
+    Where rows are unknown nothing is left out: for a batch that you pass to ``model_output`` yourself, and if you
+    override `get_contrast_batch` with pairs from elsewhere.
 
     TRAK, arXiv 2303.14186, Section 5.1. A model that returns ``.image_embeds`` and ``.text_embeds`` and has a parameter
     ``logit_scale``, as ``CLIPModel`` of Hugging Face, is understood; for others override `get_embeddings` and
@@ -56,6 +62,7 @@ class ContrastiveMixin(TRAKMixin):
 
     contrast_size: int = 300
     contrast_seed: int = 0
+    _members: _Members | None = None  # None where the contrast set is not from the train set
 
     def get_embeddings(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return the embeddings of both halves of every pair, (b, d) each; their length does not matter."""
@@ -84,18 +91,38 @@ class ContrastiveMixin(TRAKMixin):
         return scale.exp()
 
     def get_contrast_batch(self) -> Any:
-        """Return the contrast set: ``contrast_size`` random examples of the train set."""
+        """Return the contrast set: ``contrast_size`` random examples of the train set.
+
+        Override it for pairs from elsewhere. No example is taken to be one of these.
+        """
         loader = _train_loader(self)
         order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(self.contrast_seed))
         rows, trainer = order[: self.contrast_size].tolist(), self.trainer  # type: ignore[attr-defined]
+        self._members = _Members(loader.dataset, rows)
         with kept_random_states():
             seed_all(self.contrast_seed)
             return next(read_batches(trainer, self, loader, rows, len(rows), num_workers=0))[1]
 
     def prepare_checkpoint(self) -> None:
         """Embed the contrast set."""
+        self._members = None
         with torch.no_grad():
             self._contrast = self._directions(self.get_contrast_batch())
+        if self._members is not None and len(self._members) != len(self._contrast[0]):
+            raise ValueError(
+                f"get_contrast_batch() returned {len(self._contrast[0])} of the {len(self._members)} pairs that"
+                " were drawn, so their rows are unknown. Set contrast_size, or choose pairs without super()."
+            )
+
+    def number_examples(self, rows: Sequence[int], dataset: Any | None = None) -> Tensor:
+        """Return the place of each example in the contrast set, (b,); −1 for those that are not in it.
+
+        Args:
+            rows: of the examples.
+            dataset: what they are rows of; None for the train set.
+        """
+        places = [-1] * len(rows) if self._members is None else self._members.places(rows, dataset)
+        return torch.tensor(places, device=self._embedded()[0].device)
 
     def model_output(self, batch: Any) -> Tensor:
         """Return the sum of the log-odds of both halves, (b,)."""
@@ -126,24 +153,65 @@ class ContrastiveMixin(TRAKMixin):
         images, texts = pair
         return normalize(images, dim=1), normalize(texts, dim=1)
 
+    def _embedded(self) -> tuple[Tensor, Tensor]:
+        """Return the embeddings of both halves of the contrast set, (M, d) each."""
+        if not hasattr(self, "_contrast"):
+            raise RuntimeError("Call prepare_checkpoint() before model_output: it embeds the contrast set.")
+        return self._contrast
+
     def _margins(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return m₁ and m₂, (b,) each."""
         images, texts = self._directions(batch)
-        if not hasattr(self, "_contrast"):
-            raise RuntimeError("Call prepare_checkpoint() before model_output: it embeds the contrast set.")
-        other_images, other_texts = self._contrast
+        other_images, other_texts = self._embedded()
         scale, own = self.get_logit_scale(), (images * texts).sum(1, keepdim=True)
         to_texts, to_images = images @ other_texts.T, texts @ other_images.T
-        itself = self._is_itself(images @ other_images.T, texts @ other_texts.T)
-        first = -(scale * (to_texts - own)).masked_fill(itself, -torch.inf).logsumexp(1)
-        second = -(scale * (to_images - own)).masked_fill(itself, -torch.inf).logsumexp(1)
-        return first, second
+        first, second = scale * (to_texts - own), scale * (to_images - own)
+        if self.example_numbers is not None:
+            itself = self.example_numbers[:, None] == torch.arange(len(other_texts), device=own.device)
+            first, second = (terms.masked_fill(itself, -torch.inf) for terms in (first, second))
+        return -first.logsumexp(1), -second.logsumexp(1)
 
-    @staticmethod
-    def _is_itself(images: Tensor, texts: Tensor) -> Tensor:
-        """Tell from the cosines of both halves which pairs of the contrast set are a pair itself, (b, M)."""
-        almost = 1 - torch.finfo(images.dtype).eps ** 0.5
-        return (images.detach() > almost) & (texts.detach() > almost)
+
+class _Members:
+    """Tells which pairs of the train set are in the contrast set, and where.
+
+    Args:
+        dataset: the train set.
+        rows: of the pairs of the contrast set, in its order.
+    """
+
+    def __init__(self, dataset: Any, rows: Sequence[int]) -> None:
+        self._dataset, self._rows = dataset, rows
+        self._place_of_row = {row: place for place, row in enumerate(rows)}
+        self._place_of_content: dict[bytes, int] | None = None
+        self._found: dict[tuple[int, int], int] = {}  # examples are read again and again
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def places(self, rows: Sequence[int], dataset: Any | None) -> list[int]:
+        """Return the place of each of some examples; −1 for those that are not there."""
+        if dataset is None or dataset is self._dataset:
+            return [self._place_of_row.get(row, -1) for row in rows]
+        with kept_random_states():
+            return [self._place_of_copy(dataset, row) for row in rows]
+
+    def _place_of_copy(self, dataset: Any, row: int) -> int:
+        key = (id(dataset), row)
+        if key not in self._found:
+            content = digest_of(dataset, row)
+            self._found[key] = -1 if content is None else self._contents().get(content, -1)
+        return self._found[key]
+
+    def _contents(self) -> dict[bytes, int]:
+        """Return the place of each content, that of the first pair with it."""
+        if self._place_of_content is None:
+            self._place_of_content = {}
+            for place, row in enumerate(self._rows):
+                content = digest_of(self._dataset, row)
+                if content is not None:
+                    self._place_of_content.setdefault(content, place)
+        return self._place_of_content
 
 
 def _are_embeddings(pair: Any) -> bool:
