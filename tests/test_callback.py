@@ -26,8 +26,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
 from lightning_trak import FeatureStore, TRAKCallback
-from lightning_trak.module_state import ModuleChanged
-from lightning_trak.weights import read_weights, weights_digest
+from lightning_trak.isolation.module_state import ModuleChanged
+from lightning_trak.store.weights import read_weights, weights_digest
 from tests.conftest import Blobs, Classifier, make_data, make_trainer
 
 
@@ -197,7 +197,9 @@ def test_two_runs_share_a_store(tmp_path):
 
 def test_the_same_run_again_costs_nothing(tmp_path, monkeypatch):
     fit(tmp_path, TRAKCallback(tmp_path / "store"), every_epoch(tmp_path / "a"))
-    monkeypatch.setattr("lightning_trak._loop.FeaturizationLoop.run", None)  # it would fail if it were called
+    monkeypatch.setattr(
+        "lightning_trak.trainer.featurization.FeaturizationLoop.run", None
+    )  # it would fail if it were called
     fit(tmp_path, TRAKCallback(tmp_path / "store"), every_epoch(tmp_path / "b"))
     assert len(FeatureStore(tmp_path / "store")) == 3
 
@@ -713,7 +715,7 @@ def test_a_store_that_cannot_take_weights_does_not_end_training(tmp_path, monkey
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lightning_trak._checkpoints.save_weights", full)
+    monkeypatch.setattr("lightning_trak.trainer.checkpoints.save_weights", full)
     with pytest.warns(
         UserWarning, match=r"could not be put into the feature store: OSError.*goes on from it\. Training goes on\."
     ) as caught:

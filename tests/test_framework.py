@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import lightning_trak as lt
-from lightning_trak import framework
-from lightning_trak.callback import check_supported
+from lightning_trak.trainer import framework
+from lightning_trak.trainer.callback import check_supported
 from tests.conftest import make_data
 
 PACKAGES = [lightning.pytorch, pytorch_lightning]

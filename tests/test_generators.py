@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_trak.generators import kept_random_states
-from lightning_trak.retrain import seeded
+from lightning_trak.evaluation.retraining import seeded
+from lightning_trak.isolation.random_states import kept_random_states
 
 
 class Device:

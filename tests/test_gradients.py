@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_trak.featurize import Featurizer
+from lightning_trak.data.batch import NumberedBatch, describe, map_tensors, tensors_of, with_tensors
+from lightning_trak.features.featurizer import Featurizer
 from lightning_trak.gradients import (
     ENGINES,
     EngineUnsuitable,
@@ -26,7 +27,6 @@ from lightning_trak.gradients import (
     batch_gradient,
     check_gradients,
 )
-from lightning_trak.gradients.batch import NumberedBatch, describe, map_tensors, tensors_of, with_tensors
 from lightning_trak.projection import make_projector
 
 

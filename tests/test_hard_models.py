@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_trak.featurize import Featurizer
+from lightning_trak.features.featurizer import Featurizer
 from lightning_trak.gradients import (
     EngineUnsuitable,
     HooksEngine,

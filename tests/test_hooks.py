@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lightning_trak.data.batch import map_tensors
 from lightning_trak.gradients import (
     EngineUnsuitable,
     HooksEngine,
@@ -18,7 +19,6 @@ from lightning_trak.gradients import (
     check_gradients,
     layer_rule,
 )
-from lightning_trak.gradients.batch import map_tensors
 from tests.test_gradients import collect, reference
 
 

@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_trak import FeatureStore, TRAKCallback
-from lightning_trak.entry import CheckpointEntry
 from lightning_trak.gradients import ENGINES, EngineUnsuitable, HooksEngine, layer_rule
+from lightning_trak.store.checkpoint import CheckpointEntry
 from tests.conftest import Blobs, Classifier, Shift, make_trainer
 
 N, M = 40, 7

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import Attribution, ClassificationMixin, FeatureStore, RegressionMixin, TRAKCallback, TRAKMixin
-from lightning_trak.loss_projection import project_loss, projected_curvature
+from lightning_trak.features.loss_projection import project_loss, projected_curvature
 
 N = 20
 

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_trak import ClassificationMixin, RegressionMixin, TRAKMixin
-from lightning_trak.module import LossTerms, loss_derivatives
+from lightning_trak.tasks.base import loss_derivatives
+from lightning_trak.tasks.loss_terms import LossTerms
 
 
 class Classifier(ClassificationMixin, nn.Module):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_trak.module_state import ModuleChanged, ModuleState, others_frozen, unchanged
+from lightning_trak.isolation.module_state import ModuleChanged, ModuleState, others_frozen, unchanged
 
 
 def module():

@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 
 from lightning_trak import GroundTruth, counterfactuals, evaluate, retrain_subsets
-from lightning_trak.attribution import Attribution, AttributionInfo
-from lightning_trak.ground_truth import DamagedRun, read_run, run_name, write_run
-from lightning_trak.retrain import draw_subset, seeded
+from lightning_trak.evaluation.ground_truth import DamagedRun, read_run, run_name, write_run
+from lightning_trak.evaluation.retraining import draw_subset, seeded
+from lightning_trak.results.attribution import Attribution, AttributionInfo
 from tests.conftest import Blobs, Classifier, make_data, make_trainer
 
 N, M = 40, 7
@@ -70,7 +70,7 @@ def test_subsets_and_outputs(tmp_path, truth):
     assert truth.outputs.shape == (3, M)
     torch.testing.assert_close(truth.outputs, (truth.repeats[:, 0] + truth.repeats[:, 1]) / 2)
     assert not torch.equal(truth.repeats[:, 0], truth.repeats[:, 1])
-    from lightning_trak.retrain import _number
+    from lightning_trak.evaluation.retraining import _number
 
     for subset, repeat in ((0, 0), (2, 1)):
         expected = by_hand(tmp_path, truth.masks[subset], _number(f"0:{subset}:{repeat}"))
@@ -382,7 +382,7 @@ def test_counterfactuals(tmp_path):
     assert make.made == 2 * (1 + 2 * (1 + 2))
     assert result.k == (3, 6)
     assert result.targets == (1, 4)
-    from lightning_trak.retrain import _number
+    from lightning_trak.evaluation.retraining import _number
 
     without = torch.ones(N, dtype=torch.bool)
     without[scores[:, 4].topk(3).indices] = False
@@ -410,7 +410,7 @@ def test_counterfactuals(tmp_path):
 
 
 def test_counterfactual_table_and_picture():
-    from lightning_trak.counterfactual import Counterfactuals
+    from lightning_trak.evaluation.counterfactuals import Counterfactuals
 
     before = torch.tensor([[1.0, 0.5], [3.0, 0.5]])
     removed = torch.tensor([[[1.0, -0.5], [2.0, -0.5]], [[-1.0, -2.0], [0.0, -2.0]]])

@@ -22,8 +22,8 @@ from torch.utils.data import (
 )
 
 from lightning_trak import TRAKCallback
-from lightning_trak.data import check_loader
-from lightning_trak.sampling import never_read
+from lightning_trak.data.loaders import check_loader
+from lightning_trak.data.sampling import never_read
 from tests.conftest import Classifier, make_data, make_trainer
 
 N = 23

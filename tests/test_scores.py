@@ -17,14 +17,14 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from lightning_trak import ClassificationMixin
-from lightning_trak.featurize import Featurizer
+from lightning_trak.features.featurizer import Featurizer
 from lightning_trak.gradients import ModelFunction, VmapEngine
 from lightning_trak.influence import Estimator, Options, TrainFeatures, n_blocks
 from lightning_trak.influence.gauss_newton import accumulate, factor, solve
 from lightning_trak.influence.scores import extreme_scores, scores, with_mean_loss_grad
-from lightning_trak.module import LossTerms
 from lightning_trak.precision import full_precision
 from lightning_trak.projection import IdentityProjector
+from lightning_trak.tasks.loss_terms import LossTerms
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

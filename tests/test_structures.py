@@ -21,7 +21,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import ClassificationMixin, FeatureStore, TRAKCallback
-from lightning_trak.weights import load_weights
+from lightning_trak.store.weights import load_weights
 from tests.conftest import make_data, make_trainer
 
 WIDTH = 3

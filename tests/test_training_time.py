@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import ClassificationMixin, FeatureStore, TRAKCallback
 from lightning_trak.influence import TrainingTime
-from lightning_trak.weights import read_checkpoint
+from lightning_trak.store.weights import read_checkpoint
 
 STEPS = 4  # in an epoch
 

@@ -9,14 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_trak.weights import (
-    load_weights,
-    read_weights,
-    save_weights,
-    select_parameters,
-    tensors_in,
-    weights_digest,
-)
+from lightning_trak.gradients.parameters import select_parameters
+from lightning_trak.store.weights import load_weights, read_weights, save_weights, tensors_in, weights_digest
 
 WEIGHTS = {
     "a": torch.randn(3, 2),

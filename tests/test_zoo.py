@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lightning_trak.data.batch import map_tensors
 from lightning_trak.gradients import EngineUnsuitable, HooksEngine, LoopEngine, ModelFunction
-from lightning_trak.gradients.batch import map_tensors
 from tests.zoo import ZOO
 
 SIZE = 5

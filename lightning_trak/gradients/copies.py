@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_trak.gradients.batch import tensors_of
+from lightning_trak.data.batch import tensors_of
 from lightning_trak.gradients.engine import close
 from lightning_trak.gradients.function import ModelFunction
 from lightning_trak.gradients.loop import batch_gradient

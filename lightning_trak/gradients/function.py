@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_trak.gradients.batch import fresh, with_numbers_told
+from lightning_trak.data.batch import fresh, with_numbers_told
 from lightning_trak.gradients.substitution import placed_elsewhere, places_elsewhere, places_of_tensors, with_values
 
 _LISTS_OF_WEIGHTS = ("_flat_weights", "_flat_weight_refs")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_trak.gradients.batch import check_rows, map_tensors
+from lightning_trak.data.batch import check_rows, map_tensors
 from lightning_trak.gradients.engine import EngineUnsuitable, Sink, check_same
 from lightning_trak.gradients.function import ModelFunction
 from lightning_trak.gradients.gradient import DenseGradient

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 
-from lightning_trak.gradients.batch import tensors_of, with_tensors
+from lightning_trak.data.batch import tensors_of, with_tensors
 from lightning_trak.gradients.engine import EngineUnsuitable
 from lightning_trak.gradients.substitution import places_of_tensors, with_values
 from lightning_trak.gradients.vmap import without_advice

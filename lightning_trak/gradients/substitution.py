@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_trak.reach import attributes_of, reached
+from lightning_trak.isolation.reach import attributes_of, reached
 
 
 def places_of_tensors(module: nn.Module) -> dict[str, str]:

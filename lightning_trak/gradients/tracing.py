@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 
-from lightning_trak.gradients.batch import map_tensors, tensors_of
+from lightning_trak.data.batch import map_tensors, tensors_of
 from lightning_trak.gradients.engine import EngineUnsuitable
 from lightning_trak.gradients.function import ModelFunction
 from lightning_trak.gradients.rules import Rule

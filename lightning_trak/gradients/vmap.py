@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from lightning_trak.gradients.batch import check_rows, tensors_of, with_tensors
+from lightning_trak.data.batch import check_rows, tensors_of, with_tensors
 from lightning_trak.gradients.engine import EngineUnsuitable, Sink, check_same
 from lightning_trak.gradients.function import ModelFunction
 from lightning_trak.gradients.gradient import DenseGradient

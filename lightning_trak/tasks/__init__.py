@@ -5,8 +5,8 @@ from __future__ import annotations
 from lightning_trak.tasks.classification import ClassificationMixin
 from lightning_trak.tasks.contrastive import ContrastiveMixin
 from lightning_trak.tasks.diffusion import DiffusionMixin
-from lightning_trak.tasks.joint import log_odds
 from lightning_trak.tasks.language import LanguageModelingMixin
+from lightning_trak.tasks.log_odds import log_odds
 from lightning_trak.tasks.multilabel import MultilabelMixin
 from lightning_trak.tasks.regression import RegressionMixin
 from lightning_trak.tasks.segmentation import SegmentationMixin

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from lightning_trak.module import TRAKMixin
-from lightning_trak.tasks.reading import forward, labels, labels_in_range, labels_or_none
+from lightning_trak.tasks.base import TRAKMixin
+from lightning_trak.tasks.batch import forward, labels, labels_in_range, labels_or_none
 
 
 class ClassificationMixin(TRAKMixin):

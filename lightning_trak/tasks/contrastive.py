@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, softplus
 
-from lightning_trak.data import digest_of, read_batches, seed_all
-from lightning_trak.framework import is_overridden
-from lightning_trak.generators import kept_random_states
-from lightning_trak.gradients.batch import describe
-from lightning_trak.module import TRAKMixin
-from lightning_trak.tasks.reading import call_forward
+from lightning_trak.data.batch import describe
+from lightning_trak.data.identity import digest_of
+from lightning_trak.data.loaders import read_batches
+from lightning_trak.isolation.random_states import kept_random_states, seed_all
+from lightning_trak.tasks.base import TRAKMixin
+from lightning_trak.tasks.batch import call_forward
 
 
 class ContrastiveMixin(TRAKMixin):
@@ -95,7 +95,7 @@ class ContrastiveMixin(TRAKMixin):
 
         Override it for pairs from elsewhere. No example is taken to be one of these.
         """
-        loader = _train_loader(self)
+        loader = self.find_train_loader()  # type: ignore[attr-defined]  # there when prepare_checkpoint is called
         order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(self.contrast_seed))
         rows, trainer = order[: self.contrast_size].tolist(), self.trainer  # type: ignore[attr-defined]
         self._members = _Members(loader.dataset, rows)
@@ -220,21 +220,3 @@ def _are_embeddings(pair: Any) -> bool:
     if len(halves) != 2 or not all(isinstance(half, Tensor) and half.ndim == 2 for half in halves):
         return False
     return bool(halves[0].shape == halves[1].shape)
-
-
-def _train_loader(module: Any) -> Any:
-    """Return the loader of the train set that is featurized, as `attribute` finds it."""
-    trainer = module.trainer
-    owners = [owner for owner in (trainer.datamodule, module) if owner is not None]
-    for owner in owners:
-        if hasattr(owner, "featurize_dataloader"):
-            return owner.featurize_dataloader()
-    if trainer.train_dataloader is not None:  # of a running fit
-        return trainer.train_dataloader
-    for owner in owners:
-        if is_overridden("train_dataloader", owner):
-            return owner.train_dataloader()
-    raise TypeError(
-        f"{type(module).__name__} needs training examples for its contrast set, and there is no train_dataloader. Pass"
-        " datamodule=..., or override get_contrast_batch(self)."
-    )

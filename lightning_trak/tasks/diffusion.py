@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_trak.gradients.batch import describe
-from lightning_trak.module import TRAKMixin
+from lightning_trak.data.batch import describe
+from lightning_trak.tasks.base import TRAKMixin
 
 
 class DiffusionMixin(TRAKMixin):

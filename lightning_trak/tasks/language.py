@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lightning_trak.gradients.batch import describe
-from lightning_trak.module import TRAKMixin
-from lightning_trak.tasks.joint import log_odds
-from lightning_trak.tasks.reading import forward, labels_in_range, labels_or_none
+from lightning_trak.data.batch import describe
+from lightning_trak.tasks.base import TRAKMixin
+from lightning_trak.tasks.batch import forward, labels_in_range, labels_or_none
+from lightning_trak.tasks.log_odds import log_odds
 
 
 class LanguageModelingMixin(TRAKMixin):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
-from lightning_trak.module import TRAKMixin
-from lightning_trak.tasks.joint import log_odds
-from lightning_trak.tasks.reading import forward, labels, only_valid
+from lightning_trak.tasks.base import TRAKMixin
+from lightning_trak.tasks.batch import forward, labels, only_valid
+from lightning_trak.tasks.log_odds import log_odds
 
 
 class MultilabelMixin(TRAKMixin):

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_trak.module import TRAKMixin
-from lightning_trak.tasks.reading import forward, labels, labels_or_none
+from lightning_trak.tasks.base import TRAKMixin
+from lightning_trak.tasks.batch import forward, labels, labels_or_none
 
 
 class RegressionMixin(TRAKMixin):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lightning_trak.module import TRAKMixin
-from lightning_trak.tasks.joint import log_odds
-from lightning_trak.tasks.reading import forward, labels, labels_in_range, only_valid
+from lightning_trak.tasks.base import TRAKMixin
+from lightning_trak.tasks.batch import forward, labels, labels_in_range, only_valid
+from lightning_trak.tasks.log_odds import log_odds
 
 
 class SegmentationMixin(TRAKMixin):

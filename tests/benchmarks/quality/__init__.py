@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lightning_trak import evaluate
-from lightning_trak.ground_truth import GroundTruth
+from lightning_trak.evaluation.ground_truth import GroundTruth
 from tests.benchmarks.measuring import print_table, seconds
 from tests.benchmarks.quality import methods
 from tests.benchmarks.quality.figure import draw

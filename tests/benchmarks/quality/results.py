@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lightning_trak.ground_truth import Evaluation
+from lightning_trak.evaluation.ground_truth import Evaluation
 
 
 @dataclass

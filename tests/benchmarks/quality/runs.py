@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_trak import retrain_subsets
-from lightning_trak.ground_truth import GroundTruth
+from lightning_trak.evaluation.ground_truth import GroundTruth
 from tests.benchmarks import models
 from tests.benchmarks.measuring import silence, trainer
 from tests.benchmarks.quality import tasks

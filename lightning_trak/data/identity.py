@@ -1,0 +1,147 @@
+"""Whether two data sets are the same, and where they differ."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_trak.isolation.random_states import seed_all
+
+_READ_TWICE = 32
+
+
+def fingerprint(dataset: Any) -> dict[str, Any]:
+    """Describe a dataset so that another one, or another order, is told apart.
+
+    It is ``n_train``, its size; ``data``, a digest of its examples; and ``data_rows``, the beginning of a digest of
+    each, by which `difference` names the first that differs. Up to 1024 examples are read, evenly spaced. Some are read
+    twice under the same random state; parts in which they differ even so are left out of all. Nothing is left of the
+    random state: call it where that is restored.
+
+    >>> fingerprint([1.0, 2.0]) == fingerprint([2.0, 1.0])
+    False
+    """
+    n = len(dataset)
+    rows = sampled_rows(n)
+    first = [_digests(dataset, row) for row in rows]
+    twice = zip(first, (_digests(dataset, row) for row in rows[:_READ_TWICE]), strict=False)
+    random_parts = {
+        place for one, other in twice for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]
+    }
+    kept = [b"".join(b"random" if place in random_parts else part for place, part in enumerate(one)) for one in first]
+    beginnings = [hashlib.blake2b(one, digest_size=16).hexdigest()[:ROW_CHARACTERS] for one in kept]
+    digest = hashlib.blake2b(b"".join(kept), digest_size=16).hexdigest()
+    return {"n_train": n, "data": digest, "data_rows": "".join(beginnings)}
+
+
+def digest_of(dataset: Any, row: int) -> bytes | None:
+    """Return a digest of an example as it is read under a fixed seed; None if something in it cannot be told apart.
+
+    Nothing is left of the random state, as with `fingerprint`.
+
+    >>> digest_of([(1.0, "a"), (1.0, "b")], 0) == digest_of([(1.0, "a")], 0)
+    True
+    """
+    seed_all(0)
+    digest = hashlib.blake2b(digest_size=16)
+    for part in _parts(dataset[row]):
+        if isinstance(part, _Opaque):
+            return None
+        digest.update(hashlib.blake2b(part, digest_size=16).digest())
+    return digest.digest()
+
+
+def _digests(dataset: Any, row: int) -> list[bytes]:
+    seed_all(0)
+    return [hashlib.blake2b(part, digest_size=16).digest() for part in _parts(dataset[row])]
+
+
+class _Opaque(bytes):
+    """The name of a type in the place of a value, of which nothing is known."""
+
+
+def _parts(example: Any) -> Iterator[bytes]:
+    """Yield the bytes of everything in an example that has a value of its own."""
+    if isinstance(example, torch.Tensor):
+        yield f"{example.dtype}{tuple(example.shape)}".encode()
+        yield bytes_of(example).tobytes()
+    elif isinstance(example, Mapping):
+        for key in example:
+            yield str(key).encode()
+            yield from _parts(example[key])
+    elif isinstance(example, (list, tuple)):
+        for value in example:
+            yield from _parts(value)
+    elif isinstance(example, (str, int, float, complex, bool, bytes, type(None))):
+        yield repr(example).encode()
+    elif hasattr(example, "__array__") or hasattr(example, "__array_interface__"):  # NumPy, PIL
+        array = np.asarray(example)
+        yield f"{array.dtype}{array.shape}".encode()
+        yield array.tobytes() if array.dtype != object else repr(array.tolist()).encode()
+    else:
+        yield _Opaque(type(example).__name__.encode())
+
+
+_SAMPLED = 1024
+ROW_CHARACTERS = 4  # of a row's hexadecimal digest: enough to name it; the digest of all says whether data are the same
+
+
+def sampled_rows(n: int) -> list[int]:
+    """Return the rows that stand for a data set of n examples: up to 1024, evenly spaced, the first and the last.
+
+    >>> sampled_rows(3), len(sampled_rows(5000)), sampled_rows(5000)[-1]
+    ([0, 1, 2], 1024, 4999)
+    """
+    return sorted({round(row) for row in np.linspace(0, n - 1, min(n, _SAMPLED))})
+
+
+def difference(former: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say how two data sets differ: in their length, in their content, and where that begins.
+
+    Args:
+        former: ``"n_train"``, and ``"data_rows"``: `ROW_CHARACTERS` for each of the `sampled_rows`; one of old may lack
+            them.
+        now: the same of the other.
+
+    >>> difference({"n_train": 3, "data_rows": "000011112222"}, {"n_train": 3, "data_rows": "0000aaaa2222"})
+    'as many examples as here, 3, with other content: 1 of 3 rows that were compared, the first of them row 1'
+    """
+    sizes = former["n_train"], now["n_train"]
+    equal = sizes[0] == sizes[1]
+    length = f"as many examples as here, {sizes[0]}" if equal else f"{sizes[0]} examples, here {sizes[1]}"
+    one, other = _by_row(former), _by_row(now)
+    common = [row for row in one if row in other]
+    places = [place for place, row in enumerate(common) if one[row] != other[row]]
+    if not common or (equal and not places):
+        return f"{length}, with other content" if equal else length
+    if not places:
+        return f"{length}; all {len(common)} rows that were compared are the same"
+    first = common[places[0]]
+    least = common[places[0] - 1] + 1 if places[0] else 0
+    where = f"row {first}" if least == first else f"one of the rows {least} to {first}"
+    return (
+        f"{length}, with other content: {len(places)} of {len(common)} rows that were compared, the first of them"
+        f" {where}"
+    )
+
+
+def _by_row(data: Mapping[str, Any]) -> dict[int, str]:
+    digits = data.get("data_rows", "")
+    found = [digits[first : first + ROW_CHARACTERS] for first in range(0, len(digits), ROW_CHARACTERS)]
+    return dict(zip(sampled_rows(data["n_train"]), found, strict=bool(found)))
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor's values, row by row, however it is a view of another.
+
+    >>> bytes_of(torch.arange(6, dtype=torch.uint8).view(2, 3)[:, 1]).tolist()
+    [1, 4]
+    """
+    values = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    # Not reshape(-1): a column of one row is contiguous, and keeps its stride, which view(dtype) refuses.
+    return values.as_strided((values.numel(),), (1,)).view(torch.uint8).numpy().data  # type: ignore[no-any-return]

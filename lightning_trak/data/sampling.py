@@ -1,0 +1,125 @@
+"""Which examples a loader's sampler never reads, found without disturbing it: pure torch."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from operator import index
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
+
+from lightning_trak.isolation.random_states import kept_generators
+
+_PASSES = 8  # over a sampler that leaves rows out: does it leave out others every time?
+_LONGEST = 4  # a pass draws at most so many times the number of examples: a sampler need not end
+
+
+def never_read(loader: DataLoader[Any]) -> list[int]:
+    """Return the rows of a loader's dataset that its sampler leaves out in every epoch.
+
+    None are those that are left out by chance, as by sampling with replacement, or by ``drop_last``; nor those that
+    are read by other processes. A sampler of another kind than torch's is copied and iterated.
+
+    >>> never_read(DataLoader(range(6), batch_sampler=[[0, 1], [4, 3]]))
+    [2, 5]
+    >>> never_read(DataLoader(range(6), batch_size=4, shuffle=True, drop_last=True))
+    []
+    """
+    n = len(loader.dataset)  # type: ignore[arg-type]
+    batches: Any = loader.batch_sampler
+    plain = getattr(type(batches), "__iter__", None) is BatchSampler.__iter__
+    sampler = batches.sampler if plain else batches
+    known = _known(sampler)
+    if known is None:
+        known = _found(sampler, loader.dataset, n, in_batches=not plain)
+    return sorted(set(range(n)).difference(known))
+
+
+def _known(sampler: Any) -> Iterable[int] | None:
+    """Return the rows that a sampler of torch may read; None for samplers of other kinds."""
+    own = getattr(type(sampler), "__iter__", None)
+    if own in (SequentialSampler.__iter__, RandomSampler.__iter__):
+        return range(len(sampler.data_source))
+    if own is DistributedSampler.__iter__:
+        return range(len(sampler.dataset))
+    if own is WeightedRandomSampler.__iter__:
+        return torch.as_tensor(sampler.weights).nonzero()[:, 0].tolist()  # type: ignore[no-any-return]
+    return None
+
+
+def _found(sampler: Any, dataset: Any, n: int, *, in_batches: bool) -> Iterable[int]:
+    """Return the rows that a sampler reads, or all if that is another set in every epoch."""
+    if max(getattr(part, "num_replicas", None) or 1 for part in (sampler, getattr(sampler, "sampler", None))) > 1:
+        return range(n)
+    with kept_generators(dataset), _kept_global_generators():
+        own = copy.deepcopy(sampler, {id(part): part for part in _parts_of(dataset)})
+        _drop_nothing(own)
+        first = _rows(own, n, in_batches)
+        for epoch in range(1, _PASSES):
+            if len(first) == n:
+                break
+            for part in (own, getattr(own, "sampler", None)):
+                getattr(part, "set_epoch", _no_epochs)(epoch)
+            if _rows(own, n, in_batches) != first:
+                return range(n)
+    return first
+
+
+def _rows(sampler: Any, n: int, in_batches: bool) -> set[int]:
+    """Return the rows of one pass over a sampler."""
+    rows: set[int] = set()
+    drawn = 0
+    for batch in islice(sampler, _LONGEST * n):
+        indices = [index(row) for row in (batch if in_batches else [batch])]
+        rows.update(row + n if row < 0 else row for row in indices)
+        drawn += len(indices)
+        if len(rows) == n or drawn > _LONGEST * n:
+            break
+    return rows
+
+
+def _no_epochs(_: int) -> None:
+    """Take the place of ``set_epoch`` where a sampler has none."""
+
+
+def _drop_nothing(sampler: Any) -> None:
+    """Let a sampler read what is left over at the end of an epoch, if it can be told to."""
+    if getattr(sampler, "drop_last", False):
+        with suppress(AttributeError):  # a property
+            sampler.drop_last = False
+
+
+def _parts_of(dataset: Any) -> Iterator[Any]:
+    """Yield a dataset and what it holds: a sampler may hold it too, and data are not to be copied."""
+    yield dataset
+    for value in getattr(dataset, "__dict__", {}).values():
+        if isinstance(value, Dataset):
+            yield from _parts_of(value)
+        else:
+            yield value
+
+
+@contextmanager
+def _kept_global_generators() -> Iterator[None]:
+    """Put the states of the generators that samplers draw from by default back afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])

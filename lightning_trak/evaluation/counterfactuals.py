@@ -1,0 +1,155 @@
+"""Does it matter? Training again without the examples that scores call most helpful, and without as many others."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_trak.evaluation.retraining import Runs, draw_removed
+from lightning_trak.results.attribution import Attribution
+from lightning_trak.results.plots import plot_curves
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Counterfactuals:
+    """What became of targets without their most helpful training examples; `counterfactuals` makes it.
+
+    Attributes:
+        targets: which targets, t of them.
+        k: how many training examples were removed, ascending.
+        before: (r, t), outputs of models trained on everything, for each of r repeats.
+        removed: (len(k), r, t), outputs without each target's own k most helpful examples.
+        random: (len(k), r, t), outputs without k examples drawn at random, the control.
+    """
+
+    targets: tuple[int, ...]
+    k: tuple[int, ...]
+    before: Tensor
+    removed: Tensor
+    random: Tensor
+
+    @property
+    def drop(self) -> Tensor:
+        """By how much the output fell without the most helpful examples, (len(k), t), means over repeats."""
+        return self.before.mean(0) - self.removed.mean(1)
+
+    @property
+    def random_drop(self) -> Tensor:
+        """By how much it fell without random ones, (len(k), t)."""
+        return self.before.mean(0) - self.random.mean(1)
+
+    @property
+    def flipped(self) -> Tensor:
+        """Whether the output changed its sign, (len(k), t): of log-odds, whether p crossed one half."""
+        return (self.before.mean(0) > 0) != (self.removed.mean(1) > 0)
+
+    @property
+    def random_flipped(self) -> Tensor:
+        """Whether it did so without random examples, (len(k), t)."""
+        return (self.before.mean(0) > 0) != (self.random.mean(1) > 0)
+
+    def __str__(self) -> str:
+        lines = [f"Means over {len(self.targets)} targets, {len(self.before)} trainings each"]
+        lines.append(f"{'removed':>8} {'fall of output':>15} {'random':>8} {'flipped':>8} {'random':>8}")
+        columns = (self.drop, self.random_drop, self.flipped.float(), self.random_flipped.float())
+        for row, k in enumerate(self.k):
+            drop, random_drop, flipped, random_flipped = (column[row].mean().item() for column in columns)
+            lines.append(f"{k:>8} {drop:>15.3f} {random_drop:>8.3f} {flipped:>8.0%} {random_flipped:>8.0%}")
+        return "\n".join(lines)
+
+    def plot(self) -> tuple[Figure, Any]:
+        """Draw the brittleness curve: fall of the output, and share of flipped targets, by number removed.
+
+        Returns:
+            Figure and axes.
+        """
+        panels = {
+            "fall of the output": {"most helpful": self.drop.mean(1), "random": self.random_drop.mean(1)},
+            "targets flipped": {
+                "most helpful": self.flipped.float().mean(1),
+                "random": self.random_flipped.float().mean(1),
+            },
+        }
+        return plot_curves(self.k, panels, "training examples removed")
+
+
+def counterfactuals(
+    attribution: Attribution,
+    make_module: Callable[[], Any],
+    datamodule: Any,
+    make_trainer: Callable[[], Any],
+    targets: Sequence[int],
+    k: Sequence[int] = (10, 20, 40),
+    repeats: int = 3,
+    seed: int = 0,
+    dirpath: str | os.PathLike[str] = "counterfactuals",
+    *,
+    dataloaders: DataLoader[Any] | None = None,
+) -> Counterfactuals:
+    """Remove the k most helpful training examples of a target, train again, and see how its output moves.
+
+    There are ``repeats · (1 + len(k) · (1 + len(targets)))`` trainings, kept in ``dirpath`` as they end and shared by
+    processes, as with `retrain_subsets`. TRAK, arXiv 2303.14186, Section 5; the curve is the brittleness test of
+    "Datamodels", arXiv 2202.00622, Section 4.1.
+
+    Args:
+        attribution: of the same train set and targets.
+        make_module: returns a new LightningModule.
+        datamodule: supplies train set and targets, as for `retrain_subsets`.
+        make_trainer: returns a new Trainer, as for `retrain_subsets`.
+        targets: columns of the scores.
+        k: numbers of examples to remove.
+        repeats: trainings on each remaining set.
+        seed: of the trainings and of the control.
+        dirpath: where the runs are kept.
+        dataloaders: the targets, if not those of the datamodule.
+
+    Raises:
+        ValueError: if a target or a k is out of range, or the directory holds runs of other data or settings.
+    """
+    n, m = attribution.info.n_train, attribution.info.n_targets
+    sizes = tuple(sorted({int(size) for size in k}))
+    if not sizes or sizes[0] < 1 or sizes[-1] >= n:
+        raise ValueError(f"k must be numbers from 1 to {n - 1}, got {list(k)}.")
+    if not targets or not all(0 <= target < m for target in targets):
+        raise ValueError(f"targets must be columns of the scores, 0 to {m - 1}, got {list(targets)}.")
+    runs = Runs(make_module, datamodule, make_trainer, dirpath, dataloaders, {"seed": seed})
+    if runs.n_train != n:
+        raise ValueError(f"The scores are of {n} training examples, the datamodule's train set has {runs.n_train}.")
+    best = attribution.top(sizes[-1]).indices
+    everything = torch.ones(n, dtype=torch.bool)
+    plan = {"before": [everything] * repeats}
+    for size in sizes:
+        plan[f"random {size}"] = [draw_removed(n, size, seed, repeat) for repeat in range(repeats)]
+        for target in targets:
+            without = everything.clone()
+            without[best[target, :size]] = False
+            plan[f"{target} {size}"] = [without] * repeats
+    jobs = {what: [_job(mask, seed, repeat) for repeat, mask in enumerate(masks)] for what, masks in plan.items()}
+    each = {job[0]: job for group in jobs.values() for job in group}
+    found = runs.complete(list(each.values()), "Retraining without")
+
+    def outputs(what: str) -> Tensor:
+        return torch.stack([found[name] for name, _, _ in jobs[what]])
+
+    columns = list(targets)
+    removed = [torch.stack([outputs(f"{target} {size}")[:, target] for target in targets], 1) for size in sizes]
+    control = [outputs(f"random {size}")[:, columns] for size in sizes]
+    before = outputs("before")[:, columns]
+    return Counterfactuals(tuple(columns), sizes, before, torch.stack(removed), torch.stack(control))
+
+
+def _job(mask: Tensor, seed: int, repeat: int) -> tuple[str, Tensor, str]:
+    """Name a run by what it trains on, so that the same is trained once only."""
+    digest = hashlib.blake2b(mask.numpy().tobytes(), digest_size=8).hexdigest()
+    return f"without{len(mask) - int(mask.sum())}-{digest}-repeat{repeat:02d}", mask, f"{seed}:{repeat}"

@@ -1,0 +1,265 @@
+"""What retraining gave: the outputs of models trained on parts of the train set, and scores measured against them."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_trak.metrics import (
+    Interval,
+    LinearDatamodelingScore,
+    linear_datamodeling_score,
+    predicted_outputs,
+    spearman,
+)
+
+if TYPE_CHECKING:
+    from lightning_trak.results.attribution import Attribution
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """The outputs of models that were retrained on subsets; `retrain_subsets` makes it.
+
+    Attributes:
+        masks: (s, n), bool; row t says which training examples subset t has.
+        repeats: (s, r, m), the targets' outputs after each of r trainings on each subset.
+
+    >>> truth = GroundTruth(torch.ones(4, 10, dtype=torch.bool), torch.randn(4, 2, 3))
+    >>> truth.outputs.shape
+    torch.Size([4, 3])
+    """
+
+    masks: Tensor
+    repeats: Tensor
+
+    def __post_init__(self) -> None:
+        if self.repeats.ndim != 3 or self.masks.ndim != 2 or len(self.masks) != len(self.repeats):
+            raise ValueError(
+                "masks must be (s, n) and repeats (s, r, m), got"
+                f" {tuple(self.masks.shape)} and {tuple(self.repeats.shape)}."
+            )
+
+    @property
+    def outputs(self) -> Tensor:
+        """The mean output over repeats, (s, m)."""
+        return self.repeats.mean(1)
+
+    def noise_ceiling(self) -> float | None:
+        """Estimate the LDS of perfect scores, which know the expected output of every subset; None for one repeat.
+
+        Outputs vary by chance from training to training. With ρ the rank correlation of two repeats over subsets,
+        averaged over pairs and targets, the mean of r repeats has the reliability r ρ / (1 + (r − 1) ρ), and its
+        correlation with the expectation is the root of that. Spearman, British Journal of Psychology 1910; Brown, ibid.
+        """
+        r = self.repeats.shape[1]
+        if r < 2:
+            return None
+        pairs = [
+            spearman(self.repeats[:, one], self.repeats[:, other]).mean() for one in range(r) for other in range(one)
+        ]
+        rho = max(0.0, torch.stack(pairs).mean().item())
+        return float((r * rho / (1 + (r - 1) * rho)) ** 0.5)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write both arrays into one ``.npz`` file."""
+        with open(path, "wb") as file:
+            np.savez(file, masks=self.masks.numpy(), repeats=self.repeats.numpy())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> GroundTruth:
+        """Read what `save` wrote, or a directory of `retrain_subsets`.
+
+        Of a directory, s subsets with r repeats each are read, s and r such that the runs are as many as possible; a
+        warning says so if there are more.
+
+        Raises:
+            FileNotFoundError: if there is nothing.
+            ValueError: if a file is damaged; it is named.
+        """
+        if Path(path).is_dir():
+            return read_runs(Path(path))
+        try:
+            return cls(*_read_arrays(Path(path), "masks", "repeats"))
+        except DamagedRun as error:
+            raise DamagedRun(f"{error} Save the ground truth again.") from error
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well scores predict retraining; printed as a small table.
+
+    Attributes:
+        lds: the linear datamodeling score, the mean over targets.
+        interval: its bootstrap confidence interval of 95 %.
+        ceiling: the LDS that perfect scores would have; None where subsets were trained once only.
+        random: the LDS of random scores.
+        per_target: the LDS of every target, (m,).
+        slope: of actual against predicted outputs over subsets, about the mean of every target; 1 for scores of the
+            right size. A part α of the train set has α times its curvature, so predicted is the sum of scores / α.
+    """
+
+    lds: float
+    interval: Interval
+    ceiling: float | None
+    random: float
+    per_target: Tensor
+    slope: float
+
+    def __str__(self) -> str:
+        ceiling = "unknown (repeats=1)" if self.ceiling is None else f"{self.ceiling:.3f}"
+        lower, upper = (bound.item() for bound in self.interval)
+        rows = (
+            ("scores", f"{self.lds:.3f}  (95 %: {lower:.3f} to {upper:.3f})"),
+            ("perfect scores", ceiling),
+            ("random scores", f"{self.random:.3f}"),
+        )
+        table = "\n".join(["LDS", *(f"  {name:<15} {value}" for name, value in rows)])
+        return f"{table}\nactual change / predicted change: {self.slope:.2f}"
+
+
+def evaluate(attribution: Attribution | Tensor, ground_truth: GroundTruth, seed: int = 0) -> Evaluation:
+    """Measure scores against retraining by the linear datamodeling score.
+
+    Args:
+        attribution: of the same train set and targets; or its scores, (n, m).
+        ground_truth: from `retrain_subsets`.
+        seed: of the random scores and of the bootstrap.
+
+    Raises:
+        ValueError: if numbers of training examples, targets or subsets do not fit together.
+
+    >>> scores = torch.randn(20, 3)
+    >>> masks = torch.rand(50, 20) < 0.5
+    >>> truth = GroundTruth(masks, (masks.float() @ scores)[:, None])
+    >>> evaluate(scores, truth).lds
+    1.0
+    """
+    scores = attribution if isinstance(attribution, Tensor) else attribution.scores
+    masks, outputs = ground_truth.masks, ground_truth.outputs
+    metric = LinearDatamodelingScore(seed=seed)
+    metric.update(predicted_outputs(scores, masks), outputs)
+    random = torch.randn(scores.shape, generator=torch.Generator().manual_seed(seed + 2**31 - 1))
+    return Evaluation(
+        lds=metric.compute().item(),
+        interval=metric.interval(),
+        ceiling=ground_truth.noise_ceiling(),
+        random=linear_datamodeling_score(random, masks, outputs).item(),
+        per_target=metric.per_target(),
+        slope=_slope(predicted_outputs(scores, masks) / masks.float().mean(1, keepdim=True), outputs),
+    )
+
+
+def _slope(predicted: Tensor, actual: Tensor) -> float:
+    """Return the slope of the regression of actual on predicted values, (s, m), about the mean of every target."""
+    predicted, actual = predicted - predicted.mean(0), actual - actual.mean(0)
+    return ((predicted * actual).sum() / predicted.square().sum()).item()
+
+
+def run_name(subset: int, repeat: int) -> str:
+    """Name the run that trains on a subset for the ``repeat``-th time."""
+    return f"subset{subset:05d}-repeat{repeat:02d}"
+
+
+class DamagedRun(ValueError):
+    """The file of a run is not as it was written, or is that of another run."""
+
+
+def write_run(path: Path, mask: Tensor, outputs: Tensor) -> None:
+    """Keep a run: its training examples (n,), and the outputs of the targets (m,). The file is whole, or not there."""
+    unfinished = path.with_suffix(f".{os.getpid()}.part")
+    with open(unfinished, "wb") as file:
+        np.savez(file, mask=mask.numpy(), outputs=outputs.numpy())
+    unfinished.replace(path)
+
+
+def read_run(path: Path, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the mask and the outputs of a run.
+
+    Args:
+        path: the file.
+        mask: what it must have trained on, (n,), if that is known.
+
+    Raises:
+        DamagedRun: if the file is damaged, or the run trained on other examples.
+    """
+    stored, outputs = _read_arrays(path, "mask", "outputs")
+    if stored.ndim != 1 or outputs.ndim != 1:
+        shapes = f"mask {tuple(stored.shape)} and outputs {tuple(outputs.shape)}, expected (n,) and (m,)"
+        raise DamagedRun(f"'{path}' is damaged: it has {shapes}.")
+    if mask is not None and not torch.equal(stored, mask):
+        raise DamagedRun(f"'{path}' is the run of another subset: it trained on other examples than its name says.")
+    return stored, outputs
+
+
+def read_runs(dirpath: Path) -> GroundTruth:
+    """Read the runs of a directory: s subsets with r repeats each, s and r such that as many as possible are read.
+
+    Raises:
+        FileNotFoundError: if there are none.
+        ValueError: if a file is damaged, or is not that of its subset; it is named.
+    """
+    paths = {path.stem: path for path in (dirpath / "runs").glob("subset*-repeat*.npz")}
+    subsets, r = _largest_grid(set(paths))
+    if not subsets:
+        raise FileNotFoundError(f"There are no finished runs in '{dirpath}'. Make them with retrain_subsets(...).")
+    if len(paths) > len(subsets) * r:
+        warnings.warn(
+            f"'{dirpath}' has {len(paths)} runs; read are {len(subsets)} subsets with {r} repeats each, the most that"
+            " are complete. retrain_subsets(..., n_subsets=..., repeats=...) returns those that you ask for.",
+            stacklevel=3,
+        )
+    try:
+        masks = {t: read_run(paths[run_name(t, 0)])[0] for t in subsets}
+        runs = {(t, i): read_run(paths[run_name(t, i)], masks[t])[1] for t in subsets for i in range(r)}
+    except DamagedRun as error:
+        raise DamagedRun(f"{error} retrain_subsets(..., dirpath='{dirpath}') does it again.") from error
+    check_targets({run_name(*key): outputs for key, outputs in runs.items()}, dirpath)
+    repeats = [torch.stack([runs[t, i] for i in range(r)]) for t in subsets]
+    return GroundTruth(torch.stack(list(masks.values())), torch.stack(repeats))
+
+
+def check_targets(outputs: Mapping[str, Tensor], dirpath: str | os.PathLike[str]) -> None:
+    """Raise a ValueError if runs, by name, have outputs of different numbers of targets."""
+    first = next(iter(outputs))
+    for name, values in outputs.items():
+        if values.shape != outputs[first].shape:
+            raise ValueError(
+                f"Runs in '{dirpath}' are of other targets: '{first}' has outputs of {len(outputs[first])} targets,"
+                f" '{name}' of {len(values)}. Use another dirpath for other targets."
+            )
+
+
+def _largest_grid(names: set[str]) -> tuple[list[int], int]:
+    """Return subsets and r such that all of these subsets have repeats 0 to r − 1, and the runs are as many as can be.
+
+    >>> _largest_grid({run_name(0, 0), run_name(0, 1), run_name(1, 0), run_name(2, 0)})
+    ([0, 1, 2], 1)
+    """
+    found = [re.fullmatch(r"subset(\d+)-repeat(\d+)", name) for name in names]
+    numbers = [(int(match[1]), int(match[2])) for match in found if match]  # a copy of a file has another name
+    best: tuple[list[int], int] = ([], 1)
+    for r in range(1, 2 + max((repeat for _, repeat in numbers), default=-1)):
+        whole = [t for t in sorted({t for t, _ in numbers}) if all(run_name(t, i) in names for i in range(r))]
+        if len(whole) * r >= len(best[0]) * best[1]:
+            best = whole, r
+    return best
+
+
+def _read_arrays(path: Path, *names: str) -> list[Tensor]:
+    content = path.read_bytes()  # an error of the file system is no damage
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            return [torch.from_numpy(arrays[name]) for name in names]
+    except Exception as error:  # of zipfile, zlib, struct or NumPy, whichever comes upon it
+        raise DamagedRun(f"'{path}' is damaged ({type(error).__name__}: {error}).") from error

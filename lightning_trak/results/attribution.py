@@ -1,0 +1,271 @@
+"""Attribution: what the user gets back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_trak.influence import Extremes, Ranked, Spread, rank
+from lightning_trak.metrics import spearman
+from lightning_trak.results.plots import plot_extremes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+_LISTS = ("checkpoints", "dampings", "damping_rules", "loss_explained")  # of the fields below
+
+
+@dataclass(frozen=True)
+class AttributionInfo:
+    """How scores came about.
+
+    Attributes:
+        n_train: n.
+        n_targets: m.
+        checkpoints: digests of the checkpoints averaged over.
+        projector: name of the projection.
+        proj_dim: k.
+        damping: λ, or ``"auto"``, as it was asked for.
+        curvature: whether H was weighted with the loss's curvature.
+        dampings: λ at every checkpoint.
+        damping_rules: how they were chosen.
+        temperature: by which model outputs were divided in Q and w.
+        estimator: ``"gauss_newton"`` or ``"trak"``.
+        loss_explained: where the loss is no function of the output, how much of the squared norms of its gradients is
+            along those of the output, at every checkpoint that was featurized in one go.
+    """
+
+    n_train: int
+    n_targets: int
+    checkpoints: tuple[str, ...]
+    projector: str
+    proj_dim: int
+    damping: float | str
+    curvature: bool
+    dampings: tuple[float, ...] = ()
+    damping_rules: tuple[str, ...] = ()
+    temperature: float = 1.0
+    estimator: str = "gauss_newton"
+    loss_explained: tuple[float, ...] = ()
+
+
+class Convergence(NamedTuple):
+    """How well halves of the checkpoints agree.
+
+    Attributes:
+        checkpoints: how many were cut into halves.
+        agreement: rank correlation of the halves' scores.
+    """
+
+    checkpoints: list[int]
+    agreement: list[float]
+
+
+class Attribution:
+    """Scores of every training example for every target.
+
+    A positive score says that training on the example raised the model output of the target (the example is *helpful*,
+    a proponent), a negative one that it lowered it. With ``curvature=True`` a score predicts by how much the output
+    falls if the example is left out of training.
+
+    Args:
+        scores: τ, (n, m); or, to hold only the best and worst of each target, `Extremes`.
+        info: how they came about.
+        spread: how they vary from checkpoint to checkpoint, where that is known.
+
+    >>> info = AttributionInfo(3, 1, ("a1b2",), "sparse", 2048, 0.3, True)
+    >>> attribution = Attribution(torch.tensor([[0.5], [-1.0], [2.0]]), info)
+    >>> attribution
+    Attribution(n_train=3, n_targets=1, checkpoints=1, projector='sparse', proj_dim=2048, damping=0.3, curvature=True)
+    >>> attribution.top(2).indices, attribution.bottom(1).values
+    (tensor([[2, 0]]), tensor([[-1.]]))
+    """
+
+    def __init__(self, scores: Tensor | Extremes, info: AttributionInfo, spread: Spread | None = None) -> None:
+        self._scores = scores
+        self._spread = spread
+        self.info = info
+
+    @property
+    def scores(self) -> Tensor:
+        """τ, (n, m): row i, column j says how much training example i raised the model output on target j."""
+        if isinstance(self._scores, Extremes):
+            kept = self._scores.top.indices.shape[1]
+            raise AttributeError(
+                f"Only the {kept} highest and lowest scores of each target were kept; .top(k) and .bottom(k) return"
+                " them. For all scores call trainer.attribute(...) without top_k."
+            )
+        return self._scores
+
+    @property
+    def standard_error(self) -> Tensor:
+        """Of every score, (n, m): its standard deviation over checkpoints divided by the root of their number.
+
+        Checkpoints of one run are alike, so it tells how much the scores would change with other checkpoints of such a
+        run, not with another run. With ``estimator="trak"``, which averages Q over checkpoints apart, it leaves out how
+        Q varies.
+        """
+        return self._known_spread().standard_error
+
+    def convergence(self, splits: int = 20, seed: int = 0) -> Convergence:
+        """Say whether the checkpoints are enough: how well two halves of them agree, for more and more checkpoints.
+
+        Checkpoints are drawn at random and cut into halves; agreement is Spearman's rank correlation of the halves'
+        scores over training examples, averaged over targets and ``splits``. Where it has stopped to rise, more
+        checkpoints of the same kind will not help.
+
+        Args:
+            splits: for each number of checkpoints.
+            seed: chooses them.
+
+        Returns:
+            ``checkpoints``, even numbers, and ``agreement`` for each.
+        """
+        sample = self._known_spread().sample
+        generator = torch.Generator().manual_seed(seed)
+        numbers = list(range(2, len(sample) + 1, 2))
+        agreement = []
+        for number in numbers:
+            drawn = [torch.randperm(len(sample), generator=generator)[:number] for _ in range(splits)]
+            halves = [(sample[half[::2]].mean(0), sample[half[1::2]].mean(0)) for half in drawn]
+            agreement.append(torch.stack([spearman(*pair).mean() for pair in halves]).mean().item())
+        return Convergence(numbers, agreement)
+
+    def _known_spread(self) -> Spread:
+        if self._spread is None:
+            raise AttributeError(
+                "How scores vary over checkpoints is known only where trainer.attribute(...) averaged over two"
+                f" checkpoints or more, without top_k; here are {len(self.info.checkpoints)}."
+            )
+        return self._spread
+
+    def top(self, k: int = 5) -> Ranked:
+        """Return the most helpful training examples of every target, the best first.
+
+        Args:
+            k: how many.
+
+        Returns:
+            ``indices`` (m, k) into the train set, and ``values`` (m, k), their scores.
+        """
+        return self._ranked(k, largest=True)
+
+    def bottom(self, k: int = 5) -> Ranked:
+        """Return the most harmful training examples of every target, the worst first; as `top` otherwise."""
+        return self._ranked(k, largest=False)
+
+    def plot(
+        self,
+        train: Sequence[Any] | None = None,
+        targets: Sequence[Any] | None = None,
+        *,
+        columns: Sequence[int] | None = None,
+        k: int = 5,
+    ) -> tuple[Figure, Any]:
+        """Draw targets beside their k most helpful and k most harmful training examples.
+
+        Args:
+            train: the train set, to show its examples: images, or pairs of image and label, by index. An image is
+                (H, W), (C, H, W) or (H, W, C). Without it scores are shown as bars.
+            targets: the target set, likewise.
+            columns: which targets to draw, by index; the first five if None.
+            k: how many training examples on each side.
+
+        Returns:
+            The figure, and its axes as a NumPy array: (targets, 1 + 2k) with images, (targets,) with bars.
+
+        Raises:
+            ModuleNotFoundError: if matplotlib is not installed.
+        """
+        shown = list(range(min(5, self.info.n_targets))) if columns is None else [int(column) for column in columns]
+        outside = [column for column in shown if not 0 <= column < self.info.n_targets]
+        if outside or not shown:
+            raise ValueError(f"columns must name some of the {self.info.n_targets} targets, got {columns!r}.")
+        extremes = Extremes(self.top(k), self.bottom(k))
+        return plot_extremes(extremes, shown, train, targets)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the attribution into the directory ``path``; a former attribution there is replaced."""
+        target = Path(path)
+        if target.exists() and not (target / "attribution.json").is_file():
+            raise FileExistsError(f"'{path}' exists and is no saved attribution; choose another path.")
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, array in self._arrays().items():
+            np.save(partial / f"{name}.npy", array.numpy(), allow_pickle=False)
+        (partial / "attribution.json").write_text(json.dumps(asdict(self.info), indent=1))
+        shutil.rmtree(target, ignore_errors=True)
+        partial.replace(target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Attribution:
+        """Read an attribution that `save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is none in ``path``.
+            ValueError: if it is damaged.
+        """
+        folder = Path(path)
+        if not (folder / "attribution.json").is_file():
+            raise FileNotFoundError(f"There is no saved attribution in '{path}' (no attribution.json).")
+        try:
+            fields = json.loads((folder / "attribution.json").read_text())
+            lists = {name: tuple(fields.get(name, ())) for name in _LISTS}
+            info = AttributionInfo(**{**fields, **lists})
+            names = ["scores"] if (folder / "scores.npy").exists() else ["top", "top_values", "bottom", "bottom_values"]
+            arrays = [_load(folder, name) for name in names]
+            varies = (folder / "standard_error.npy").exists()
+            spread = Spread(_load(folder, "standard_error"), _load(folder, "sample")) if varies else None
+        except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
+            raise ValueError(f"The attribution in '{path}' is damaged: {error}. Compute it again.") from error
+        if len(arrays) == 1:
+            if tuple(arrays[0].shape) != (info.n_train, info.n_targets):
+                raise ValueError(f"The attribution in '{path}' is damaged: scores have shape {tuple(arrays[0].shape)}.")
+            return cls(arrays[0], info, spread)
+        return cls(Extremes(Ranked(arrays[0], arrays[1]), Ranked(arrays[2], arrays[3])), info)
+
+    def _arrays(self) -> dict[str, Tensor]:
+        if isinstance(self._scores, Tensor):
+            return {"scores": self._scores} | ({} if self._spread is None else vars(self._spread))
+        top, bottom = self._scores.top, self._scores.bottom
+        return {
+            "top": top.indices,
+            "top_values": top.values,
+            "bottom": bottom.indices,
+            "bottom_values": bottom.values,
+        }
+
+    def _ranked(self, k: int, *, largest: bool) -> Ranked:
+        if isinstance(self._scores, Extremes):
+            kept = self._scores.top if largest else self._scores.bottom
+            limit, why = kept.indices.shape[1], "kept by trainer.attribute(top_k=...)"
+        else:
+            limit, why = self.info.n_train, "in the train set"
+        if not 1 <= k <= limit:
+            raise ValueError(f"k must be between 1 and {limit}, the number of examples {why}; got {k}.")
+        if isinstance(self._scores, Extremes):
+            return Ranked(kept.indices[:, :k], kept.values[:, :k])
+        return rank(self._scores.T, k, largest)
+
+    def __repr__(self) -> str:
+        info = self.info
+        return (
+            f"Attribution(n_train={info.n_train}, n_targets={info.n_targets}, checkpoints={len(info.checkpoints)},"
+            f" projector={info.projector!r}, proj_dim={info.proj_dim}, damping={info.damping!r},"
+            f" curvature={info.curvature})"
+        )
+
+
+def _load(folder: Path, name: str) -> Tensor:
+    return torch.from_numpy(np.load(folder / f"{name}.npy", allow_pickle=False))

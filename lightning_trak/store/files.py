@@ -1,0 +1,140 @@
+"""Files of the store: written at once or not at all, and verified as they are read."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import numpy.typing as npt
+
+CRC_BLOCK = 2**24
+
+Array = npt.NDArray[Any]
+
+
+class VerifiedRows:
+    """The rows of an array file, each block read once; a checksum tells at the end whether the file is as written."""
+
+    def __init__(self, array: Array, path: Path, checksum: int) -> None:
+        self._array, self._path, self._checksum = array, path, checksum
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, k)."""
+        return self._array.shape
+
+    def blocks(self, size: int) -> Iterator[Array]:
+        """Yield all rows in order, ``size`` at a time.
+
+        Raises:
+            ValueError: after the last block, if the file is damaged.
+        """
+        with open(self._path, "rb") as file:
+            crc = zlib.crc32(file.read(os.path.getsize(self._path) - self._array.nbytes))
+        for start in range(0, len(self._array), size):
+            block = self._array[start : start + size]
+            crc = zlib.crc32(np.ascontiguousarray(block).data, crc)
+            yield block
+        if crc != self._checksum:
+            raise damaged(self._path, "its checksum has changed")
+
+    def read(self) -> Array:
+        """Return all rows, or raise as `blocks` does."""
+        return np.concatenate(list(self.blocks(max(1, len(self._array)))))
+
+
+def damaged(path: Path, why: str) -> ValueError:
+    """Return an error that says what is wrong with a file, and what to do."""
+    return ValueError(
+        f"'{path}' is damaged: {why}. Delete {path.name}, written.npy and the 'checksums' of meta.json there, or simply"
+        f" the folder '{path.parent}', and featurize the checkpoint again."
+    )
+
+
+def checksum_of(arrays: Mapping[str, Array]) -> int:
+    """Return the CRC-32 of some arrays and their names."""
+    crc = 0
+    for name in sorted(arrays):
+        crc = zlib.crc32(np.ascontiguousarray(arrays[name]).data, zlib.crc32(name.encode(), crc))
+    return crc
+
+
+@contextmanager
+def explained_os_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into one that says what could not be written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(
+            error.errno,
+            f"The feature store cannot be written in '{path}': {error.strerror or error}. Free space there, or give"
+            " TRAKCallback another dirpath. Everything written so far is kept, and a rerun goes on from it",
+        ) from error
+
+
+def allocate(path: Path, shape: tuple[int, ...], dtype: type) -> None:
+    """Create an array file of zeros whose blocks are really on the disk: a sparse one would end in SIGBUS when full."""
+    with atomically(path) as partial, open(partial, "wb") as file:
+        np.lib.format.write_array_header_1_0(
+            file,
+            {
+                "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+                "fortran_order": False,
+                "shape": shape,
+            },
+        )
+        start, size = file.tell(), int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if not _reserve(file.fileno(), start + size):
+            for first in range(0, size, CRC_BLOCK):
+                file.write(bytes(min(CRC_BLOCK, size - first)))
+
+
+def _reserve(descriptor: int, size: int) -> bool:
+    """Reserve blocks for a file; return False where the system or the file system cannot."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except AttributeError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        return False
+    return True
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read an object; a ValueError says what to do if the file is damaged."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"'{path}' is damaged: {error}. Delete the folder '{path.parent}' and featurize again."
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(f"'{path}' is damaged: it holds no object. Delete the folder '{path.parent}'.")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace a file at once, so that it is never half-written."""
+    with atomically(path) as partial:
+        partial.write_text(json.dumps(value, indent=1))
+
+
+@contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """Write a file at once or not at all: to the path that is yielded, which takes its place at the end."""
+    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")  # another process may write the same
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,192 @@
+"""FeatureStore: the directory of checkpoints, their features, and scores. NumPy only."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_trak.data.identity import difference
+from lightning_trak.store.checkpoint import CheckpointEntry
+from lightning_trak.store.files import explained_os_errors, read_json, write_json
+
+FORMAT_VERSION = 1
+
+
+class FeatureStore:
+    """A directory that holds, for every checkpoint, its weights and the features of all training examples.
+
+    ::
+
+        <dirpath>/manifest.json                     format version, n_train, projection, parameters, data fingerprint
+        <dirpath>/checkpoints/<digest>/weights.pt   the weights
+                                       features.npy loss_grad.npy curvature.npy written.npy meta.json
+        <dirpath>/scores/<name>/...
+
+    A checkpoint is named by the digest of its weights, so the same weights twice are one entry. All entries share one
+    manifest; what does not fit it is refused.
+
+    Args:
+        dirpath: the directory of an existing store; `FeatureStore.create` makes one.
+
+    Raises:
+        FileNotFoundError: if there is no store.
+        ValueError: if its manifest is damaged or of another format version.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     store = FeatureStore.create(folder, {"n_train": 2})
+    ...     entry = store.add("abc", {"epoch": 0})
+    ...     entry.allocate(k=3)
+    ...     entry.write([1], np.ones((1, 3)), np.ones(1), np.ones(1))
+    ...     store.digests, entry.missing_rows().tolist(), entry.complete
+    (['abc'], [0], False)
+    """
+
+    def __init__(self, dirpath: str | os.PathLike[str]) -> None:
+        self.dirpath = Path(dirpath)
+        path = self.dirpath / "manifest.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"There is no feature store in '{dirpath}' (no manifest.json). Train with TRAKCallback('{dirpath}')"
+                " first, or pass checkpoints with ckpt_path=..."
+            )
+        self.manifest = read_json(path)
+        version = self.manifest.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"The store '{dirpath}' has format_version={version!r}, this version of lightning_trak reads"
+                f" {FORMAT_VERSION}. Use another dirpath."
+            )
+
+    @classmethod
+    def create(cls, dirpath: str | os.PathLike[str], manifest: Mapping[str, Any]) -> FeatureStore:
+        """Open the store in ``dirpath``, made with ``manifest`` if it is not there yet.
+
+        Raises:
+            ValueError: if it was made with another manifest; the field, both values and the remedy are named.
+            OSError: if the directory cannot be written.
+        """
+        path = Path(dirpath)
+        with explained_os_errors(path):
+            if not (path / "manifest.json").exists():
+                (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+                write_json(path / "manifest.json", {"format_version": FORMAT_VERSION, **manifest})
+        store = cls(path)
+        store.check(manifest)
+        return store
+
+    @staticmethod
+    def remove(dirpath: str | os.PathLike[str]) -> None:
+        """Delete the store in ``dirpath``, if there is one, with its checkpoints and scores; other files stay."""
+        path = Path(dirpath)
+        if not (path / "manifest.json").is_file():
+            return
+        (path / "manifest.json").unlink()  # first: without it nothing is taken for a store
+        for folder in ("checkpoints", "scores"):
+            shutil.rmtree(path / folder, ignore_errors=True)
+
+    def check(self, manifest: Mapping[str, Any]) -> None:
+        """Raise a ValueError that names the first field in which ``manifest`` differs from the store's own."""
+        for name, value in json.loads(json.dumps(manifest)).items():
+            if name == "data_rows":  # it says where "data" differs
+                continue
+            given, stored = _flat({name: value}), _flat({name: self.manifest.get(name)})
+            for field in [*stored, *(field for field in given if field not in stored)]:
+                if stored.get(field) != given.get(field):
+                    what, former = self._difference(field, stored.get(field), given.get(field), manifest)
+                    raise ValueError(
+                        f"The store '{self.dirpath}' was made with {what}: features of the two cannot be mixed. Use"
+                        f" another dirpath for TRAKCallback, restore the former {former}, or delete the store to start"
+                        " anew."
+                    )
+
+            if list(_flat({name: value})) != list(_flat({name: self.manifest.get(name)})):
+                raise ValueError(
+                    f"The store '{self.dirpath}' was made with the {name} in another order than here:"
+                    f" {_short(list(self.manifest[name]))} against {_short(list(value))}. Use another dirpath."
+                )
+
+    def _difference(self, field: str, own: Any, here: Any, manifest: Mapping[str, Any]) -> tuple[str, str]:
+        """Say how a field of the store differs from that of another manifest, and what it is called."""
+        if field in ("n_train", "data"):
+            return f"another train set: {difference(self.manifest, manifest)}", "train set"
+        return f"{field}={_short(own)}, but here {field}={_short(here)}", field
+
+    @property
+    def n_train(self) -> int:
+        """The number of training examples."""
+        return int(self.manifest["n_train"])
+
+    @property
+    def digests(self) -> list[str]:
+        """The checkpoints, in the order in which they came."""
+        found = [(entry.meta.get("created", 0), entry.digest) for entry in self]
+        return [digest for _, digest in sorted(found)]
+
+    def __iter__(self) -> Iterator[CheckpointEntry]:
+        folder = self.dirpath / "checkpoints"
+        for path in sorted(folder.iterdir() if folder.is_dir() else []):
+            if (path / "meta.json").is_file():
+                yield CheckpointEntry(path, self.n_train)
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, digest: str) -> bool:
+        return (self.dirpath / "checkpoints" / digest / "meta.json").is_file()
+
+    def __getitem__(self, digest: str) -> CheckpointEntry:
+        if digest not in self:
+            raise KeyError(f"The store '{self.dirpath}' has no checkpoint {digest}; it has {self.digests}.")
+        return CheckpointEntry(self.dirpath / "checkpoints" / digest, self.n_train)
+
+    def folder(self, digest: str) -> Path:
+        """Return the folder of a checkpoint, made if it is not there; weights go in before the entry is added."""
+        path = self.dirpath / "checkpoints" / digest
+        with explained_os_errors(self.dirpath):
+            path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def add(self, digest: str, meta: Mapping[str, Any]) -> CheckpointEntry:
+        """Add a checkpoint, whose features are still to be written; one that is there already is returned as it is."""
+        if digest not in self:
+            path = self.folder(digest)
+            with explained_os_errors(self.dirpath):
+                write_json(path / "meta.json", {"digest": digest, "created": time.time_ns(), **meta})
+        return self[digest]
+
+    def discard(self, digest: str) -> None:
+        """Delete a checkpoint and its features."""
+        shutil.rmtree(self.dirpath / "checkpoints" / digest, ignore_errors=True)
+
+    def scores_dir(self, name: str) -> Path:
+        """Return the directory of the scores saved under ``name``."""
+        if not name or name != Path(name).name or name in (".", ".."):
+            raise ValueError(f"name must be usable as a folder name, got {name!r}.")
+        return self.dirpath / "scores" / name
+
+    def __repr__(self) -> str:
+        complete = sum(entry.complete for entry in self)
+        return (
+            f"FeatureStore('{self.dirpath}', n_train={self.n_train}, checkpoints={len(self)}, featurized={complete},"
+            f" projection={_short(self.manifest.get('projection'))})"
+        )
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Name the leaves of nested objects by their path: ``projection.seed``."""
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        flat |= _flat(item, f"{prefix}{name}.") if isinstance(item, Mapping) else {prefix + name: item}
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 160 else f"{text[:100]} ... {text[-50:]}"

@@ -1,0 +1,125 @@
+"""Weights of checkpoints: their digest, and their files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_trak.data.identity import bytes_of
+
+Weights = dict[str, Tensor]
+
+
+def tensors_in(state_dict: Mapping[str, Any]) -> Weights:
+    """Return the tensors of a state dict, detached, without other extra state."""
+    return {name: value.detach() for name, value in state_dict.items() if isinstance(value, Tensor)}
+
+
+def copy_of_weights(module: nn.Module) -> Weights:
+    """Return a copy of a module's weights: a forward pass may change its own in place, as with ``max_norm=1``.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> copy_of_weights(layer)["weight"].data_ptr() == layer.weight.data_ptr()
+    False
+    """
+    return {name: value.clone() for name, value in tensors_in(module.state_dict()).items()}
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Return the identity of a checkpoint: a digest of its weights' names, types, shapes and bytes.
+
+    >>> weights_digest({"a": torch.zeros(2)}) == weights_digest({"a": torch.zeros(2)})
+    True
+    >>> weights_digest({"a": torch.zeros(2)}) == weights_digest({"a": torch.zeros(2, 1)})
+    False
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(weights):
+        value = weights[name]
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        digest.update(bytes_of(value))
+    return digest.hexdigest()
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write weights to ``path`` at once or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        # Through a file of our own, so that a full disk is an OSError; cloned, so that no view drags its storage along.
+        with open(partial, "wb") as file:
+            torch.save({name: value.detach().cpu().clone() for name, value in weights.items()}, file)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_weights(path: Path, digest: str) -> Weights:
+    """Read the weights that `save_weights` wrote, and make sure that they are those of ``digest``.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    try:
+        weights: Weights = torch.load(path, map_location="cpu", weights_only=True)
+        found = weights_digest(weights)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, AttributeError) as error:
+        found = f"unreadable ({type(error).__name__})"
+    if found != digest:
+        raise ValueError(
+            f"The weights file '{path}' is damaged: its digest is {found}, expected {digest}. Delete the folder"
+            f" '{path.parent}' and featurize the checkpoint again with ckpt_path=..."
+        )
+    return weights
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """Read a Lightning ``.ckpt`` file; a plain state-dict file as if it were one that holds nothing else.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or holds something else.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"ckpt_path names '{path}', which is no file. Pass paths of .ckpt or state-dict files.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"'{path}' cannot be read with torch.load(weights_only=True): {error}\nIf you trust the file, save its"
+            " weights alone and pass that file:"
+            " torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt')"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"'{path}' is damaged or no checkpoint: {error}") from error
+    if not isinstance(content, Mapping) or not isinstance(content.get("state_dict", content), Mapping):
+        raise ValueError(f"'{path}' holds no weights; expected a Lightning checkpoint or a state dict.")
+    return content if "state_dict" in content else {"state_dict": content}
+
+
+def read_weights(path: str | os.PathLike[str]) -> Weights:
+    """Read the weights in a file that `read_checkpoint` reads.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or holds none.
+    """
+    return weights_in(read_checkpoint(path), path)
+
+
+def weights_in(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> Weights:
+    """Return the weights of a checkpoint that was read from ``path``.
+
+    Raises:
+        ValueError: if it holds none.
+    """
+    weights = tensors_in(checkpoint["state_dict"])
+    if not weights:
+        raise ValueError(f"'{path}' holds no weights; expected a Lightning checkpoint or a state dict.")
+    return weights

@@ -1,0 +1,154 @@
+"""How the mixins read a batch: the forward pass, and the labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from inspect import Parameter, signature, unwrap
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_trak.data.batch import describe
+
+# What Python says of arguments that a function does not take.
+_WRONG_CALL = re.compile(
+    r"\(\) (got an unexpected keyword argument|got multiple values for|missing \d+ required|takes .* arguments? but)"
+)
+
+
+def forward(module: Any, batch: Any, *fields: str, hook: str, leave_out: tuple[str, ...] = ("labels",)) -> Tensor:
+    """Run a module's forward on the inputs of a batch, and take a tensor from what it returns.
+
+    Args:
+        module: a module.
+        batch: the inputs, a tensor or a mapping of keyword arguments, or ``(inputs, ...)``.
+        fields: names that the tensor may have, where forward returns an object or a mapping.
+        hook: the method to override where the batch or the result is of another form.
+        leave_out: keys of a mapping that are not arguments of forward.
+
+    Raises:
+        TypeError: if it is of another form.
+    """
+    inputs = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+    if isinstance(inputs, Mapping):
+        kwargs = {key: value for key, value in inputs.items() if key not in leave_out}
+        result = call_forward(module, batch, hook, **kwargs)
+    elif isinstance(inputs, Tensor):
+        result = call_forward(module, batch, hook, inputs)
+    else:
+        raise _wrong_form(module, batch, hook)
+    for field in fields:
+        if isinstance(result, Mapping) and field in result:
+            result = result[field]
+        result = getattr(result, field, result)
+    if not isinstance(result, Tensor):
+        raise TypeError(
+            f"{type(module).__name__}.forward returned {describe(result)}; expected a tensor or an object with"
+            f" .{fields[0]}. Override {hook}(self, batch)."
+        )
+    return result
+
+
+def labels_or_none(batch: Any) -> Any:
+    """Return what stands where labels are: ``batch[1]``, or ``batch["labels"]``; None if there is nothing."""
+    if isinstance(batch, Mapping):
+        return batch.get("labels")
+    return batch[1] if isinstance(batch, (list, tuple)) and len(batch) >= 2 else None
+
+
+def labels(module: Any, batch: Any, *, hook: str) -> Tensor:
+    """Take the labels out of a batch ``(inputs, labels)`` or a mapping with ``"labels"``.
+
+    Raises:
+        TypeError: if there are none.
+    """
+    value = labels_or_none(batch)
+    if not isinstance(value, Tensor):
+        raise _wrong_form(module, batch, hook)
+    return value
+
+
+@contextmanager
+def labels_in_range(what: str, remedy: str) -> Iterator[None]:
+    """Turn the error of labels that no class belongs to into a ValueError that says so; others, as of memory, stay."""
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        if not any(sign in str(error) for sign in ("out of bounds", "device-side assert")):
+            raise
+        raise ValueError(f"{what}: {str(error).rstrip('.')}. {remedy}") from error
+
+
+def only_valid(values: Tensor, valid: Tensor, why: str) -> Tensor:
+    """Return floating-point ``values`` if they are ``valid`` everywhere.
+
+    Within `torch.vmap` single values are not known: there it is NaN in the place of others, which ends in an error too.
+
+    Raises:
+        ValueError: saying why, if they are not.
+    """
+    try:
+        wrong = not bool(valid.all())
+    except RuntimeError:
+        return values.where(valid, torch.nan)
+    if wrong:
+        raise ValueError(why)
+    return values
+
+
+def call_forward(module: Any, batch: Any, hook: str, /, *args: Tensor, **kwargs: Any) -> Any:
+    """Call a module with arguments that were taken from a batch.
+
+    Args:
+        module: a module.
+        batch: the batch, for the message.
+        hook: the method to override where forward takes others.
+        args: its arguments.
+        kwargs: its keyword arguments.
+
+    Raises:
+        TypeError: if forward does not take them, also where that shows only within a forward of ``*args, **kwargs``.
+            Other errors of forward stay what they are.
+    """
+    taken = signature(module.forward)
+    try:
+        taken.bind(*args, **kwargs)
+    except TypeError as error:
+        raise _not_taken(module, batch, hook, kwargs, error) from error
+    try:
+        return module(*args, **kwargs)
+    except (TypeError, LookupError, ValueError) as error:
+        kinds = {parameter.kind for parameter in taken.parameters.values()}
+        if kinds & {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD} and _is_of_arguments(error, module.forward):
+            raise _not_taken(module, batch, hook, kwargs, error) from error
+        raise
+
+
+def _is_of_arguments(error: Exception, forward: Any) -> bool:
+    """Whether an error came up because a function got others arguments than it, or one that it calls, expected."""
+    if isinstance(error, TypeError):
+        return _WRONG_CALL.search(str(error)) is not None
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    own = getattr(unwrap(forward), "__code__", None)  # an error further within is hardly about **kwargs or *args
+    unpacked = isinstance(error, LookupError) or "values to unpack" in str(error)
+    return unpacked and frame is not None and frame.tb_frame.f_code is own
+
+
+def _not_taken(module: Any, batch: Any, hook: str, kwargs: Mapping[str, Any], error: Exception) -> TypeError:
+    given = f"{', '.join(map(repr, kwargs))} of the batch" if kwargs else "the inputs of the batch alone"
+    return TypeError(
+        f"{type(module).__name__}.forward cannot be called with {given}, {describe(batch)}: {type(error).__name__}:"
+        f" {str(error).rstrip('.')}. Override {hook}(self, batch) to call it; labels are expected as 'labels'."
+    )
+
+
+def _wrong_form(module: Any, batch: Any, hook: str) -> TypeError:
+    return TypeError(
+        f"The batch is {describe(batch)}; expected (inputs, labels) or a mapping with 'labels'. Override"
+        f" {hook}(self, batch) in {type(module).__name__} to say where to find them."
+    )

@@ -1,0 +1,81 @@
+"""What a model output must be for scores to mean anything; each check says what is wrong and how to mend it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_trak.data.batch import describe, tensors_of
+
+_SHOWN = 10  # examples named in a message, at most
+
+_LOOK = {  # what is likely to be wrong: of targets it is not the weights, at which the train set is featurized
+    "train": "Look at these examples and at the weights (did training diverge?); remove the examples",
+    "target": "Look at these targets: correct or remove them",
+}
+_STABLER = "or compute model_output in a stabler way, e.g. from logsumexp and not from log(softmax)."
+
+
+def check_dependent(module: Any, outputs: Tensor, n_parameters: int, method: str = "model_output") -> None:
+    """Raise a ValueError if outputs that were computed with gradients depend on no attributed parameter."""
+    if not outputs.requires_grad:
+        raise ValueError(
+            f"{type(module).__name__}.{method} does not depend on any of the {n_parameters} attributed"
+            " parameters. Return the output without .detach(), .item(), torch.no_grad() or NumPy on its way, and"
+            " let parameters=... select some that it uses."
+        )
+
+
+def check_size(module: Any, outputs: Tensor, size: int, method: str = "model_output") -> None:
+    """Raise a ValueError unless there is one output for each of ``size`` examples."""
+    if outputs.shape != (size,):
+        raise ValueError(
+            f"{type(module).__name__}.{method}(batch) returned shape {tuple(outputs.shape)} for a batch"
+            f" of {size} examples; expected one number for each, ({size},)."
+        )
+
+
+def versions_of(batch: Any) -> list[int | None]:
+    """Return the version counter of every tensor of a batch; None for one made in inference mode, which has none."""
+    return [None if tensor.is_inference() else tensor._version for tensor in tensors_of(batch)]
+
+
+def check_unchanged(module: Any, batch: Any, before: Sequence[int | None]) -> None:
+    """Raise a ValueError if the tensors of a batch have other versions than `versions_of` told ``before``."""
+    pairs = enumerate(zip(versions_of(batch), before, strict=True))
+    changed = [place for place, (one, other) in pairs if one != other]
+    if changed:
+        raise ValueError(
+            f"{type(module).__name__}.model_output changes its batch in place ({describe(batch)}, tensor"
+            f" {changed[0] + 1}), so a second call gives other outputs. Work on a copy: x = x / 255, not x /= 255."
+        )
+
+
+def check_finite(what: str, values: Tensor, examples: str, rows: Sequence[int]) -> None:
+    """Raise a ValueError naming the rows of the ``examples`` (train or target) whose value is NaN or infinite.
+
+    >>> check_finite("model_output", torch.tensor([0.0, float("nan")]), "train", [5, 6])
+    Traceback (most recent call last):
+        ...
+    ValueError: model_output is NaN or infinite for train rows 6. Look at these examples and at the weights (did
+    training diverge?); remove the examples, or compute model_output in a stabler way, e.g. from logsumexp and not from
+    log(softmax).
+    """
+    bad = (~torch.isfinite(values)).nonzero()[:, 0].tolist()
+    if bad:
+        shown = ", ".join(str(rows[index]) for index in bad[:_SHOWN]) + (", ..." if len(bad) > _SHOWN else "")
+        raise ValueError(f"{what} is NaN or infinite for {examples} rows {shown}. {_LOOK[examples]}, {_STABLER}")
+
+
+def check_independent(what: str, together: Tensor, alone: Tensor, tolerance: float, examples: str, row: int) -> None:
+    """Raise a ValueError if an example's output, (1,), is one in the batch and another by itself."""
+    if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance):
+        raise ValueError(
+            f"{what} gives {together.item():.6g} for {examples} row {row} in a batch, and {alone.item():.6g} for it"
+            " alone. The output of an example"
+            " must depend neither on the others (padding without a mask, batch statistics, negatives from the"
+            " batch) nor on chance. If the example alone is what you mean, use gradients='loop'."
+        )

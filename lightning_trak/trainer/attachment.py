@@ -1,0 +1,98 @@
+"""A module on its device, in fit and outside of it, with everything left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from lightning_trak.isolation.module_state import ModuleState, others_frozen, unchanged
+from lightning_trak.isolation.random_states import kept_generators, kept_random_states
+from lightning_trak.trainer.framework import (
+    LightningDataModule,
+    LightningModule,
+    Trainer,
+    framework_of,
+    rank_zero_warn,
+)
+
+
+@contextmanager
+def undisturbed(trainer: Trainer, module: LightningModule, *sources: Any) -> Iterator[None]:
+    """Evaluate ``module`` as in ``predict`` but with gradients and without autocast, and leave no trace.
+
+    Kept are the module (see `ModuleState`), the random states, also of generators that module, datamodule or one of
+    the ``sources`` of examples holds, the logs, and the trainer's state.
+
+    Raises:
+        ModuleChanged: if the module is not what it was.
+    """
+    with (
+        torch.inference_mode(False),
+        kept_generators(module, trainer.datamodule, *sources),
+        unchanged(module, trainer.optimizers),
+        others_frozen(module, trainer.optimizers),
+        _as_in_predict(trainer, module),
+    ):
+        yield
+
+
+@contextmanager
+def _as_in_predict(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Set modes and states; who enters restores those of the module.
+
+    Hooks that augment ``if self.trainer.training`` do not do so here, during ``fit`` as little as after it.
+    """
+    state, framework = trainer.state, framework_of(trainer)
+    before = (state.fn, state.status, state.stage)
+    state.fn, state.status = framework.TrainerFn.PREDICTING, framework.TrainerStatus.RUNNING
+    state.stage = framework.RunningStage.PREDICTING
+    try:
+        with (
+            kept_random_states(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(module.device.type, enabled=False),
+        ):
+            module.eval()
+            vars(module).update(log=_log_nothing, log_dict=_log_nothing)  # model_output may log, as training_step does
+            yield
+    finally:
+        state.fn, state.status, state.stage = before
+
+
+def _log_nothing(*_: Any, **__: Any) -> None:
+    """Take the place of ``self.log``: features are no metrics."""
+
+
+@contextmanager
+def attached(trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None) -> Iterator[None]:
+    """Set a trainer up to run ``module`` on its device outside ``fit``, and leave all three as they were."""
+    strategy, connector = trainer.strategy, trainer._data_connector
+    connected, model, device = strategy.lightning_module, strategy.model, module.device
+    before = (connector._datahook_selector, trainer.datamodule)
+    state, own_trainer = ModuleState(module), None if datamodule is None else datamodule.trainer
+    try:
+        strategy.connect(module)
+        strategy.setup_environment()
+        module.trainer = trainer
+        connector._datahook_selector = framework_of(trainer).DataHookSelector(module, datamodule)
+        if datamodule is not None:
+            trainer.datamodule, datamodule.trainer = datamodule, trainer
+        with _as_in_predict(trainer, module):
+            strategy.model_to_device()
+            yield
+    finally:
+        state.restore()  # a module's setup() may have built layers anew
+        module.to(device)
+        if datamodule is not None:
+            datamodule.trainer = own_trainer
+        connector._datahook_selector, trainer.datamodule = before
+        strategy._lightning_module, strategy.model = connected, model
+        if state.lost:
+            rank_zero_warn(
+                f"{type(module).__name__} has other weights now than before: {'; '.join(state.lost)}. Its setup() or"
+                " configure_model() changed them in place, when it was asked for a loader. Load them again."
+            )

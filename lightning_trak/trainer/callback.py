@@ -1,0 +1,404 @@
+"""TRAKCallback: bridges Lightning's checkpoint saving to the stages. There is no mathematics in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from math import isfinite
+from pathlib import Path
+from typing import Any, TypeGuard
+from uuid import uuid4
+
+from torch.utils.data import DataLoader
+
+from lightning_trak.gradients import ENGINES
+from lightning_trak.influence.training_time import CHECKPOINT_KEY, TrainingTime
+from lightning_trak.isolation.module_state import ModuleChanged
+from lightning_trak.isolation.random_states import kept_generators
+from lightning_trak.projection import Projector, check_projector
+from lightning_trak.store.store import FeatureStore
+from lightning_trak.store.weights import Weights, copy_of_weights, tensors_in, weights_digest
+from lightning_trak.trainer.attachment import attached, undisturbed
+from lightning_trak.trainer.checkpoint_io import WatchedCheckpointIO
+from lightning_trak.trainer.checkpoints import add_checkpoint, featurize_checkpoint, pool_of
+from lightning_trak.trainer.featurization import FeaturizationLoop
+from lightning_trak.trainer.framework import (
+    Callback,
+    LightningModule,
+    Trainer,
+    extend_loaded,
+    framework_of,
+    is_finetuning,
+    rank_zero_info,
+    rank_zero_warn,
+)
+from lightning_trak.trainer.loaders import train_loader_of_fit
+from lightning_trak.trainer.loss_check import LossCheck
+from lightning_trak.trainer.plan import PROJ_DIM, SEED, Plan, Settings
+from lightning_trak.trainer.reports import Reports
+
+_FINISH_LATER = "trainer.attribute(...) computes what is missing, once the cause is mended."
+
+
+class TRAKCallback(Callback):
+    """Featurizes the train set at the checkpoints of a run, so that ``trainer.attribute(...)`` can explain outputs.
+
+    Training is bit-identical with and without it. Weights are taken as the checkpoint file holds them (averaged
+    weights too), right after the file is written; their features are computed between two training steps
+    (``featurize_on="save"``) or after the last (``"fit_end"``). Saves before the first training step, such as those of
+    the learning rate finder, are none of the run's checkpoints.
+
+    Args:
+        dirpath: the feature store; default ``<trainer.default_root_dir>/trak``. Several runs may share it: that is how
+            ensembles are made.
+        proj_dim: k, the number of features.
+        projector: ``"factored"`` (of layers' inputs and output gradients), ``"sparse"``, ``"rademacher"`` (dense),
+            ``"fast_jl"`` (dense, by the library of that name), ``"identity"`` (k = p) or a `Projector`; ``"auto"`` is
+            ``"identity"`` for models of at most ``proj_dim`` parameters, else ``"factored"``.
+        gradients: ``"hooks"`` (one backward pass for the whole batch), ``"vmap"``, ``"loop"``, or ``"auto"``: the first
+            of them that suits the model; which, and why, is reported.
+        featurize_on: ``"save"``: every distinct set of weights as it is saved, also those that are deleted later;
+            ``"fit_end"``: once per run, the checkpoints that the run kept.
+        parameters: the attributed parameters: None for all that are trainable when training begins, and with a
+            callback for finetuning, which unfreezes some later, for all; else names or glob patterns.
+        damping: λ, added to H relative to its mean diagonal; ``"auto"``: from learning rate and steps where the
+            optimizer is SGD, so that a Newton step goes as far as training did, on the mean of ``output_to_loss`` over
+            the batch; else chosen at every checkpoint by leave-one-out cross-validation on the linearised model.
+        temperature: for classification, divides the outputs f in Q and w, which stand for models that were not trained
+            on all of the examples and are less certain; ``"auto"``: 1.3 with ``damping="auto"`` and no fewer
+            trainable parameters than examples, else 1.
+        curvature: True: H = Φᵀ diag(w) Φ, a Newton step. False: H = Φᵀ Φ.
+        estimator: ``"gauss_newton"``: at every checkpoint φ(z)ᵀ H⁻¹ φ(zᵢ) qᵢ with its own q, averaged. ``"trak"``: the
+            estimator of the TRAK paper, without its soft thresholding, and up to a factor for each checkpoint that of
+            its reference implementation: H = Φᵀ Φ, λ = 0 unless ``damping`` is given, no temperature, and Q averaged
+            over checkpoints apart from H⁻¹.
+        seed: chooses the projections.
+        batch_size: for featurization; None for that of the loader, or fewer where the memory would not be enough.
+        overwrite: True: when training begins, what earlier runs left in the store is deleted. False: checkpoints of
+            several runs are pooled, and ``trainer.attribute()`` averages over all of them. A training that is resumed
+            keeps its own.
+
+    Examples count alike, however often a sampler draws them: weights of a `WeightedRandomSampler` do not count, those
+    of the loss do (``output_to_loss``).
+
+    Raises:
+        ValueError, TypeError: for arguments out of range.
+
+    >>> TRAKCallback("attributions", proj_dim=512, featurize_on="fit_end").proj_dim
+    512
+    """
+
+    def __init__(
+        self,
+        dirpath: str | os.PathLike[str] | None = None,
+        *,
+        proj_dim: int = PROJ_DIM,
+        projector: str | Projector = "auto",
+        gradients: str = "auto",
+        featurize_on: str = "save",
+        parameters: str | Sequence[str] | None = None,
+        damping: float | str = "auto",
+        temperature: float | str = "auto",
+        curvature: bool = True,
+        estimator: str = "gauss_newton",
+        seed: int = SEED,
+        batch_size: int | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        extend_loaded()
+        Projector.check_proj_dim(proj_dim)
+        check_projector(projector, proj_dim)
+        _check_choice("gradients", gradients, ("auto", *ENGINES))
+        _check_choice("featurize_on", featurize_on, ("save", "fit_end"))
+        if damping != "auto" and (not _is_finite(damping) or damping < 0):
+            raise ValueError(f"damping must be 'auto' or a finite number of at least 0, got {damping!r}.")
+        if temperature != "auto" and (not _is_finite(temperature) or temperature <= 0):
+            raise ValueError(f"temperature must be 'auto' or a finite number above 0, got {temperature!r}.")
+        _check_choice("estimator", estimator, ("gauss_newton", "trak"))
+        for name, value in (("curvature", curvature), ("overwrite", overwrite)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}.")
+        if estimator == "trak":
+            if temperature not in ("auto", 1):
+                raise ValueError(f"estimator='trak' has no temperature, got temperature={temperature!r}. Leave it out.")
+            curvature, temperature, damping = False, 1.0, 0.0 if damping == "auto" else damping
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an integer, got {seed!r}.")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"batch_size must be a positive integer or None, got {batch_size!r}.")
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.proj_dim = proj_dim
+        self.projector = projector
+        self.gradients = gradients
+        self.featurize_on = featurize_on
+        self.parameters = _names(parameters)
+        self.damping = damping
+        self.temperature = temperature
+        self.curvature = curvature
+        self.estimator = estimator
+        self.overwrite = overwrite
+        self.seed = seed
+        self.batch_size = batch_size
+        self.train_loader: DataLoader[Any] | None = None
+        self.last_saved: str | None = None
+        self.reports = Reports()
+        self._store: FeatureStore | None = None
+        self._loop: FeaturizationLoop | None = None
+        self._files: dict[str, str] = {}  # path of a checkpoint file → digest of its weights
+        self._pending: dict[str, bool] = {}  # digest to featurize → whether this run added it
+        self._featurized = 0
+        self._training: TrainingTime | None = None
+        self._loss_check = LossCheck()
+        self._run: str | None = None  # the identity of this training, kept when it is resumed
+        self._saved = False
+        self._failed = 0
+        self._attributed: set[str] = set()
+
+    @property
+    def settings(self) -> Settings:
+        """What features depend on."""
+        return Settings(self.proj_dim, self.projector, self.gradients, self.parameters, self.seed, self.batch_size)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the wiring, and start to watch checkpoint files."""
+        extend_loaded()  # the callback may be older than the import of pytorch_lightning
+        find_callback(trainer)
+        if stage != "fit":
+            return
+        check_supported(trainer, pl_module)
+        self._store = self._loop = self.train_loader = self.last_saved = self._run = None
+        self._files, self._pending, self._featurized, self._failed = {}, {}, 0, 0
+        self._saved, self._attributed, self._loss_check, self.reports = False, set(), LossCheck(), Reports()
+        watched = trainer.strategy.checkpoint_io
+        inner = watched.inner if isinstance(watched, WatchedCheckpointIO) else watched
+        trainer.strategy.checkpoint_io = WatchedCheckpointIO(inner, self)
+        # First of all, to see a batch before another callback's on_train_batch_start changes it.
+        trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Try the first batch and open the store, so that what cannot work fails before training."""
+        with undisturbed(trainer, pl_module):
+            loader = train_loader_of_fit(trainer, pl_module)
+            plan = Plan(self.settings, self.reports, pl_module, parameters=self._parameters_to_be(trainer, pl_module))
+            loop = plan.loop(trainer, pl_module, loader, lambda: loader, "train")
+            loop.preflight(copy_of_weights(pl_module), thorough=True)
+            self.train_loader = loader
+            if trainer.fast_dev_run:
+                return  # nothing will be saved
+            if self.overwrite and trainer.global_step == 0:
+                FeatureStore.remove(self.store_path(trainer))
+            with kept_generators(loader.dataset):
+                self._store = FeatureStore.create(self.store_path(trainer), plan.manifest(loader))
+        self._loop, self._attributed = loop, set(plan.parameters)
+        self._run = self._run or uuid4().hex
+        if not trainer.checkpoint_callbacks:
+            rank_zero_info(
+                "TRAKCallback: this Trainer has no ModelCheckpoint, so no checkpoint will be saved but by hand. If none"
+                " is, the final weights are featurized when fit ends."
+            )
+        if trainer.global_step == 0:
+            self._training = TrainingTime()
+        elif self._training is not None and self._training.steps != trainer.global_step:
+            self._training = None  # resumed without a recorded time: discard the old one
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Featurize what was saved since the last training step; of an epoch's first batch, find its loss."""
+        if self.featurize_on == "save":
+            self._featurize_pending()
+        if batch_idx == 0 and self.train_loader is not None:
+            self._check_trained(pl_module)
+            self._loss_check.before_step(trainer, pl_module, batch, self.train_loader)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Compare the loss of the first batch of the first two epochs."""
+        self._loss_check.after_step(trainer, pl_module, batch, outputs)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Note how far the step goes; that of a clipped gradient, or of one among several optimizers, is unknown."""
+        known = len(trainer.optimizers) == 1 and not trainer.gradient_clip_val
+        self._training = self._training.after_step(optimizer) if self._training is not None and known else None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Note run and training time, under a key of our own: Lightning warns about missing callback states."""
+        checkpoint[CHECKPOINT_KEY] = {"run": self._run, "training_time": self._training and asdict(self._training)}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Go on from a checkpoint that training is resumed from."""
+        if trainer.state.fn == framework_of(trainer).TrainerFn.FITTING:
+            noted = checkpoint.get(CHECKPOINT_KEY, {})
+            self._run, known = noted.get("run"), noted.get("training_time")
+            self._training = TrainingTime(**known) if known else None
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Featurize what is left, or with ``featurize_on="fit_end"`` all that the run kept."""
+        if self._store is None:
+            return
+        if not self._saved and trainer.global_step:
+            weights = copy_of_weights(pl_module)
+            self._add(weights, weights_digest(weights), trainer.current_epoch, trainer.global_step, "none was saved")
+        if self._pending:
+            with attached(trainer, pl_module, trainer.datamodule):
+                self._featurize_pending()
+        if len(self._store):
+            others = "" if self._alone() else " (those of earlier runs too; TRAKCallback(overwrite=True) starts anew)"
+            rank_zero_info(
+                f"TRAKCallback: {self._featurized} checkpoints featurized. trainer.attribute() will average over"
+                f" {pool_of(self._store)}{others}."
+            )
+        if self._failed:
+            rank_zero_info(f"TRAKCallback: {self._failed} checkpoints could not be featurized. {_FINISH_LATER}")
+
+    def store_path(self, trainer: Trainer) -> Path:
+        """Return the directory of the feature store."""
+        return Path(trainer.default_root_dir) / "trak" if self.dirpath is None else self.dirpath
+
+    def file_saved(self, path: str, checkpoint: dict[str, Any]) -> None:
+        """Note the weights that a checkpoint file was written with, and put them into the store."""
+        if self._store is None:
+            return
+        self._saved = True
+        weights = tensors_in(checkpoint["state_dict"])
+        digest = self.last_saved = weights_digest(weights)
+        if self._files.get(path) == digest:
+            return
+        self.file_removed(path)
+        self._files[path] = digest
+        self._add(weights, digest, checkpoint["epoch"], checkpoint["global_step"], os.path.basename(path))
+
+    def file_removed(self, path: str) -> None:
+        """Forget a checkpoint file that was deleted or overwritten, and its weights if they are not featurized yet."""
+        digest = self._files.pop(path, None)
+        if digest is None or digest in self._files.values() or self._store is None:
+            return
+        if self._pending.pop(digest, False):
+            self._store.discard(digest)
+
+    def _add(self, weights: Weights, digest: str, epoch: int, step: int, file: str) -> None:
+        """Put weights into the store, to be featurized."""
+        assert self._store is not None
+        with self._training_goes_on(f"The checkpoint '{file}' of step {step} could not be put into the feature store"):
+            if digest in self._store and self._store[digest].complete:
+                return
+            added = digest not in self._store
+            meta = {"epoch": epoch, "global_step": step, "file": file, "run": self._run}
+            meta["training_time"] = self._training and asdict(self._training)
+            meta["n_trainable"] = None if self._loop is None else self._loop.n_trainable
+            add_checkpoint(self._store, digest, weights, meta)
+            self._pending.setdefault(digest, added)
+
+    def _featurize_pending(self) -> None:
+        if self._store is None or self._loop is None:
+            return
+        for digest in list(self._pending):
+            del self._pending[digest]
+            with self._training_goes_on("A checkpoint could not be featurized"):
+                featurize_checkpoint(self._loop, self._store[digest], str(self._featurized + 1))
+                self._featurized += 1
+
+    def _alone(self) -> bool:
+        """Whether all checkpoints of the store are this run's."""
+        assert self._store is not None
+        return {entry.meta.get("run") for entry in self._store} <= {self._run}
+
+    @contextmanager
+    def _training_goes_on(self, what: str) -> Iterator[None]:
+        """Warn of the first failure, and go on: what is not featurized now can be later, training cannot."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, ModuleChanged) and not error.restored:
+                raise
+            self._failed += 1
+            if self._failed == 1:
+                rank_zero_warn(
+                    f"{what}: {type(error).__name__}: {str(error).rstrip('.')}. Training goes on. {_FINISH_LATER}"
+                )
+
+    def _parameters_to_be(self, trainer: Trainer, module: LightningModule) -> str | None:
+        """Return a pattern of the parameters to attribute by default, where more will be trained than are now."""
+        finetuning = [callback for callback in trainer.callbacks if is_finetuning(callback)]
+        frozen = [name for name, value in module.named_parameters() if not value.requires_grad]
+        if self.parameters is not None or not finetuning or not frozen:
+            return None
+        rank_zero_warn(
+            f"{len(frozen)} of {len(list(module.parameters()))} parameters are frozen now, and"
+            f" {type(finetuning[0]).__name__} may unfreeze them: all are attributed, at all checkpoints. Name those"
+            " that you mean with TRAKCallback(parameters=...)."
+        )
+        return "*"
+
+    def _check_trained(self, module: LightningModule) -> None:
+        """Warn once of parameters that are trained by now and not attributed."""
+        if self.parameters is not None or not self._attributed:
+            return
+        trained = [name for name, value in module.named_parameters() if value.requires_grad]
+        others = [name for name in trained if name not in self._attributed]
+        if others:
+            self.reports.warn(
+                f"{len(others)} parameters are trained by now that were frozen when training began, e.g. {others[0]}:"
+                " they are not attributed at any checkpoint, nor are any that are unfrozen later. Train with"
+                " TRAKCallback(parameters='*'), or with the names of those that count, and overwrite=True.",
+                about="parameters that were frozen",
+            )
+
+
+def find_callback(trainer: Any) -> TRAKCallback:
+    """Return the one TRAKCallback of a Trainer.
+
+    Raises:
+        TypeError: if it is no Trainer of Lightning.
+        MisconfigurationException: if it has none, or several.
+    """
+    framework = framework_of(trainer)
+    found = [callback for callback in trainer.callbacks if isinstance(callback, TRAKCallback)]
+    if len(found) != 1:
+        raise framework.MisconfigurationException(
+            f"The Trainer has {len(found) or 'no'} TRAKCallback{'s' if len(found) > 1 else ''}, expected one:"
+            " Trainer(callbacks=[TRAKCallback('attributions')])."
+        )
+    return found[0]
+
+
+def check_supported(trainer: Trainer, module: Any) -> None:
+    """Raise unless trainer and module are of a kind that can be featurized."""
+    framework = framework_of(trainer)
+    if not callable(getattr(module, "model_output", None)):
+        raise framework.MisconfigurationException(
+            f"{type(module).__name__} does not define model_output(self, batch), the number to attribute for every"
+            " example of a batch. Mix ClassificationMixin or RegressionMixin into it, or define it with TRAKMixin."
+        )
+    supported = (framework.SingleDeviceStrategy, framework.DDPStrategy)
+    if trainer.world_size > 1 or not isinstance(trainer.strategy, supported):
+        raise framework.MisconfigurationException(
+            f"TRAKCallback featurizes in one process, got {type(trainer.strategy).__name__} with"
+            f" world_size={trainer.world_size}. Train without the callback, then attribute the checkpoint files on one"
+            " device: Trainer(devices=1, callbacks=[TRAKCallback(...)]).attribute(model, datamodule=dm,"
+            " ckpt_path=[...])."
+        )
+
+
+def _is_finite(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+
+
+def _names(parameters: Any) -> str | list[str] | None:
+    """Return names or patterns of parameters; raise a TypeError if they are something else, as the parameters."""
+    if parameters is None or isinstance(parameters, str):
+        return parameters
+    names = list(parameters) if isinstance(parameters, Iterable) else [parameters]
+    others = [type(name).__name__ for name in names if not isinstance(name, str)]
+    if others:
+        raise TypeError(
+            f"parameters must be names or patterns of parameters, got {others[0]}. Name them as"
+            " module.named_parameters() does, e.g. parameters='head.*'."
+        )
+    return names
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")

@@ -1,0 +1,135 @@
+"""What is done with one checkpoint of the store: add it, featurize train set and targets, check what is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lightning_trak.influence import Estimator, GaussNewton, TrainFeatures, TrainingTime
+from lightning_trak.store.checkpoint import CheckpointEntry
+from lightning_trak.store.files import explained_os_errors
+from lightning_trak.store.store import FeatureStore
+from lightning_trak.store.weights import Weights, load_weights, save_weights
+from lightning_trak.trainer.featurization import FeaturizationLoop
+from lightning_trak.trainer.framework import rank_zero_warn
+
+Array = npt.NDArray[Any]
+
+
+def add_checkpoint(store: FeatureStore, digest: str, weights: Weights, meta: dict[str, Any]) -> None:
+    """Put weights into the store, the file first: an entry without its weights is never there."""
+    if digest in store:
+        store[digest].supplement(meta)
+        return
+    folder = store.folder(digest)
+    with explained_os_errors(store.dirpath):
+        save_weights(weights, folder / "weights.pt")
+    store.add(digest, meta)
+
+
+def pool_of(store: FeatureStore, digests: Sequence[str] | None = None) -> str:
+    """Say how many checkpoints of the store are averaged over, all or some of them, and of how many runs they are."""
+    chosen = store.digests if digests is None else digests
+    runs = {store[digest].meta.get("run") for digest in chosen}
+    known = len(runs - {None})
+    sources = [f"{known} run{'s' * (known > 1)}"] * (known > 0) + ["files"] * (None in runs)
+    return f"{len(chosen)} of {len(store)} checkpoints in '{store.dirpath}', from {' and '.join(sources)}"
+
+
+@contextmanager
+def naming(entry: CheckpointEntry, *, can_leave_out: bool = True) -> Iterator[None]:
+    """Let a ValueError say at which checkpoint it came up; and how to go on without that one, where that would help."""
+    try:
+        yield
+    except ValueError as error:
+        remedy = f" To leave this checkpoint out, delete '{entry.path}'." if can_leave_out else ""
+        raise ValueError(
+            f"At checkpoint {entry.digest} (file '{entry.meta.get('file')}', step {entry.meta.get('global_step')}):"
+            f" {str(error).rstrip('.')}.{remedy}"
+        ) from error
+
+
+def featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> None:
+    """Compute what is missing of a checkpoint's train features, and seal them."""
+    weights = load_weights(entry.weights_path, entry.digest)
+    entry.allocate(loop.dimension)
+    where = f" (epoch {entry.meta['epoch']}, step {entry.meta['global_step']})" if "epoch" in entry.meta else ""
+    description = f"Featurizing checkpoint {number}{where}"
+    rows = entry.missing_rows().tolist()
+    with naming(entry):
+        projection = loop.run(weights, entry.digest, rows, entry.write, description)
+    if projection is not None and rows:
+        if len(rows) == loop.size:  # of a featurization that went on, the rest is all that is known
+            entry.supplement({"loss_explained": projection.explained()})
+        loop.report(projection)
+    entry.supplement({"logistic": loop.logistic, "n_trainable": loop.n_trainable})
+    entry.finish()
+
+
+def check_features(loop: FeaturizationLoop, entry: CheckpointEntry) -> None:
+    """Recompute a few rows of a complete entry: the store cannot know whether ``model_output`` or the data changed.
+
+    Raises:
+        ValueError: if they are not what is stored.
+    """
+    rows = np.unique(np.linspace(0, loop.size - 1, 8).round().astype(int)).tolist()
+
+    def compare(batch_rows: Sequence[int], *arrays: Array) -> None:
+        for name, new in zip(("features", "loss_grad", "curvature"), arrays, strict=True):
+            stored = getattr(entry, name)[batch_rows]
+            if np.linalg.norm(new - stored) > 0.05 * np.linalg.norm(stored) + 1e-3:
+                raise ValueError(
+                    f"The stored {name} of train rows {batch_rows} are not those that the model and the data give now:"
+                    " model_output, the loss, the collate function or a batch hook has changed since. Restore it, or"
+                    " use another dirpath for TRAKCallback."
+                )
+
+    with naming(entry, can_leave_out=False):  # the same is wrong at all of them
+        loop.run(load_weights(entry.weights_path, entry.digest), entry.digest, rows, compare, "Checking the store")
+
+
+def train_features(entry: CheckpointEntry) -> TrainFeatures:
+    """Return the train set's features at a complete checkpoint; Φ is verified whenever it is read."""
+    training = entry.meta.get("training_time")
+    return TrainFeatures(
+        entry.verified("features"),
+        entry.verified("loss_grad").read(),
+        entry.verified("curvature").read(),
+        training_time=None if training is None else TrainingTime(**training),
+        logistic=entry.meta.get("logistic", False),
+        n_trainable=entry.meta.get("n_trainable") or 0,
+    )
+
+
+def sums_of(entry: CheckpointEntry, estimator: Estimator, train: TrainFeatures) -> GaussNewton:
+    """Return what the estimator sums over the train set at a checkpoint; it is kept in the store for the next time."""
+    options = estimator.options
+    key = {"kind": options.estimator, "curvature": options.curvature, "temperature": estimator.temperature}
+    kept = entry.read_sums(key)
+    sums = None if kept is None else GaussNewton.from_arrays(kept, estimator.device)
+    if sums is None or not estimator.suffices(train, sums):
+        sums = estimator.accumulate(train)
+        try:
+            entry.write_sums(key, sums.arrays())
+        except OSError as error:  # of a full disk, or a store that may only be read
+            rank_zero_warn(f"Sums over the train set are not kept, and will be computed again next time: {error}")
+    return sums
+
+
+def featurize_targets(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> Tensor:
+    """Return the targets' features at a checkpoint, (m, k)."""
+    features = np.zeros((loop.size, loop.dimension), dtype=np.float32)
+
+    def receive(rows: Sequence[int], block: Array, *_: Array) -> None:
+        features[rows] = block
+
+    weights = load_weights(entry.weights_path, entry.digest)
+    with naming(entry, can_leave_out=False):  # its train features are well: it is the targets
+        loop.run(weights, entry.digest, range(loop.size), receive, f"Featurizing targets at checkpoint {number}")
+    return torch.from_numpy(features)

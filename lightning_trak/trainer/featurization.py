@@ -1,0 +1,331 @@
+"""The loop that featurizes: a predict-style pass of its own, inside Lightning and without a trace.
+
+It never calls ``trainer.predict``, which would overwrite the state of a running ``fit``. Weights come in as arguments
+(`ModelFunction`), so the module's own are not touched either, nor any ``.grad``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
+from functools import partial
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_trak.data.batch import same_tensors
+from lightning_trak.data.loaders import loader_batch_size, read_batches
+from lightning_trak.features.featurizer import Featurizer
+from lightning_trak.features.loss_projection import PER_SAMPLE_LOSS, LossProjection
+from lightning_trak.gradients import (
+    Engine,
+    EngineUnsuitable,
+    LoopEngine,
+    ModelFunction,
+    Selector,
+    Trial,
+    check_gradients,
+)
+from lightning_trak.influence import is_logistic
+from lightning_trak.isolation.random_states import seed_all
+from lightning_trak.projection import Projector, projection_key
+from lightning_trak.store.weights import Weights
+from lightning_trak.tasks.base import numbered, own_method, prepared
+from lightning_trak.tasks.checks import (
+    check_dependent,
+    check_finite,
+    check_independent,
+    check_size,
+    check_unchanged,
+    versions_of,
+)
+from lightning_trak.tasks.loss_terms import LossTerms
+from lightning_trak.trainer.attachment import undisturbed
+from lightning_trak.trainer.framework import (
+    LightningModule,
+    Trainer,
+)
+from lightning_trak.trainer.progress import progress
+from lightning_trak.trainer.reports import Reports
+
+Array = npt.NDArray[Any]
+_TRIED = 8  # examples of the first batch that are tried before training
+_FEW = 3  # examples that are tried later: an odd number, that no axis of a model is likely to have
+_SHOWN = 10  # examples named in a warning, at most
+_WITHOUT_AUGMENTATION = {
+    "train": "Define featurize_dataloader() in the LightningDataModule or LightningModule: train_dataloader without"
+    " augmentation.",
+    "target": "Pass targets without augmentation with dataloaders=..., or define attribute_dataloader() in the"
+    " LightningDataModule or LightningModule.",
+}
+
+
+class FeaturizationLoop:
+    """Reads a dataset in order and turns its examples into features, checkpoint after checkpoint.
+
+    Args:
+        trainer: supplies device, precision and progress bar.
+        module: the user's model.
+        loader: the user's loader; its dataset, collate function and worker settings are used, its order is not.
+        find_train_loader: returns that of the train set, for modules that need training examples.
+        parameters: names of the attributed parameters.
+        projector: the family of projections.
+        seed: with the checkpoint's digest it determines the projection.
+        selector: finds engine and batch size.
+        examples: what the rows are, for messages: ``"train"`` or ``"target"``.
+        reports: takes what the user is told.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        loader: DataLoader[Any],
+        find_train_loader: Callable[[], DataLoader[Any]],
+        *,
+        parameters: Sequence[str],
+        projector: Projector,
+        seed: int,
+        selector: Selector,
+        examples: str,
+        reports: Reports,
+    ) -> None:
+        self._trainer = trainer
+        self._reports = reports
+        self._module = module
+        self._loader = loader
+        self._find_train_loader = find_train_loader
+        self._parameters = list(parameters)
+        self._projector = projector
+        self._seed = seed
+        self._selector = selector
+        self._examples = examples
+        self._loss_terms = LossTerms(module)
+        self._label: Callable[[Any], Any] | None = None
+        self._without_gradient: list[int] = []
+        self.repeatable = True  # whether two reads of an example are the same; preflight finds out
+        self.logistic = not self._loss_terms.need_projection  # whether the loss is softplus(−f), as far as is known
+
+    @property
+    def size(self) -> int:
+        """The number of examples."""
+        return len(self._loader.dataset)  # type: ignore[arg-type]
+
+    @property
+    def dimension(self) -> int:
+        """k, the number of features."""
+        parameters = dict(self._module.named_parameters())
+        return self._projector.dimension(sum(parameters[name].numel() for name in self._parameters))
+
+    @property
+    def n_trainable(self) -> int:
+        """How many parameters are trained; where all are frozen, how many are attributed."""
+        own = dict(self._module.named_parameters())
+        trained = sum(value.numel() for value in own.values() if value.requires_grad)
+        return trained or sum(own[name].numel() for name in self._parameters)
+
+    def label_targets(self, load: Callable[[], Weights]) -> None:
+        """Let the module label targets, if it does, at the weights that are loaded, not those of a featurization."""
+        label = own_method(self._module, "label_targets")
+        if label is not None:
+            self._label = partial(self._function(load()).call, label)
+
+    def preflight(self, weights: Weights, digest: str = "", *, thorough: bool = False) -> None:
+        """Try a few examples, so that what cannot work fails now with its reason, and not after hours of training.
+
+        Args:
+            weights: of any checkpoint, to which the module may do what it likes.
+            digest: their digest, if they are going to be used.
+            thorough: whether to try more of the first batch, and to look at all of its outputs.
+
+        Raises:
+            ValueError: if outputs have the wrong shape, do not depend on the parameters, depend on the rest of the
+                batch, or are not finite; or if the loss terms do not belong together.
+        """
+        with self._undisturbed(), ExitStack() as stack:
+            function = self._function(weights)
+            stack.enter_context(prepared(self._module, function.prepare, self._find_train_loader))
+            rows = range(min(self._largest, _TRIED if thorough else _FEW))
+            batch = self._read_once(rows, seed=0)
+            self.repeatable = self._is_repeatable(batch, self._read_once(rows, seed=1))
+            versions = versions_of(batch)
+            outputs = self._try(function, batch, rows if thorough else rows[-1:], len(rows))
+            check_unchanged(self._module, batch, versions)
+            if self._examples != "train":
+                return
+            if self._loss_terms.need_projection:
+                losses = function.of(PER_SAMPLE_LOSS)
+                self._try(losses, batch, rows if thorough else rows[-1:], len(rows))
+                if self._selector.gradients != "auto":  # of "auto", one of the engines can
+                    Selector(self._selector.gradients).choose(losses, batch, len(rows))
+            else:
+                self._check_loss(outputs, *self._loss_terms(function.call, batch, outputs), rows)
+            engine = self._prepare(function, digest, projection_key(self._seed, digest))
+            if thorough:
+                rows = range(engine.batch_size or self._selector.batch_size(self._largest))
+                with suppress(torch.OutOfMemoryError, EngineUnsuitable):  # the selector will see to it
+                    batch = self._read_once(rows, seed=0)
+                    check_finite("model_output", function.output(batch).detach(), self._examples, rows)
+                    check_gradients(function, engine, batch, len(rows))
+
+    def _try(self, function: ModelFunction, batch: Any, alone: Sequence[int], size: int) -> Tensor:
+        """Evaluate a method on a batch and see whether it can be attributed; return what it gives.
+
+        Args:
+            function: the model at some weights.
+            batch: the first examples.
+            alone: which of them must have the same output when they are alone.
+            size: their number.
+        """
+        outputs, method = function.observe(batch), function.method
+        check_size(self._module, outputs, size, method)
+        check_dependent(self._module, outputs, len(self._parameters), method)
+        outputs = outputs.detach()
+        check_finite(method, outputs, self._examples, range(size))
+        if self._selector.gradients != "loop" and self.repeatable:
+            for row in alone:
+                by_itself = function.observe(self._read_once([row], seed=0)).detach()
+                what, together = f"{type(self._module).__name__}.{method}", outputs[row : row + 1]
+                check_independent(what, together, by_itself, function.tolerance, self._examples, row)
+        return outputs
+
+    def run(
+        self,
+        weights: Weights,
+        digest: str,
+        rows: Sequence[int],
+        receive: Callable[[Sequence[int], Array, Array, Array], object],
+        description: str,
+    ) -> LossProjection | None:
+        """Featurize ``rows`` at one checkpoint.
+
+        Args:
+            weights: the checkpoint's weights.
+            digest: their digest.
+            rows: which examples; they are read in this order.
+            receive: takes (rows, features (r, k), Q (r,), w (r,)) batch by batch; Q and w are zero for targets.
+            description: what the progress bar says.
+
+        Returns:
+            How Q was found by projection; None where it was not.
+        """
+        rows = [int(row) for row in rows]
+        projection = self._projection()
+        with self._undisturbed(), progress(self._trainer, description, len(rows)) as advance, ExitStack() as stack:
+            function, key = self._function(weights), projection_key(self._seed, digest)
+            stack.enter_context(prepared(self._module, function.prepare, self._find_train_loader))
+
+            def featurize(engine: Engine, batch_rows: Sequence[int], batch: Any) -> None:
+                featurizer = Featurizer(function, engine, self._projector, key)
+                receive(batch_rows, *self._featurize(featurizer, batch_rows, batch, projection))
+                advance(len(batch_rows))
+
+            prepare = partial(self._prepare, function, digest, key)
+            self._selector.run(rows, self._largest, self._read, prepare, featurize, function)
+        self._projector.forget()
+        self._warn_of_nothing()
+        return projection
+
+    def _warn_of_nothing(self) -> None:
+        """Warn of targets without a gradient: that all of their scores are zero may be a mistake."""
+        rows, self._without_gradient = self._without_gradient, []
+        if rows:
+            shown = ", ".join(map(str, rows[:_SHOWN])) + (", ..." if len(rows) > _SHOWN else "")
+            what = (
+                f"The gradient of {type(self._module).__name__}.model_output is zero for {len(rows)} targets (rows"
+                f" {shown}), so all of their scores are. Is there nothing in them to attribute, as where an output_mask"
+                " or ignore_index leaves out everything? If so, mend or remove these targets."
+            )
+            self._reports.warn(what, about=what)
+
+    @property
+    def _largest(self) -> int:
+        """How many examples at a time, at most."""
+        return min(self._selector.given or loader_batch_size(self._loader), self.size)
+
+    def _prepare(self, function: ModelFunction, digest: str, key: int) -> Engine:
+        """Return the engine for a checkpoint."""
+
+        def trial() -> Trial:
+            size = min(_FEW, self.size)
+            batch, first = (self._read_once(range(number), seed=0) for number in (size, 1))
+            rehearsal = Featurizer(function, LoopEngine(), self._projector, key).rehearsal
+            return Trial(function, batch, size, first, rehearsal)
+
+        return self._selector.prepare(function, digest, trial, self._largest)
+
+    def _undisturbed(self) -> AbstractContextManager[None]:
+        return undisturbed(self._trainer, self._module, self._loader.dataset, self._loader.collate_fn)
+
+    def _projection(self) -> LossProjection | None:
+        if self._examples != "train" or not self._loss_terms.need_projection:
+            return None
+        size = min(_FEW, self.size)
+        return LossProjection(self._selector.gradients, lambda: (self._read_once(range(size), seed=0), size))
+
+    def report(self, projection: LossProjection) -> None:
+        """Say of the first checkpoint how Q was found by projection; and warn once of what is doubtful of any."""
+        self._reports.tell(f"{projection}.", about="projection")
+        for kind, doubt in projection.doubts().items():
+            self._reports.warn(doubt, about=kind)
+
+    def _featurize(
+        self, featurizer: Featurizer, rows: Sequence[int], batch: Any, projection: LossProjection | None
+    ) -> tuple[Array, Array, Array]:
+        result = featurizer(batch, len(rows))
+        check_size(self._module, result.outputs, len(rows))
+        check_finite("model_output", result.outputs, self._examples, rows)
+        check_finite("the gradient of model_output", result.features.sum(1), self._examples, rows)
+        if self._examples == "target":
+            nothing = (result.features == 0).all(1).tolist()
+            self._without_gradient += [row for row, zero in zip(rows, nothing, strict=True) if zero]
+        loss_grad, curvature = torch.zeros(2, len(rows))
+        if projection is not None:
+            loss_grad, losses = projection(featurizer, batch, result)
+            own = self._loss_terms.own_curvature(featurizer.function.call, batch, result.outputs)
+            curvature = projection.curvature(loss_grad, losses) if own is None else own
+        elif self._examples == "train":
+            loss_grad, curvature = self._loss_terms(featurizer.function.call, batch, result.outputs)
+        self._check_loss(result.outputs, loss_grad, curvature, rows)
+        return result.features.cpu().numpy(), loss_grad.float().cpu().numpy(), curvature.float().cpu().numpy()
+
+    def _check_loss(self, outputs: Tensor, loss_grad: Tensor, curvature: Tensor, rows: Sequence[int]) -> None:
+        """Check Q and w, and note whether they are those of the logistic loss, on which the estimator depends."""
+        check_finite("out_to_loss_grad", loss_grad, self._examples, rows)
+        check_finite("out_to_loss_curvature", curvature, self._examples, rows)
+        self.logistic &= is_logistic(outputs.to(loss_grad.device), loss_grad, curvature)
+
+    def _function(self, weights: Weights) -> ModelFunction:
+        device, plugin = self._trainer.strategy.root_device, self._trainer.precision_plugin
+        for name, value in self._module.named_parameters():
+            stored = weights.get(name, value).dtype
+            if stored not in (value.dtype, plugin.convert_input(value.detach().reshape(-1)[:0]).dtype):
+                raise ValueError(
+                    f"The checkpoint's {name} is {stored}, the model's {value.dtype} under"
+                    f" Trainer(precision={plugin.precision!r}). Use the precision of the training."
+                )
+        return ModelFunction(self._module, weights, self._parameters, device, plugin.convert_input)
+
+    def _read(self, rows: Sequence[int], batch_size: int, num_workers: int | None = None) -> Iterator[tuple[Any, Any]]:
+        dataset = None if self._examples == "train" else self._loader.dataset
+        for own, batch in read_batches(self._trainer, self._module, self._loader, rows, batch_size, num_workers):
+            labelled = batch if self._label is None else self._label(batch)
+            yield own, numbered(self._module, labelled, own, dataset)
+
+    def _read_once(self, rows: Sequence[int], seed: int) -> Any:
+        seed_all(seed)
+        return next(self._read(rows, len(rows), num_workers=0))[1]
+
+    def _is_repeatable(self, first: Any, second: Any) -> bool:
+        same = same_tensors(first, second)
+        if not same:
+            self._reports.warn(
+                f"Two reads of the same {self._examples} examples differ: the dataset, its collate function or a"
+                " batch-transfer hook augments at random, so features are those of one random draw."
+                f" {_WITHOUT_AUGMENTATION[self._examples]}",
+                about=f"reads of {self._examples} examples",
+            )
+        return same

@@ -1,0 +1,197 @@
+"""Is what is trained on what scores are about? A few batches tell, in training and in evaluation mode."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.data import DataLoader
+
+from lightning_trak.data.batch import same_tensors, tensors_of
+from lightning_trak.gradients import ModelFunction
+from lightning_trak.isolation.module_state import ModuleChanged
+from lightning_trak.store.weights import copy_of_weights
+from lightning_trak.tasks.base import prepared
+from lightning_trak.tasks.loss_terms import LossTerms
+from lightning_trak.trainer.attachment import undisturbed
+from lightning_trak.trainer.framework import LightningModule, Trainer, rank_zero_warn
+
+_CHECKS = 2  # at initialisation, labels hardly change the loss; after an epoch they do
+_TOLERANCE = 0.1  # Dropout may draw otherwise
+_DRAWS = 4  # evaluations that tell how far chance alone takes the loss
+_CLASSES = 20  # of modules that are tried one by one, at most
+
+# What is meant to differ between the modes, by chance or by the statistics of the batch.
+_KNOWN = (_DropoutNd, _NormBase, nn.RReLU, nn.RNNBase, nn.MultiheadAttention)
+
+
+class Modes(NamedTuple):
+    """The loss of a batch in evaluation mode and in training mode, Dropout and batch statistics off in both.
+
+    Attributes:
+        training: in training mode.
+        evaluation: in evaluation mode.
+        spread: largest minus smallest of several evaluations in training mode; 0 where nothing is drawn.
+        classes: of modules that behave differently in the two modes.
+    """
+
+    training: float
+    evaluation: float
+    spread: float
+    classes: list[str]
+
+    @property
+    def differ(self) -> bool:
+        """Whether the modes differ by more than tolerance and chance."""
+        return _differ(self.training, self.evaluation, 3 * self.spread)
+
+
+class LossCheck:
+    """Compares the losses of the first batch of the first two epochs, and warns of each difference once.
+
+    Compared are the loss that ``training_step`` returns, and that of the module's own ``model_output`` and
+    ``output_to_loss``: in the mode, the precision and the random state of training, so that Dropout draws the same; and
+    in evaluation mode, in which features are computed. The module works on copies of its weights and of the batch.
+    """
+
+    def __init__(self) -> None:
+        self._left = _CHECKS
+        self._batch: Any = None
+        self._expected: float | None = None
+        self._warned: set[str] = set()
+
+    def before_step(self, trainer: Trainer, module: LightningModule, batch: Any, train_loader: DataLoader[Any]) -> None:
+        """Note the batch and its loss, just before ``training_step`` gets it; to be called once an epoch."""
+        if not self._left:
+            return
+        self._left -= 1
+        try:
+            self._batch = copy.deepcopy(batch)
+            self._expected, modes = _losses(trainer, module, self._batch, train_loader)
+        except Exception as error:  # features are of the examples alone: it is no reason not to train
+            if isinstance(error, ModuleChanged) and not error.restored:
+                raise
+            self._warn(
+                "comparison",
+                f"The loss of the first batch cannot be compared with that of {type(module).__name__}'s own methods:"
+                f" {type(error).__name__}: {str(error).rstrip('.')}. If training augments or combines batches, ignore"
+                " this.",
+            )
+            return
+        if modes is not None and modes.differ:
+            self._warn("modes", _other_mode(module, modes))
+
+    def after_step(self, trainer: Trainer, module: LightningModule, batch: Any, outputs: Any) -> None:
+        """Compare with what ``training_step`` returned, and with the batch that it left."""
+        (seen, expected), self._batch, self._expected = (self._batch, self._expected), None, None
+        if seen is None:
+            return
+        if not _same_batch(seen, batch):
+            self._warn("batch", _other_batch(module))
+        elif expected is not None and isinstance(outputs, Mapping) and "loss" in outputs:
+            trained = outputs["loss"].item() * trainer.accumulate_grad_batches
+            if _differ(trained, expected):
+                self._warn("loss", _other_loss(module, trained, expected))
+
+    def _warn(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            rank_zero_warn(message)
+
+
+def _losses(
+    trainer: Trainer, module: LightningModule, batch: Any, train_loader: DataLoader[Any]
+) -> tuple[float | None, Modes | None]:
+    """Return the loss of a batch as training has it, and in both modes; None where the module tells no loss."""
+    modes = {part: part.training for part in module.modules()}
+    names = [name for name, _ in module.named_parameters()]
+    terms = LossTerms(module)
+    with undisturbed(trainer, module), torch.no_grad(), trainer.precision_plugin.train_step_context():
+        for part, training in modes.items():
+            part.training = training
+
+        def loss() -> float | None:
+            function = ModelFunction(module, copy_of_weights(module), names, module.device)
+            with prepared(module, function.prepare, lambda: train_loader):
+                found = function.call(terms.of_batch, copy.deepcopy(batch))
+            return None if found is None else found.item()
+
+        trained = loss()
+        return trained, None if trained is None else _in_both_modes(module, loss)  # type: ignore[arg-type]
+
+
+def _in_both_modes(module: nn.Module, loss: Callable[[], float]) -> Modes:
+    """Return the loss in both modes, and the classes that make the difference if there is one."""
+    parts = [part for part in module.modules() if part.training]
+    others = [part for part in parts if not isinstance(part, _KNOWN)]
+    with _evaluating(parts):
+        evaluation = loss()
+    with _evaluating([part for part in parts if isinstance(part, _KNOWN)]):
+        training = loss()
+        drawn = [training, loss()]
+        if drawn[0] != drawn[1]:
+            drawn += [loss() for _ in range(_DRAWS - 2)]
+        modes = Modes(training, evaluation, max(drawn) - min(drawn), [])
+        if modes.differ:
+            for kind in list(dict.fromkeys(type(part) for part in others))[:_CLASSES]:
+                with _evaluating([part for part in others if type(part) is kind]):
+                    if _differ(training, loss(), 3 * modes.spread):
+                        modes.classes.append(kind.__name__)
+    return modes
+
+
+@contextmanager
+def _evaluating(parts: list[nn.Module]) -> Iterator[None]:
+    """Set some modules, each by itself, to evaluation mode, and back to training mode."""
+    for part in parts:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.training = True
+
+
+def _differ(one: float, other: float, chance: float = 0.0) -> bool:
+    return abs(one - other) > _TOLERANCE * max(abs(one), abs(other)) + 1e-3 + chance
+
+
+def _same_batch(one: Any, other: Any) -> bool:
+    """Tell whether a batch has the tensors it had; of another number of them it has not."""
+    return len(tensors_of(one)) == len(tensors_of(other)) and same_tensors(one, other)
+
+
+def _other_loss(module: Any, trained: float, expected: float) -> str:
+    return (
+        f"On the first batch {type(module).__name__}.training_step returned a loss of {trained:.4g}, while"
+        f" output_to_loss(model_output(batch), batch), or per_sample_loss(batch), is {expected:.4g} on average, both in"
+        " training mode. Scores are about the second: define it as what training minimises, an average over the batch"
+        " (see reduce_losses for others). If training_step adds something that is no loss of an example, or augments"
+        " the batch, ignore this."
+    )
+
+
+def _other_mode(module: Any, modes: Modes) -> str:
+    which = " and ".join(modes.classes) or f"{type(module).__name__} or a part of it"
+    return (
+        f"In evaluation mode the loss of {type(module).__name__}'s own methods on the first batch is"
+        f" {modes.evaluation:.4g}, in training mode {modes.training:.4g}, Dropout and batch statistics off in both:"
+        f" {which} computes something else in evaluation mode. Features are computed in evaluation mode, so scores are"
+        " about another loss than the one that training minimises. Let model_output return what training sees, e.g."
+        " undo there how predictions are scaled."
+    )
+
+
+def _other_batch(module: Any) -> str:
+    return (
+        "The first batch was changed between the loader and the end of training_step, by on_train_batch_start of a"
+        f" callback or of {type(module).__name__}, or in training_step itself. Features are those of the unchanged"
+        " examples. If that is augmentation, ignore this; else do it in the dataset, the collate function or"
+        " on_after_batch_transfer, which featurization passes through too."
+    )

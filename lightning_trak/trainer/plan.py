@@ -1,0 +1,110 @@
+"""What is computed, settled for one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from lightning_trak.data.identity import fingerprint
+from lightning_trak.gradients import Selector
+from lightning_trak.gradients.parameters import select_parameters
+from lightning_trak.projection import Projector, make_projector, restore_projector
+from lightning_trak.trainer.featurization import FeaturizationLoop
+from lightning_trak.trainer.reports import Reports
+
+PROJ_DIM, SEED = 2048, 0  # the callback's defaults, which give way to those of a store
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `TRAKCallback` calls by the same names."""
+
+    proj_dim: int
+    projector: str | Projector
+    gradients: str
+    parameters: str | Sequence[str] | None
+    seed: int
+    batch_size: int | None
+
+
+class Plan:
+    """What is computed: the attributed parameters and their projection, settled for one model.
+
+    Args:
+        settings: what the user asked for.
+        reports: takes what the user is told.
+        module: the model.
+        manifest: of an existing store; settings that the user left at their defaults are taken from it.
+        parameters: which to attribute, by name or pattern, where the settings do not say.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        reports: Reports,
+        module: Any,
+        manifest: dict[str, Any] | None = None,
+        parameters: str | Sequence[str] | None = None,
+    ) -> None:
+        self._reports = reports
+        parameters, projector = settings.parameters or parameters, settings.projector
+        proj_dim, seed = settings.proj_dim, settings.seed
+        if manifest is not None:
+            stored = manifest["projection"]
+            parameters = list(manifest["parameters"]) if parameters is None else parameters
+            proj_dim = stored["proj_dim"] if proj_dim == PROJ_DIM else proj_dim
+            if projector == "auto":
+                configuration = {name: value for name, value in stored.items() if name not in ("proj_dim", "seed")}
+                projector = restore_projector(configuration, proj_dim)
+            seed = stored["seed"] if seed == SEED else seed
+        own = dict(module.named_parameters())
+        self.parameters = select_parameters(module, parameters)
+        if manifest is not None:  # a parameter's place in P is its place in the store, wherever the model declares it
+            places = {name: place for place, name in enumerate(manifest["parameters"])}
+            self.parameters.sort(key=lambda name: places.get(name, len(places)))
+        self.shapes = {name: list(own[name].shape) for name in self.parameters}
+        self.n_params = sum(own[name].numel() for name in self.parameters)
+        self.projector = make_projector(projector, proj_dim, self.n_params)
+        self.seed = seed
+        self._selector = Selector(settings.gradients, settings.batch_size, reports.tell_once)
+
+    @property
+    def proj_dim(self) -> int:
+        """k, as it comes out."""
+        return self.projector.dimension(self.n_params)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The part of the store's manifest that does not depend on the data."""
+        projection = {**self.projector.configuration, "proj_dim": self.proj_dim, "seed": self.seed}
+        return {"parameters": self.shapes, "projection": projection}
+
+    def manifest(self, loader: DataLoader[Any]) -> dict[str, Any]:
+        """Return the store's manifest for a train set."""
+        data = fingerprint(loader.dataset)
+        return {"n_train": data["n_train"], **self.identity, **data}
+
+    def loop(
+        self,
+        trainer: Any,
+        module: Any,
+        loader: DataLoader[Any],
+        find_train_loader: Callable[[], DataLoader[Any]],
+        examples: str,
+    ) -> FeaturizationLoop:
+        """Return the loop that computes it of the examples of a loader; see `FeaturizationLoop`."""
+        return FeaturizationLoop(
+            trainer,
+            module,
+            loader,
+            find_train_loader,
+            parameters=self.parameters,
+            projector=self.projector,
+            seed=self.seed,
+            selector=self._selector,
+            examples=examples,
+            reports=self._reports,
+        )
