@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,9 +21,7 @@ from lightning_trak.metrics import (
     predicted_outputs,
     spearman,
 )
-
-if TYPE_CHECKING:
-    from lightning_trak.results.attribution import Attribution
+from lightning_trak.results.attribution import Attribution
 
 
 @dataclass(frozen=True)
