@@ -6,6 +6,7 @@ import copy
 import shutil
 import subprocess
 import sys
+import warnings
 
 import lightning as L
 import numpy as np
@@ -1238,3 +1239,19 @@ def test_targets_that_nothing_is_left_of_are_told_of(tmp_path):
         scores = trainer.attribute(dataloaders=DataLoader(targets, 2)).scores
     assert sum("so all of their scores are" in str(warning.message) for warning in caught) == 1  # of three checkpoints
     assert (scores == 0).all(0).tolist() == [False, True, False, True]
+
+
+def test_targets_without_a_gradient_of_some_parameters_are_no_matter_of_a_warning(tmp_path, said):
+    class Dead(Classifier):
+        def model_output(self, batch):
+            return self.net[0].weight.sum() * (batch[0][:, 0] > 0) + super().model_output(batch).detach()
+
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store", parameters="net.0.weight"), max_epochs=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "On the first batch Dead")  # it is not what is trained
+        trainer.fit(Dead(), datamodule=Blobs())
+    scores = trainer.attribute().scores
+    zero = (scores == 0).all(0)
+    assert 0 < zero.sum() < 7
+    (line,) = [line for line in said() if "so all of their scores are" in line]
+    assert f"is zero for {zero.sum()} targets" in line

@@ -415,7 +415,10 @@ def test_batch_structures():
     assert (nodes.tolist(), map_tensors(graphs, len).nodes, graphs.nodes is nodes) == ([1, 1, 0], 3, True)
     assert isinstance(map_tensors(UserDict(x=torch.ones(1)), len), UserDict)
     assert map_tensors(defaultdict(list, x=torch.ones(3)), len) == {"x": 3}
-    assert describe(batch) == "dict(a: list(Tensor(2,)), b: Pair(Tensor(2,), str), c: Record, d: NoneType)"
+    assert (
+        describe(batch)
+        == "dict(a: list(Tensor(2,)), b: Pair(Tensor(2,), str), c: Record(x: Tensor(1,), note: str), d: NoneType)"
+    )
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ class FeaturizationLoop:
         return projection
 
     def _warn_of_nothing(self) -> None:
-        """Warn of targets without a gradient: that all of their scores are zero may be a mistake."""
+        """Tell of targets without a gradient: a mistake, unless it is that of a few parameters, before a dead unit."""
         rows, self._without_gradient = self._without_gradient, []
         if rows:
             shown = ", ".join(map(str, rows[:_SHOWN])) + (", ..." if len(rows) > _SHOWN else "")
@@ -239,7 +239,9 @@ class FeaturizationLoop:
                 f" {shown}), so all of their scores are. Is there nothing in them to attribute, as where an output_mask"
                 " or ignore_index leaves out everything? If so, mend or remove these targets."
             )
-            self._reports.warn(what, about=what)
+            trained = {name for name, value in self._module.named_parameters() if value.requires_grad}
+            tell = self._reports.warn if trained <= set(self._parameters) else self._reports.tell
+            tell(what, about=what)
 
     @property
     def _largest(self) -> int:
