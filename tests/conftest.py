@@ -99,7 +99,8 @@ def _restored_rules():
 @pytest.fixture
 def said(caplog, monkeypatch):
     """What the library tells the user, so far."""
-    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
+    for package in ("lightning.pytorch", "pytorch_lightning"):  # the one imported last passes messages on
+        monkeypatch.setattr(logging.getLogger(package), "propagate", True)
     caplog.set_level(logging.INFO)
     return lambda: [message for message in caplog.messages if message.startswith("TRAKCallback: ")]
 
