@@ -286,6 +286,27 @@ def test_a_rule_that_fails_is_an_error_that_names_the_layer():
         Selector("auto").choose(function, x[:4], 4)
 
 
+def test_a_shared_parameter_in_a_module_that_cannot_be_run_again_is_left_to_others():
+    class Transposed(nn.Module):
+        """Its backward hook is of no use to torch.func."""
+
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = weight
+            self.register_full_backward_hook(lambda *_: None)
+
+        def forward(self, x):
+            return x @ self.weight
+
+    one = nn.Linear(4, 4)
+    model = Model(lambda m, x: m.other(m.one(x).tanh()).cos().sum(1), one=one, other=Transposed(one.weight))
+    function, x = function_of(model), torch.randn(6, 4)
+    engine = HooksEngine()
+    engine.prepare(function, x[:4], 4)
+    assert_right(function, engine, x)
+    assert "loop for 1 of 2 parameters (one.weight" in str(engine)
+
+
 def test_modules_are_as_before_after_an_error_in_the_backward_pass():
     model = Model(lambda m, x: m.rnn(m.net(x))[0].sum((1, 2)), net=net(3, 4, 4), rnn=nn.LSTM(4, 5, batch_first=True))
     function, x = function_of(model), torch.randn(4, 6, 3)

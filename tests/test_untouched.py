@@ -283,6 +283,14 @@ class DrawsDeepInside(Net):
         return super().forward(self.many(x))
 
 
+class Compiled(Net):
+    """A part of it is compiled, so that it sits in a module of torch's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = torch.compile(self.backbone, backend="eager")
+
+
 class _Drawing(torch.utils.data.Dataset):
     """Augments by a generator of its own."""
 
@@ -324,6 +332,7 @@ MODULES = [
     HidesItsOwnLayer,
     Annealed,
     DrawsDeepInside,
+    Compiled,
 ]
 
 
@@ -344,6 +353,7 @@ def structure(found):
     return [row[:3] for row in parameters], [row[:2] for row in buffers], parts, hooks
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch.compile itself
 @pytest.mark.parametrize("gradients", ["hooks", "vmap", "loop"])
 @pytest.mark.parametrize("module_class", MODULES)
 def test_training_and_module_are_the_same(tmp_path, module_class, gradients):

@@ -61,7 +61,7 @@ def plan_layers(
         if name in outside:
             reasons[name] = "used outside its module"
         elif name not in seen:
-            reasons[name] = "its module is not called in the backward pass"
+            reasons[name] = "its module is not called in the backward pass, or cannot be run again"
         elif name in sums and not close(sums[name], gradient, function.tolerance):
             reasons[name] = "its module's output is no function of one example"
     return _without(layers, reasons), copies, reasons
@@ -176,7 +176,7 @@ class _Trial:
         return self._close(first * self._weights[:, None].to(first), second)
 
     def weighted_sums(self, layers: list[Layer]) -> tuple[dict[str, Tensor], set[str], set[str]]:
-        """Return Σᵢ vᵢ gᵢ of the parameters whose way is to be doubted, those seen at all, and those used elsewhere.
+        """Return Σᵢ vᵢ gᵢ of parameters whose way is to be doubted, those seen in all layers, and those used elsewhere.
 
         A layer whose rule refuses it is dealt with as one without a rule from here on.
         """
@@ -210,4 +210,7 @@ class _Trial:
             layer.rule = None
         if with_rule:
             return self.weighted_sums(layers)
-        return sums, seen, set(outside)
+        missed = {
+            name for layer in refused for name in layer.parameters.values()
+        }  # in part, if another layer has it too
+        return sums, seen - missed, set(outside)

@@ -36,7 +36,8 @@ class ModuleChanged(RuntimeError):
                 if restored
                 else "That cannot be undone, so training from here on would differ from training without TRAKCallback."
             )
-            + " Let model_output, and what it calls, leave parameters, their gradients and hooks alone."
+            + " Let model_output, and what it calls, leave parameters, their gradients and hooks alone, and use"
+            " parameters through modules, not from tuples or closures."
         )
         self.restored = restored
 
