@@ -736,7 +736,7 @@ def test_weights_that_are_changed_for_good_end_training(tmp_path):
             return super().model_output(batch)
 
     module = Meddles()
-    module.__dict__["kept"] = [module.net[0].weight]
+    module.__dict__["kept"] = (module.net[0].weight,)  # in a list it would be the checkpoint's
     with pytest.raises(ModuleChanged, match=r"net\.0\.weight has other values"):
         fit(tmp_path, TRAKCallback(tmp_path / "store"), module=module)
 

@@ -9,9 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
-
 from lightning_trak.reach import attributes_of, reached
+from torch import nn
 
 
 class Holder:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -55,12 +56,23 @@ def _as_in_predict(trainer: Trainer, module: LightningModule) -> Iterator[None]:
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(module.device.type, enabled=False),
+            _uncompiled(),
         ):
             module.eval()
             vars(module).update(log=_log_nothing, log_dict=_log_nothing)  # model_output may log, as training_step does
             yield
     finally:
         state.fn, state.status, state.stage = before
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Let compiled parts run as they are written.
+
+    Compiled for featurization as well, they would be compiled more often than torch allows, and training go on without.
+    """
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):  # before torch 2.6
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _log_nothing(*_: Any, **__: Any) -> None:
