@@ -260,6 +260,40 @@ def test_the_module_itself_is_not_touched():
     assert module.net[0].bias.grad is None
 
 
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.layer, self.head = kind(4, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(x)[0][:, -1])
+
+
+RECURRENT = [(kind, engine) for kind in (nn.LSTM, nn.GRU, nn.RNN) for engine in ("hooks", "loop")] + [(nn.LSTM, "vmap")]
+
+
+@pytest.mark.parametrize(("kind", "engine"), RECURRENT)  # vmap takes no other
+@pytest.mark.parametrize("selected", ["", "head"])
+def test_recurrent_layers_take_the_checkpoints_weights_every_time(kind, selected, engine):
+    """They keep a list of their weights. The second call took those of the module, and gave them gradients."""
+    torch.manual_seed(0)
+    module, trained = Net(Recurrent(kind)).eval(), Net(Recurrent(kind)).eval()
+    names, batch = [name for name, _ in module.named_parameters() if selected in name], torch.randn(4, 5, 4)
+    function = ModelFunction(module, trained.state_dict(), names)
+    expected_outputs, expected = reference(trained, batch, 4, names)
+    for _ in range(2):
+        np.testing.assert_allclose(function.output(batch).detach().numpy(), expected_outputs, rtol=1e-4, atol=1e-6)
+        chosen = ENGINES[engine]()
+        chosen.prepare(function, batch, 4)
+        outputs, gradients = collect(chosen, function, batch, 4)
+        np.testing.assert_allclose(outputs.numpy(), expected_outputs, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(gradients.numpy(), expected, rtol=1e-3, atol=1e-5)
+    assert all(value.grad is None for value in module.parameters())
+    layer = module.net.layer
+    listed = zip(layer._flat_weights_names, layer._flat_weights, strict=True)
+    assert all(getattr(layer, name) is value for name, value in listed)
+
+
 def test_activation_checkpointing_recomputes_with_the_checkpoints_weights():
     from torch.utils.checkpoint import checkpoint
 
