@@ -230,7 +230,23 @@ def test_copies_that_do_not_fit_a_batch_are_given_up():
     torch.testing.assert_close(gradients.double(), torch.from_numpy(expected), rtol=1e-3, atol=1e-5)
 
 
+class ByRow(nn.Module):
+    """Has no rule, and takes no copies."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return torch.stack([row * self.weight for row in x])
+
+
 HANDED_OVER = {
+    "a module that the batch goes through twice": (
+        lambda m, x: m.by_row(m.one(x).repeat(2, 1))[: len(x)],
+        {"by_row": ByRow()},
+        "vmap for 1 of 5 parameters (by_row.weight: an output of ByRow has no batch axis in front)",
+    ),
     "a parameter of the model itself": (
         lambda m, x: m.two(m.one(x)) @ m.mix,
         {"mix": nn.Parameter(torch.ones(3, 3))},

@@ -54,14 +54,14 @@ def plan_layers(
             layers.append(layer)
         else:
             reasons.update(layer)
-    sums, seen, outside = trial.weighted_sums(layers)
+    sums, seen, outside, refused = trial.weighted_sums(layers)
     for name, gradient in reference.items():
         if name in reasons or name in copies:
             continue
         if name in outside:
             reasons[name] = "used outside its module"
         elif name not in seen:
-            reasons[name] = "its module is not called in the backward pass, or cannot be run again"
+            reasons[name] = refused.get(name, "its module is not called in the backward pass, or cannot be run again")
         elif name in sums and not close(sums[name], gradient, function.tolerance):
             reasons[name] = "its module's output is no function of one example"
     return _without(layers, reasons), copies, reasons
@@ -175,14 +175,15 @@ class _Trial:
         first, second = (move_batch_first(grad, axis, self._size).reshape(self._size, -1) for grad in (plain, weighted))
         return self._close(first * self._weights[:, None].to(first), second)
 
-    def weighted_sums(self, layers: list[Layer]) -> tuple[dict[str, Tensor], set[str], set[str]]:
-        """Return Σᵢ vᵢ gᵢ of parameters whose way is to be doubted, those seen in all layers, and those used elsewhere.
+    def weighted_sums(self, layers: list[Layer]) -> tuple[dict[str, Tensor], set[str], set[str], dict[str, str]]:
+        """Return Σᵢ vᵢ gᵢ of the parameters whose way is to be doubted.
 
+        Then the parameters that were seen at all, those used elsewhere, and those that were refused, with the reason.
         A layer whose rule refuses it is dealt with as one without a rule from here on.
         """
         sums: dict[str, Tensor] = {}
         seen: set[str] = set()
-        refused: list[Layer] = []
+        refused: list[tuple[Layer, str]] = []
 
         def receive(call: Call, grads: tuple[Tensor | None, ...]) -> None:
             if not call.layer.known:
@@ -191,8 +192,8 @@ class _Trial:
             call.layer.batched[call.number] = rows_of_examples(call.tensors(), self._size)
             try:
                 gradients = layer_gradients(call, grads, self._size)
-            except EngineUnsuitable:
-                refused.append(call.layer)
+            except EngineUnsuitable as error:
+                refused.append((call.layer, str(error)))
                 return
             seen.update(gradients)
             if call.layer.rule is None or call.layer.whole:
@@ -205,12 +206,11 @@ class _Trial:
         outputs, outside = tracer.run(self._function, self._batch, self._size, names=list(dict.fromkeys(names)))
         if not self._close(outputs, self._outputs):
             raise EngineUnsuitable("the model's output changes when outputs of layers are repeated")
-        with_rule = [layer for layer in refused if layer.rule is not None]
+        with_rule = [layer for layer, _ in refused if layer.rule is not None]
         for layer in with_rule:
             layer.rule = None
         if with_rule:
             return self.weighted_sums(layers)
-        missed = {
-            name for layer in refused for name in layer.parameters.values()
-        }  # in part, if another layer has it too
-        return sums, seen - missed, set(outside)
+        # Of those that another layer has too, a part is missing.
+        missed = {name: why for layer, why in refused for name in layer.parameters.values()}
+        return sums, seen - missed.keys(), set(outside), missed
