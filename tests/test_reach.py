@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning_trak.reach import attributes_of, reached
 from torch import nn
+
+from lightning_trak.isolation.reach import attributes_of, reached
 
 
 class Holder:

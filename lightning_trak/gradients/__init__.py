@@ -7,7 +7,7 @@ from lightning_trak.gradients.engine import Engine, EngineUnsuitable, NotPrepare
 from lightning_trak.gradients.function import ModelFunction
 from lightning_trak.gradients.gradient import ConvGradient, DenseGradient, Gradient, OuterGradient, RowsGradient
 from lightning_trak.gradients.hooks import HooksEngine
-from lightning_trak.gradients.loop import LoopEngine, batch_gradient
+from lightning_trak.gradients.loop import LoopEngine, batch_gradient, numbered_gradient
 from lightning_trak.gradients.rules import LayerCall, layer_rule
 from lightning_trak.gradients.selector import ENGINES, Selector, Trial
 from lightning_trak.gradients.vmap import VmapEngine
@@ -34,4 +34,5 @@ __all__ = [
     "batch_gradient",
     "check_gradients",
     "layer_rule",
+    "numbered_gradient",
 ]

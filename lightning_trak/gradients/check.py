@@ -9,7 +9,7 @@ import torch
 from lightning_trak.gradients.engine import Engine, Sink
 from lightning_trak.gradients.function import ModelFunction
 from lightning_trak.gradients.gradient import Gradient
-from lightning_trak.gradients.loop import batch_gradient
+from lightning_trak.gradients.loop import numbered_gradient
 
 _ROUNDING = 1e-2  # of the tolerance: gradients that cancel, as a bias's before a norm, are compared with all others
 
@@ -21,7 +21,7 @@ class GradientsDiffer(ValueError):
 def check_gradients(
     function: ModelFunction, engine: Engine, batch: Any, size: int, sink: Sink = lambda *_: None
 ) -> None:
-    """Compare an engine's gradients with autograd's, weighted with random numbers v.
+    """Compare an engine's gradients with autograd's, each example weighted with its number vᵢ = i.
 
     Σᵢ vᵢ ∇θ f(zᵢ) must be ∇θ Σᵢ vᵢ f(zᵢ), for every parameter: then no use of it was missed, and every part of its
     gradient went to the example that it belongs to.
@@ -36,19 +36,16 @@ def check_gradients(
     Raises:
         GradientsDiffer: if they differ; the parameter is named.
     """
+    weights, _, expected = numbered_gradient(function, batch, size)
     names = list(function.parameters)
-    weights = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(function.parameters[names[0]].device)
-    _, expected = batch_gradient(function, batch, weights)
-    difference = {
-        name: torch.zeros_like(function.parameters[name]).float() if gradient is None else gradient.float()
-        for name, gradient in zip(names, expected, strict=True)
-    }
+    zeros = {name: torch.zeros_like(value) for name, value in function.parameters.items() if name not in expected}
+    difference = {name: {**expected, **zeros}[name].float() for name in names}
     norms = {name: gradient.norm().item() for name, gradient in difference.items()}
     squares = dict.fromkeys(names, 0.0)
 
     def compare(rows: slice, name: str, gradient: Gradient) -> None:
         for row in range(gradient.size):
-            part = gradient[row : row + 1].weighted_sum(weights[rows][row : row + 1])
+            part = gradient[row : row + 1].weighted_sum(weights[rows][row : row + 1].float())
             squares[name] += part.square().sum().item()
             difference[name] = difference[name] - part
         sink(rows, name, gradient)

@@ -59,6 +59,7 @@ class ModelFunction:
         parameters: the attributed parameters by name, detached, in the order given.
         tolerance: relative difference between two ways to one number; see `observe`.
         method: the module's method that it evaluates.
+        tried: the last batch that was differentiated to try something, and what came out; see `numbered_gradient`.
 
     Raises:
         ValueError: if ``weights`` do not fit ``module``; missing, unexpected and misshapen names are listed.
@@ -90,7 +91,13 @@ class ModelFunction:
         self._places = {f"module.{place}": name for place, name in places_of_tensors(module).items()}
         self._elsewhere = places_elsewhere(module)
         floating = {value.dtype for value in (*self.parameters.values(), *self._others.values())}
+        self.tried: tuple[Any, Any] | None = None
         self.tolerance = _COARSE if floating & _HALF else _EXACT
+
+    def _copy(self) -> ModelFunction:
+        other = copy(self)
+        other.tried = None
+        return other
 
     @property
     def n_params(self) -> int:
@@ -99,20 +106,20 @@ class ModelFunction:
 
     def restrict(self, names: Iterable[str]) -> ModelFunction:
         """Return the same function with fewer attributed parameters."""
-        restricted = copy(self)
+        restricted = self._copy()
         restricted.parameters = {name: self.parameters[name] for name in names}
         restricted._others = {**self._others, **self.parameters}
         return restricted
 
     def of(self, method: str) -> ModelFunction:
         """Return the function that evaluates another method of the module, (b,) like ``model_output``."""
-        other = copy(self)
+        other = self._copy()
         other.method = method
         return other
 
     def with_copies(self, copies: Mapping[str, torch.Size], size: int) -> ModelFunction:
         """Return the same function with ``size`` copies in the place of some parameters, each of the shape given."""
-        other = copy(self)
+        other = self._copy()
         others = {name: self.parameters[name].reshape(shape).expand(size, *shape) for name, shape in copies.items()}
         other.parameters = {**self.parameters, **others}
         return other
@@ -163,17 +170,19 @@ class ModelFunction:
             for part, lists in zip(recurrent, own, strict=True):
                 vars(part).update(lists)
 
-    def observe(self, batch: Any) -> Tensor:
-        """Return the outputs, and note how exact they are: a part in less than float32 sets the `tolerance`.
-
-        Computed are they as where gradients are needed: modules have faster ways, not quite the same.
-        """
-        leaves = {name: value.detach().requires_grad_() for name, value in self.parameters.items()}
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Note how exact its numbers are, while it is evaluated: a part in less than float32 sets the `tolerance`."""
         with _Dtypes() as seen:
-            outputs = self.output(batch, leaves)
+            yield
         if seen.dtypes & _HALF:
             self.tolerance = _COARSE
-        return outputs
+
+    def observe(self, batch: Any) -> Tensor:
+        """Return the outputs, computed as where gradients are needed: modules have faster ways, not quite the same."""
+        leaves = {name: value.detach().requires_grad_() for name, value in self.parameters.items()}
+        with self.observing():
+            return self.output(batch, leaves)
 
     def output(self, batch: Any, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return ``model_output(batch)``, shape (b,)."""

@@ -13,6 +13,7 @@ from lightning_trak.data.batch import check_rows, map_tensors
 from lightning_trak.gradients.engine import EngineUnsuitable, Sink, check_same
 from lightning_trak.gradients.function import ModelFunction
 from lightning_trak.gradients.gradient import DenseGradient
+from lightning_trak.tasks.checks import check_size
 
 
 class LoopEngine:
@@ -74,6 +75,8 @@ def batch_gradient(
         # and for it ``backward`` is right where ``autograd.grad`` is not. The leaves are ours, not the module's.
         with watch(parameters.values()):
             output = function.model_output(batch)
+        if weights is not None:
+            check_size(function.module, output, len(weights), function.method)
         if output.requires_grad:
             (output if weights is None else output * weights.to(output)).sum().backward()
         return output.detach()
@@ -81,3 +84,21 @@ def batch_gradient(
     outputs = function.call(differentiate, batch, parameters=parameters)
     grads = [value.grad for value in parameters.values()]
     return outputs, [grad.to_dense() if grad is not None and grad.is_sparse else grad for grad in grads]
+
+
+def numbered_gradient(function: ModelFunction, batch: Any, size: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Differentiate the sum of a batch's outputs, each weighted with its number from 1; the last result is kept.
+
+    No two examples have the same weight, so the gradient tells them apart. Preparing an engine and checking it both ask
+    for it, of the same few examples.
+
+    Returns:
+        The weights v = (1, …, b), the outputs (b,), and Σᵢ vᵢ ∇θ f(zᵢ) by parameter, where f depends on it.
+    """
+    if function.tried is None or function.tried[0] is not batch:
+        weights = torch.arange(1, size + 1)
+        outputs, gradients = batch_gradient(function, batch, weights)
+        named = zip(function.parameters, gradients, strict=True)
+        found = {name: gradient for name, gradient in named if gradient is not None}
+        function.tried = batch, (weights.to(outputs), outputs, found)
+    return function.tried[1]

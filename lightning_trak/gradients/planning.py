@@ -12,7 +12,7 @@ from lightning_trak.gradients.calls import layer_gradients, move_batch_first
 from lightning_trak.gradients.copies import CopyTrial
 from lightning_trak.gradients.engine import EngineUnsuitable, close
 from lightning_trak.gradients.function import ModelFunction
-from lightning_trak.gradients.loop import batch_gradient
+from lightning_trak.gradients.loop import numbered_gradient
 from lightning_trak.gradients.modulewise import rows_of_examples
 from lightning_trak.gradients.rules import find_rule
 from lightning_trak.gradients.tracing import Call, Layer, Tracer
@@ -38,17 +38,13 @@ def plan_layers(
     Returns:
         The layers, the shapes of copies, and for each parameter that is left to neither the reason.
     """
-    weights = torch.arange(1, size + 1)
-    outputs, gradients = batch_gradient(function, batch, weights)
-    reference = {
-        name: gradient for name, gradient in zip(function.parameters, gradients, strict=True) if gradient is not None
-    }
+    weights, outputs, reference = numbered_gradient(function, batch, size)
     reasons: dict[str, str] = {}
     layers = []
     found = find_layers(function)
-    copies = CopyTrial(function, batch, weights.to(outputs), outputs, reference).find(found) if copying else {}
+    copies = CopyTrial(function, batch, weights, outputs, reference).find(found) if copying else {}
     function = function.restrict(name for name in function.parameters if name not in copies)
-    trial = _Trial(function, batch, size, weights.to(outputs), outputs)
+    trial = _Trial(function, batch, size, weights, outputs)
     for layer in trial.with_axes(_without(found, copies)):
         if isinstance(layer, Layer):
             layers.append(layer)

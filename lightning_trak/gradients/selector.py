@@ -14,7 +14,7 @@ from lightning_trak.gradients.check import GradientsDiffer, check_gradients
 from lightning_trak.gradients.engine import Engine, EngineUnsuitable, NotPrepared, Sink
 from lightning_trak.gradients.function import ModelFunction
 from lightning_trak.gradients.hooks import HooksEngine
-from lightning_trak.gradients.loop import LoopEngine
+from lightning_trak.gradients.loop import LoopEngine, numbered_gradient
 from lightning_trak.gradients.memory import fitting_batch_size, is_out_of_memory, peak_bytes, surely_fits
 from lightning_trak.gradients.vmap import VmapEngine
 
@@ -126,7 +126,8 @@ class Selector:
             return self._engine
         tried = trial()
         if self._tolerance is None:
-            function.observe(tried.batch)
+            with function.observing():
+                numbered_gradient(function, tried.batch, tried.size)
             self._tolerance = function.tolerance
         while True:
             fresh = self._engine is None
@@ -142,6 +143,7 @@ class Selector:
             else:
                 self._checked.add(checkpoint)
                 self._report(engine)
+                function.tried = None
                 return engine
 
     def run(

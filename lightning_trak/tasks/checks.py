@@ -19,9 +19,9 @@ _LOOK = {  # what is likely to be wrong: of targets it is not the weights, at wh
 _STABLER = "or compute model_output in a stabler way, e.g. from logsumexp and not from log(softmax)."
 
 
-def check_dependent(module: Any, outputs: Tensor, n_parameters: int, method: str = "model_output") -> None:
-    """Raise a ValueError if outputs that were computed with gradients depend on no attributed parameter."""
-    if not outputs.requires_grad:
+def check_dependent(module: Any, dependent: bool, n_parameters: int, method: str = "model_output") -> None:
+    """Raise a ValueError unless outputs depend on an attributed parameter."""
+    if not dependent:
         raise ValueError(
             f"{type(module).__name__}.{method} does not depend on any of the {n_parameters} attributed"
             " parameters. Return the output without .detach(), .item(), torch.no_grad() or NumPy on its way, and"

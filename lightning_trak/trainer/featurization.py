@@ -28,6 +28,7 @@ from lightning_trak.gradients import (
     Selector,
     Trial,
     check_gradients,
+    numbered_gradient,
 )
 from lightning_trak.influence import is_logistic
 from lightning_trak.isolation.random_states import seed_all
@@ -54,6 +55,7 @@ from lightning_trak.trainer.reports import Reports
 Array = npt.NDArray[Any]
 _TRIED = 8  # examples of the first batch that are tried before training
 _FEW = 3  # examples that are tried later: an odd number, that no axis of a model is likely to have
+_FEWER = 2  # targets that are tried: gradients are those of the train set's trial
 _SHOWN = 10  # examples named in a warning, at most
 _WITHOUT_AUGMENTATION = {
     "train": "Define featurize_dataloader() in the LightningDataModule or LightningModule: train_dataloader without"
@@ -148,22 +150,24 @@ class FeaturizationLoop:
         with self._undisturbed(), ExitStack() as stack:
             function = self._function(weights)
             stack.enter_context(prepared(self._module, function.prepare, self._find_train_loader))
-            rows = range(min(self._largest, _TRIED if thorough else _FEW))
+            few = _FEW if self._examples == "train" else _FEWER
+            rows = range(min(self._largest, _TRIED if thorough else few))
+            alone = rows if thorough else rows[-1:]
             batch = self._read_once(rows, seed=0)
             self.repeatable = self._is_repeatable(batch, self._read_once(rows, seed=1))
             versions = versions_of(batch)
-            outputs = self._try(function, batch, rows if thorough else rows[-1:], len(rows))
+            outputs = self._try(function, batch, alone, len(rows))
             check_unchanged(self._module, batch, versions)
             if self._examples != "train":
                 return
             if self._loss_terms.need_projection:
                 losses = function.of(PER_SAMPLE_LOSS)
-                self._try(losses, batch, rows if thorough else rows[-1:], len(rows))
+                self._try(losses, batch, alone, len(rows))
                 if self._selector.gradients != "auto":  # of "auto", one of the engines can
                     Selector(self._selector.gradients).choose(losses, batch, len(rows))
             else:
                 self._check_loss(outputs, *self._loss_terms(function.call, batch, outputs), rows)
-            engine = self._prepare(function, digest, projection_key(self._seed, digest))
+            engine = self._prepare(function, digest, projection_key(self._seed, digest), batch)
             if thorough:
                 rows = range(engine.batch_size or self._selector.batch_size(self._largest))
                 with suppress(torch.OutOfMemoryError, EngineUnsuitable):  # the selector will see to it
@@ -180,10 +184,16 @@ class FeaturizationLoop:
             alone: which of them must have the same output when they are alone.
             size: their number.
         """
-        outputs, method = function.observe(batch), function.method
-        check_size(self._module, outputs, size, method)
-        check_dependent(self._module, outputs, len(self._parameters), method)
-        outputs = outputs.detach()
+        method = function.method
+        if self._examples == "train":
+            with function.observing():
+                _, outputs, gradients = numbered_gradient(function, batch, size)
+            dependent = bool(gradients)
+        else:
+            outputs = function.observe(batch)
+            check_size(self._module, outputs, size, method)
+            dependent, outputs = outputs.requires_grad, outputs.detach()
+        check_dependent(self._module, dependent, len(self._parameters), method)
         check_finite(method, outputs, self._examples, range(size))
         if self._selector.gradients != "loop" and self.repeatable:
             for row in alone:
@@ -248,12 +258,14 @@ class FeaturizationLoop:
         """How many examples at a time, at most."""
         return min(self._selector.given or loader_batch_size(self._loader), self.size)
 
-    def _prepare(self, function: ModelFunction, digest: str, key: int) -> Engine:
-        """Return the engine for a checkpoint."""
+    def _prepare(self, function: ModelFunction, digest: str, key: int, tried: Any = None) -> Engine:
+        """Return the engine for a checkpoint; ``tried`` are the first examples, if they are read already."""
 
         def trial() -> Trial:
             size = min(_FEW, self.size)
-            batch, first = (self._read_once(range(number), seed=0) for number in (size, 1))
+            known = function.tried is not None and function.tried[0] is tried and len(function.tried[1][0]) == size
+            batch = tried if known else self._read_once(range(size), seed=0)
+            first = self._read_once([0], seed=0)
             rehearsal = Featurizer(function, LoopEngine(), self._projector, key).rehearsal
             return Trial(function, batch, size, first, rehearsal)
 
