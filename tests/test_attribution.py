@@ -115,6 +115,7 @@ IMAGES = {
     "with labels": lambda n: [(torch.rand(1, 8, 8), torch.tensor(row % 10)) for row in range(n)],
     "with tokens": lambda n: [(torch.rand(1, 8, 8), torch.tensor([row, row + 1])) for row in range(n)],
     "dicts": lambda n: [{"image": np.ones((8, 8)), "label": row % 10} for row in range(n)],
+    "inputs as a dict": lambda n: [({"pixel_values": torch.ones(3, 8, 8)}, {"boxes": 1}) for _ in range(n)],
 }
 
 
@@ -145,12 +146,31 @@ def test_what_cannot_be_drawn(full, monkeypatch):
     for columns in ([6], [-1], []):
         with pytest.raises(ValueError, match="some of the 6 targets"):
             full.plot(columns=columns)
-    with pytest.raises(ValueError, match=r"shape \(4,\) is no image"):
+    with pytest.raises(ValueError, match=r"shape \(4,\) \(Tensor\) is no image"):
         full.plot(torch.zeros(12, 4))
     mpl.pyplot.close("all")
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
         full.plot()
+
+
+NO_IMAGES = {
+    "tokens": ({"input_ids": torch.ones(4), "labels": 1}, "has no image: it has the keys 'input_ids', 'labels', and"),
+    "an empty mapping": ({}, "has the keys none"),
+    "series": (({"encoder_cont": torch.ones(3, 2)}, (torch.ones(3), None)), "'image', 'pixel_values', 'x'. Pass a seq"),
+    "channels": (torch.zeros(13, 8, 8), r"shape \(13, 8, 8\) \(Tensor\) is no image, .* call plot\(\) without train"),
+    "ragged": (([np.ones((4, 2)), np.ones((3, 2))], 1.0), r"An example \(list\) is no image"),
+    "text": ("a photo", r"\(str\) is no image"),
+    "nothing": ((), r"\(tuple\) is no image"),
+}
+
+
+@pytest.mark.parametrize("form", NO_IMAGES)
+def test_examples_without_an_image_are_named(full, form):
+    example, message = NO_IMAGES[form]
+    with pytest.raises(ValueError, match=message):
+        full.plot([example] * 12)
+    mpl.pyplot.close("all")
 
 
 def ensemble(checkpoints, noise, n=60, m=4):

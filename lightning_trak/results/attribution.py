@@ -175,8 +175,9 @@ class Attribution:
         """Draw targets beside their k most helpful and k most harmful training examples.
 
         Args:
-            train: the train set, to show its examples: images, or pairs of image and label, by index. An image is
-                (H, W), (C, H, W) or (H, W, C). Without it scores are shown as bars.
+            train: the train set, to show its examples by index: images, pairs of image and label, or mappings with an
+                image as "image", "pixel_values" or "x". An image is (H, W), (C, H, W) or (H, W, C), with C = 1, 3 or 4.
+                Without it scores are shown as bars.
             targets: the target set, likewise.
             columns: which targets to draw, by index; the first five if None.
             k: how many training examples on each side.
@@ -186,6 +187,7 @@ class Attribution:
 
         Raises:
             ModuleNotFoundError: if matplotlib is not installed.
+            ValueError: if an example has no image, or there is no such target.
         """
         shown = list(range(min(5, self.info.n_targets))) if columns is None else [int(column) for column in columns]
         outside = [column for column in shown if not 0 <= column < self.info.n_targets]
