@@ -20,7 +20,7 @@ from lightning_trak import (
     RegressionMixin,
     SegmentationMixin,
 )
-from tests.zoo_small import N_CLASSES, ResNet9, UNet
+from tests.gradients.zoo_small import N_CLASSES, ResNet9, UNet
 
 SEQUENCE = 128
 

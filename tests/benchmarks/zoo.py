@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tests.benchmarks.measuring import print_table
-from tests.test_zoo import compare
-from tests.zoo import ZOO
+from tests.gradients.test_zoo import compare
+from tests.gradients.zoo import ZOO
 
 
 def run() -> None:

@@ -19,7 +19,7 @@ from lightning_trak.gradients import (
     check_gradients,
     layer_rule,
 )
-from tests.test_gradients import collect, reference
+from tests.gradients.test_gradients import collect, reference
 
 
 class Model(nn.Module):

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak import ClassificationMixin, FeatureStore, TRAKCallback
 from tests.conftest import make_data, make_trainer
-from tests.test_module_state import snapshot
+from tests.isolation.test_module_state import snapshot
 
 
 class Net(ClassificationMixin, L.LightningModule):

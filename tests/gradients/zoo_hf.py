@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.zoo_small import N_CLASSES, make_images, make_tokens, margin, token_log_likelihood
+from tests.gradients.zoo_small import N_CLASSES, make_images, make_tokens, margin, token_log_likelihood
 
 VOCABULARY = 40
 PAD, BOS, EOS, MASK, FIRST = 0, 1, 2, 3, 4

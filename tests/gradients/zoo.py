@@ -17,9 +17,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from tests import zoo_small as small
-from tests.zoo_hf import HF_ZOO
-from tests.zoo_small import N_CLASSES, PAD, VOCABULARY, SentenceClassifier, masked_mean, mlp, token_log_likelihood
+from tests.gradients import zoo_small as small
+from tests.gradients.zoo_hf import HF_ZOO
+from tests.gradients.zoo_small import (
+    N_CLASSES,
+    PAD,
+    VOCABULARY,
+    SentenceClassifier,
+    masked_mean,
+    mlp,
+    token_log_likelihood,
+)
 
 
 class LSTMClassifier(SentenceClassifier):

@@ -7,7 +7,7 @@ import torch
 
 from lightning_trak.data.batch import map_tensors
 from lightning_trak.gradients import EngineUnsuitable, HooksEngine, LoopEngine, ModelFunction
-from tests.zoo import ZOO
+from tests.gradients.zoo import ZOO
 
 SIZE = 5
 

@@ -70,7 +70,9 @@ def check_empty():
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no Triton but on Linux")
 def test_interpreted():
     """In a process of its own: Triton chooses between compiler and interpreter when it is imported."""
-    program = "from tests.test_triton_kernel import check_interpreted; check_interpreted(); print('all agree')"
+    program = (
+        "from tests.projection.test_triton_kernel import check_interpreted; check_interpreted(); print('all agree')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
