@@ -197,10 +197,10 @@ def hookable(tensor: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     if base is None:
         return tensor, tensor
     whole = base.numel() == tensor.numel() and base.is_contiguous() and tensor.is_contiguous()
-    if whole and all(other is not base and other._base is not base for other in call.tensors()):
+    if whole and base.requires_grad and all(other is not base and other._base is not base for other in call.tensors()):
         return tensor, base
     tensor = tensor.clone()
-    return tensor, tensor
+    return tensor, tensor if tensor._base is None else tensor._base  # a class of its own may copy to a view
 
 
 def repeated(tensor: Tensor, layer: Layer, size: int) -> Tensor:

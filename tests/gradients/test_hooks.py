@@ -364,3 +364,24 @@ def test_engines_are_tried_in_order():
         only.reject(engine, EngineUnsuitable("more"))
     with pytest.raises(ValueError, match="gradients='hooks' cannot differentiate this model: no parameter is left"):
         Selector("hooks").choose(function, torch.randn(4, 3), 4)
+
+
+class Labelled(torch.Tensor):
+    """Copies of it are views of a plain tensor, as those of MONAI's MetaTensor."""
+
+    def clone(self):
+        return self.as_subclass(torch.Tensor).clone().as_subclass(Labelled)
+
+
+@pytest.mark.parametrize("forward", [lambda m, x: m.two(m.one(x).relu()), lambda m, x: m.two(m.one(x).mul_(2).relu_())])
+def test_tensors_of_a_class_of_their_own(forward):
+    torch.manual_seed(0)
+    model, x = Model(forward, one=linear(3, 4), two=linear(4, 3)).eval(), torch.randn(6, 3)
+    names = [name for name, _ in model.named_parameters()]
+    function, engine = ModelFunction(model, model.state_dict(), names), HooksEngine()
+    engine.prepare(function, x[:4].as_subclass(Labelled), 4)
+    assert str(engine) == "hooks"
+    _, gradients = collect(engine, function, x.as_subclass(Labelled), 6)
+    torch.testing.assert_close(
+        gradients.double(), torch.from_numpy(reference(model, x, 6, names)[1]), rtol=1e-3, atol=1e-5
+    )
