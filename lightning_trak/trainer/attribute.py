@@ -2,48 +2,27 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_trak.gradients.function import check_fit
-from lightning_trak.influence import Estimator, Options, Solved, TrainingTime, n_blocks
+from lightning_trak.influence import Estimator, Solved, n_blocks
 from lightning_trak.results.attribution import Attribution, AttributionInfo
-from lightning_trak.store.checkpoint import CheckpointEntry
-from lightning_trak.store.store import FeatureStore
-from lightning_trak.store.weights import load_weights, read_checkpoint, read_weights, weights_digest, weights_in
-from lightning_trak.trainer.attachment import attached
-from lightning_trak.trainer.callback import TRAKCallback, check_supported, find_callback
 from lightning_trak.trainer.checkpoints import (
-    add_checkpoint,
-    check_features,
-    featurize_checkpoint,
-    featurize_targets,
     naming,
-    pool_of,
     sums_of,
-    train_features,
 )
 from lightning_trak.trainer.framework import (
     LightningDataModule,
     LightningModule,
     Trainer,
-    framework_of,
-    is_datamodule,
     rank_zero_info,
 )
-from lightning_trak.trainer.loaders import Loaders
-from lightning_trak.trainer.plan import Plan
+from lightning_trak.trainer.job import CkptPath, Job, featurized
 from lightning_trak.trainer.progress import progress
-
-CkptPath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 
 
 def attribute(
@@ -83,7 +62,7 @@ def attribute(
     """
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise ValueError(f"top_k must be a positive integer or None, got {top_k!r}.")
-    with _featurized(trainer, model, dataloaders, datamodule, ckpt_path) as job:
+    with featurized(trainer, model, dataloaders, datamodule, ckpt_path) as job:
         targets = job.target_features()
         estimator, solved = job.estimator(), []
         for entry, train, phi in zip(job.entries, estimator.trains, targets, strict=True):
@@ -102,7 +81,7 @@ def attribute(
     return attribution
 
 
-def _info(job: _Job, estimator: Estimator, solved: Sequence[Solved], n_targets: int) -> AttributionInfo:
+def _info(job: Job, estimator: Estimator, solved: Sequence[Solved], n_targets: int) -> AttributionInfo:
     """Say how scores came about, and tell the damping."""
     dampings = [one.damping for one in solved]
     values = " to ".join(f"{value:.2g}" for value in sorted({min(dampings).value, max(dampings).value}))
@@ -147,7 +126,7 @@ def attribute_self(
     Returns:
         Self-influences in units of the loss, (n,), float32.
     """
-    with _featurized(trainer, model, None, datamodule, ckpt_path) as job:
+    with featurized(trainer, model, None, datamodule, ckpt_path) as job:
         estimator, total = job.estimator(), torch.zeros(job.store.n_train)
         with progress(trainer, "Scoring", len(job.entries)) as advance:
             for entry, train in zip(job.entries, estimator.trains, strict=True):
@@ -155,176 +134,3 @@ def attribute_self(
                     total += estimator.self_influence(train, sums_of(entry, estimator, train))
                 advance(1)
     return total / len(job.entries)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What is attributed: checkpoints of a store that are featurized, and how.
-
-    Attributes:
-        trainer: supplies device and progress bar.
-        model: the model.
-        store: has the train features.
-        plan: how targets are featurized.
-        entries: the checkpoints to average over.
-        loaders: find the targets.
-        options: of the estimator.
-    """
-
-    trainer: Trainer
-    model: LightningModule
-    store: FeatureStore
-    plan: Plan
-    entries: list[CheckpointEntry]
-    loaders: Loaders
-    options: Options
-
-    def target_features(self) -> list[Tensor]:
-        """Return φ(z) of all targets, (m, k), at every checkpoint."""
-        loop = self.plan.loop(self.trainer, self.model, self.loaders.targets(), self.loaders.train, "target")
-        first, last, total = self.entries[0], self.entries[-1], len(self.entries)
-        loop.label_targets(lambda: load_weights(last.weights_path, last.digest))
-        loop.preflight(load_weights(first.weights_path, first.digest), first.digest)
-        return [featurize_targets(loop, entry, f"{number}/{total}") for number, entry in enumerate(self.entries, 1)]
-
-    def estimator(self) -> Estimator:
-        """Return the estimator over the train features of all checkpoints."""
-        device = self.trainer.strategy.root_device
-        device = device if device.type == "cuda" else torch.device("cpu")  # others lack float64
-        return Estimator([train_features(entry) for entry in self.entries], self.options, device)
-
-
-@contextmanager
-def _featurized(
-    trainer: Trainer, model: Any, dataloaders: Any, datamodule: LightningDataModule | None, ckpt_path: CkptPath
-) -> Iterator[_Job]:
-    """Open the store, and featurize the train set wherever that is still to be done."""
-    callback = find_callback(trainer)
-    if is_datamodule(model):
-        if datamodule is not None:
-            raise TypeError("Two datamodules were passed, one in the place of the model. Pass datamodule=... alone.")
-        model, datamodule = None, model
-    model = _model(trainer, model)
-    check_supported(trainer, model)
-    if is_datamodule(dataloaders):
-        dataloaders, datamodule = None, dataloaders
-    fitted = callback.train_loader if datamodule in (None, trainer.datamodule) else None
-    datamodule = datamodule or trainer.datamodule
-    if datamodule is not None:
-        framework_of(trainer).check_kind("datamodule", datamodule, "LightningDataModule")
-    fresh = model._trainer is None
-    with attached(trainer, model, datamodule):
-        if fresh:
-            _build(model, datamodule, callback.store_path(trainer), ckpt_path)
-        data = Loaders(trainer, model, datamodule, dataloaders, fitted)
-        store, plan = _open_store(trainer, model, callback, data, create=ckpt_path is not None)
-        digests = _select(trainer, store, ckpt_path)
-        _featurize_missing(trainer, model, store, plan, data, digests)
-        rank_zero_info(f"TRAKCallback: averaging over {pool_of(store, digests)}.")
-        options = Options(callback.damping, callback.temperature, callback.curvature, callback.estimator)
-        yield _Job(trainer, model, store, plan, [store[digest] for digest in digests], data, options)
-
-
-def _model(trainer: Trainer, model: Any) -> Any:
-    model = trainer.lightning_module if model is None else model
-    model = getattr(model, "_orig_mod", model)  # compiled
-    if model is None:
-        raise TypeError("trainer.attribute() needs a model when the trainer has fitted none: attribute(model, ...).")
-    framework_of(trainer).check_kind("model", model, "LightningModule")
-    return model
-
-
-def _build(model: LightningModule, datamodule: LightningDataModule | None, store: Path, ckpt_path: CkptPath) -> None:
-    """Make the layers of a model that has never been fitted, if it makes them in its hooks; in Lightning's order."""
-    model.configure_model()
-    names = _names_of_weights(store, ckpt_path)
-    if names is None or names <= set(model.state_dict()):
-        return
-    if datamodule is not None:
-        datamodule.prepare_data()
-        datamodule.setup("fit")
-    model.setup("fit")
-    model.configure_model()
-
-
-def _names_of_weights(store: Path, ckpt_path: CkptPath) -> set[str] | None:
-    """Return the names of some checkpoint's weights, None if there is none yet."""
-    paths = [ckpt_path] if isinstance(ckpt_path, (str, os.PathLike)) else list(ckpt_path or [])
-    given = [path for path in paths if path not in ("best", "last")]
-    path = next(iter([*given, *store.glob("checkpoints/*/weights.pt")]), None)
-    return None if path is None else set(read_weights(path))
-
-
-def _open_store(
-    trainer: Trainer, model: LightningModule, callback: TRAKCallback, data: Loaders, *, create: bool
-) -> tuple[FeatureStore, Plan]:
-    """Open the store, or make it if checkpoints are brought along; see that it is of this model."""
-    path = callback.store_path(trainer)
-    if not (path / "manifest.json").exists() and create:
-        plan = Plan(callback.settings, callback.reports, model)
-        return FeatureStore.create(path, plan.manifest(data.train())), plan
-    if trainer.fast_dev_run and not (path / "manifest.json").exists():
-        raise framework_of(trainer).MisconfigurationException(
-            "This Trainer ran with fast_dev_run, which saves no checkpoint, so there is nothing to attribute. Fit"
-            " without fast_dev_run, or pass checkpoint files with ckpt_path=[...]."
-        )
-    store = FeatureStore(path)
-    plan = Plan(callback.settings, callback.reports, model, store.manifest)
-    store.check(plan.identity)
-    loader = data.train_if_defined()
-    if loader is not None:  # even where nothing is to be featurized: rows of another data set would mislead
-        store.check(plan.manifest(loader))
-    return store, plan
-
-
-def _select(trainer: Trainer, store: FeatureStore, ckpt_path: CkptPath) -> list[str]:
-    """Return the digests of the checkpoints to average over; files brought along are put into the store."""
-    if ckpt_path is None or ckpt_path == "last":
-        if not store.digests:
-            raise framework_of(trainer).MisconfigurationException(
-                f"The store '{store.dirpath}' has no checkpoints. Train with a TRAKCallback and checkpointing on (not"
-                " with fast_dev_run), or pass checkpoint files with ckpt_path=[...]."
-            )
-        if ckpt_path is None:
-            return store.digests
-        last = find_callback(trainer).last_saved
-        return [last] if last is not None and last in store else store.digests[-1:]
-    if ckpt_path == "best":
-        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if not best:
-            raise framework_of(trainer).MisconfigurationException(
-                "ckpt_path='best', but this trainer has no ModelCheckpoint that saved a best model. Pass its path."
-            )
-        ckpt_path = best
-    paths = [ckpt_path] if isinstance(ckpt_path, (str, os.PathLike)) else list(ckpt_path)
-    if not paths:
-        raise ValueError("ckpt_path is an empty list; pass at least one checkpoint file, or None for all in the store.")
-    digests = []
-    for path in paths:
-        checkpoint = read_checkpoint(path)
-        weights, training = weights_in(checkpoint, path), TrainingTime.of_checkpoint(checkpoint)
-        digest = weights_digest(weights)
-        if digest not in digests:
-            digests.append(digest)
-        check_fit(trainer.lightning_module, weights)
-        meta = {"file": os.path.basename(path), "training_time": training and asdict(training)}
-        add_checkpoint(store, digest, weights, meta)
-    return digests
-
-
-def _featurize_missing(
-    trainer: Trainer, model: LightningModule, store: FeatureStore, plan: Plan, data: Loaders, digests: list[str]
-) -> None:
-    """Featurize the train set where that is still to be done, after a look whether what is done still holds."""
-    missing = [digest for digest in digests if not store[digest].complete]
-    complete = [digest for digest in digests if digest not in missing]
-    loader = data.train() if missing else data.train_if_defined()
-    if loader is None:
-        return
-    loop = plan.loop(trainer, model, loader, data.train, "train")
-    loop.preflight(load_weights(store[digests[0]].weights_path, digests[0]), digests[0])
-    if loop.repeatable:
-        for digest in {*complete[:1], *complete[-1:]}:
-            check_features(loop, store[digest])
-    for number, digest in enumerate(missing, 1):
-        featurize_checkpoint(loop, store[digest], f"{number}/{len(missing)}")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from math import isfinite
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 from uuid import uuid4
 
 from torch.utils.data import DataLoader
@@ -20,6 +19,7 @@ from lightning_trak.isolation.random_states import kept_generators
 from lightning_trak.projection import Projector, check_projector
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import Weights, copy_of_weights, tensors_in, weights_digest
+from lightning_trak.trainer import arguments
 from lightning_trak.trainer.attachment import attached, undisturbed
 from lightning_trak.trainer.checkpoint_io import WatchedCheckpointIO
 from lightning_trak.trainer.checkpoints import add_checkpoint, featurize_checkpoint, pool_of
@@ -28,6 +28,7 @@ from lightning_trak.trainer.framework import (
     Callback,
     LightningModule,
     Trainer,
+    check_supported,
     extend_loaded,
     framework_of,
     is_finetuning,
@@ -110,37 +111,23 @@ class TRAKCallback(Callback):
         extend_loaded()
         Projector.check_proj_dim(proj_dim)
         check_projector(projector, proj_dim)
-        _check_choice("gradients", gradients, ("auto", *ENGINES))
-        _check_choice("featurize_on", featurize_on, ("save", "fit_end"))
-        if damping != "auto" and (not _is_finite(damping) or damping < 0):
-            raise ValueError(f"damping must be 'auto' or a finite number of at least 0, got {damping!r}.")
-        if temperature != "auto" and (not _is_finite(temperature) or temperature <= 0):
-            raise ValueError(f"temperature must be 'auto' or a finite number above 0, got {temperature!r}.")
-        _check_choice("estimator", estimator, ("gauss_newton", "trak"))
-        for name, value in (("curvature", curvature), ("overwrite", overwrite)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be True or False, got {value!r}.")
+        temperature = arguments.number_or_auto("temperature", temperature, 0, itself=False)
+        damping = arguments.number_or_auto("damping", damping, 0, itself=True)
+        curvature = arguments.flag("curvature", curvature)
+        self.estimator = arguments.choice("estimator", estimator, ("gauss_newton", "trak"))
         if estimator == "trak":
             if temperature not in ("auto", 1):
                 raise ValueError(f"estimator='trak' has no temperature, got temperature={temperature!r}. Leave it out.")
             curvature, temperature, damping = False, 1.0, 0.0 if damping == "auto" else damping
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an integer, got {seed!r}.")
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise ValueError(f"batch_size must be a positive integer or None, got {batch_size!r}.")
         self.dirpath = None if dirpath is None else Path(dirpath)
-        self.proj_dim = proj_dim
-        self.projector = projector
-        self.gradients = gradients
-        self.featurize_on = featurize_on
-        self.parameters = _names(parameters)
-        self.damping = damping
-        self.temperature = temperature
-        self.curvature = curvature
-        self.estimator = estimator
-        self.overwrite = overwrite
-        self.seed = seed
-        self.batch_size = batch_size
+        self.proj_dim, self.projector = proj_dim, projector
+        self.gradients = arguments.choice("gradients", gradients, ("auto", *ENGINES))
+        self.featurize_on = arguments.choice("featurize_on", featurize_on, ("save", "fit_end"))
+        self.parameters = arguments.names(parameters)
+        self.damping, self.temperature, self.curvature = damping, temperature, curvature
+        self.overwrite = arguments.flag("overwrite", overwrite)
+        self.seed = arguments.seed(seed)
+        self.batch_size = arguments.batch_size(batch_size)
         self.train_loader: DataLoader[Any] | None = None
         self.last_saved: str | None = None
         self.reports = Reports()
@@ -361,44 +348,3 @@ def find_callback(trainer: Any) -> TRAKCallback:
             " Trainer(callbacks=[TRAKCallback('attributions')])."
         )
     return found[0]
-
-
-def check_supported(trainer: Trainer, module: Any) -> None:
-    """Raise unless trainer and module are of a kind that can be featurized."""
-    framework = framework_of(trainer)
-    if not callable(getattr(module, "model_output", None)):
-        raise framework.MisconfigurationException(
-            f"{type(module).__name__} does not define model_output(self, batch), the number to attribute for every"
-            " example of a batch. Mix ClassificationMixin or RegressionMixin into it, or define it with TRAKMixin."
-        )
-    supported = (framework.SingleDeviceStrategy, framework.DDPStrategy)
-    if trainer.world_size > 1 or not isinstance(trainer.strategy, supported):
-        raise framework.MisconfigurationException(
-            f"TRAKCallback featurizes in one process, got {type(trainer.strategy).__name__} with"
-            f" world_size={trainer.world_size}. Train without the callback, then attribute the checkpoint files on one"
-            " device: Trainer(devices=1, callbacks=[TRAKCallback(...)]).attribute(model, datamodule=dm,"
-            " ckpt_path=[...])."
-        )
-
-
-def _is_finite(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
-
-
-def _names(parameters: Any) -> str | list[str] | None:
-    """Return names or patterns of parameters; raise a TypeError if they are something else, as the parameters."""
-    if parameters is None or isinstance(parameters, str):
-        return parameters
-    names = list(parameters) if isinstance(parameters, Iterable) else [parameters]
-    others = [type(name).__name__ for name in names if not isinstance(name, str)]
-    if others:
-        raise TypeError(
-            f"parameters must be names or patterns of parameters, got {others[0]}. Name them as"
-            " module.named_parameters() does, e.g. parameters='head.*'."
-        )
-    return names
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")

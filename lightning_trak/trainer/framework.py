@@ -43,6 +43,7 @@ __all__ = [
     "LightningDataModule",
     "LightningModule",
     "Trainer",
+    "check_supported",
     "extend_loaded",
     "framework_of",
     "is_datamodule",
@@ -195,3 +196,21 @@ def extend_loaded() -> None:
 
 def _class_name(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def check_supported(trainer: Trainer, module: Any) -> None:
+    """Raise unless trainer and module are of a kind that can be featurized."""
+    framework = framework_of(trainer)
+    if not callable(getattr(module, "model_output", None)):
+        raise framework.MisconfigurationException(
+            f"{type(module).__name__} does not define model_output(self, batch), the number to attribute for every"
+            " example of a batch. Mix ClassificationMixin or RegressionMixin into it, or define it with TRAKMixin."
+        )
+    supported = (framework.SingleDeviceStrategy, framework.DDPStrategy)
+    if trainer.world_size > 1 or not isinstance(trainer.strategy, supported):
+        raise framework.MisconfigurationException(
+            f"TRAKCallback featurizes in one process, got {type(trainer.strategy).__name__} with"
+            f" world_size={trainer.world_size}. Train without the callback, then attribute the checkpoint files on one"
+            " device: Trainer(devices=1, callbacks=[TRAKCallback(...)]).attribute(model, datamodule=dm,"
+            " ckpt_path=[...])."
+        )
