@@ -111,14 +111,16 @@ class Selector:
         if not self._left:
             raise self._none_left(str(error)) from error
 
-    def prepare(self, function: ModelFunction, checkpoint: str, trial: Callable[[], Trial], largest: int = 1) -> Engine:
+    def prepare(
+        self, function: ModelFunction, checkpoint: str, trial: Callable[[], Trial], largest: int | None = None
+    ) -> Engine:
         """Return the engine, prepared, and checked at this checkpoint; find the batch size that the memory allows.
 
         Args:
             function: the model at the weights of the checkpoint.
             checkpoint: tells one set of weights from another.
             trial: returns a few examples.
-            largest: how many examples at a time, at most.
+            largest: how many examples at a time, at most; None where batches are given.
         """
         if self._tolerance is not None:
             function.tolerance = self._tolerance
@@ -204,7 +206,7 @@ class Selector:
     def __str__(self) -> str:
         return "; ".join([f"gradients by {self._engine}", *self._rejected, *self._unprepared])
 
-    def _check(self, engine: Engine, trial: Trial, largest: int) -> None:
+    def _check(self, engine: Engine, trial: Trial, largest: int | None) -> None:
         """Check the gradients; the first time, see how much memory they take."""
         function, device = trial.function, next(iter(trial.function.parameters.values())).device
 
@@ -212,10 +214,10 @@ class Selector:
             batch = trial.batch if size == trial.size else trial.first
             check_gradients(function, engine, batch, size, trial.sink(size))
 
-        size = trial.size if self.batch_size(largest) >= trial.size else 1
-        measured = self.given is None and self._fits is None and engine.batch_size is None and largest > size
+        size = trial.size if largest is None or self.batch_size(largest) >= trial.size else 1
+        known = self.given is not None or self._fits is not None or engine.batch_size is not None
         try:
-            if not measured:
+            if largest is None or known or largest <= size:
                 run(size)
                 return
             per_example = peak_bytes(lambda: run(size), device) / size
