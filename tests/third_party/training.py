@@ -34,12 +34,13 @@ class Recorder(Logger):
 
 
 class Data(L.LightningDataModule):
-    """A loader of the train set, and one of the targets, on which is validated too."""
+    """A loader of the train set, and one of the targets, on which a module that can is validated too."""
 
-    def __init__(self, train: DataLoader[Any], targets: DataLoader[Any]) -> None:
+    def __init__(self, train: DataLoader[Any], targets: DataLoader[Any], *, validates: bool = True) -> None:
         super().__init__()
-        self.train_dataloader = lambda: train
-        self.val_dataloader = self.test_dataloader = lambda: targets
+        self.train_dataloader, self.test_dataloader = lambda: train, lambda: targets
+        if validates:
+            self.val_dataloader = self.test_dataloader
 
 
 def fit(
