@@ -8,24 +8,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
-from lightning_trak.tasks.base import TRAKMixin
 from lightning_trak.tasks.batch import forward, labels, only_valid
 from lightning_trak.tasks.log_odds import log_odds
+from lightning_trak.tasks.parts import PartsMixin
 
 
-class MultilabelMixin(TRAKMixin):
-    """Classification by c labels that are each there or not, trained with the binary cross-entropy.
+class MultilabelMixin(PartsMixin):
+    """Classification by c labels, each present or absent, trained with the binary cross-entropy.
 
-    With logits g = forward(x), labels y and p = Π_c sigmoid(± g_c), the probability of all labels together:
+    With logits g = forward(x), labels y and p = Π_c sigmoid(± g_c), the joint probability of all labels:
 
     - f = log(p / (1 − p));
     - L = softplus(−f) / c = −(log p) / c, the binary cross-entropy, averaged over labels;
     - Q = (1 − p) / c;
-    - w = p (1 − p) / c; in the kernel q / (1 − q) (1 − p)² / c, with q = p^{1/c}: the curvature of the mean of c
-      losses, in trace, were their gradients orthogonal and alike. For one label it is w.
+    - w = p (1 − p) / c; in H an example has another weight, see `kernel_weight`.
 
-    As L is a function of f, so is its gradient exactly −Q ∇f. Where training sums over labels, ``reduction = "sum"``
-    leaves the divisions by c out. The log-odds of the paper (TRAK, arXiv 2303.14186, Section 3.3) for joint labels.
+    L is a function of f, so its gradient is exactly −Q ∇f. Where training sums over labels, set ``reduction = "sum"``:
+    it leaves out the divisions by c. This is the log-odds of the paper (TRAK, arXiv 2303.14186, Section 3.3) for
+    the joint labels.
 
     Batches ``(x, y)`` and mappings with ``"labels"`` are understood, with y (b, c) of zeros and ones; for others
     override `get_logits` and `get_labels`.
@@ -50,29 +50,52 @@ class MultilabelMixin(TRAKMixin):
         """Return the labels of ``batch``, (b, c), zeros and ones."""
         return labels(self, batch, hook="get_labels")
 
-    def model_output(self, batch: Any) -> Tensor:
-        """Return the log-odds of all labels together, (b,)."""
-        logits, present = self.get_logits(batch), self.get_labels(batch)
-        if logits.ndim != 2 or logits.shape != present.shape:
+    def part_predictions(self, batch: Any) -> Tensor:
+        """Return the logits, (b, c)."""
+        return self.get_logits(batch)
+
+    def part_labels(self, batch: Any) -> Tensor:
+        """Return the labels, (b, c)."""
+        return self.get_labels(batch)
+
+    def part_losses(self, predictions: Tensor, labels: Tensor) -> Tensor:
+        """Return the binary cross-entropy of every label, (b, c).
+
+        Args:
+            predictions: logits, (b, c).
+            labels: zeros and ones, or numbers in between, (b, c).
+
+        Raises:
+            ValueError: if shapes differ, or a label is outside of 0 to 1.
+        """
+        if predictions.ndim != 2 or predictions.shape != labels.shape:
             raise ValueError(
-                f"get_logits returned shape {tuple(logits.shape)}, get_labels {tuple(present.shape)}; expected (b, c)"
-                " for both. Override them to say where logits and labels are."
+                f"get_logits returned shape {tuple(predictions.shape)}, get_labels {tuple(labels.shape)}; expected"
+                " (b, c) for both. Override them to say where logits and labels are."
             )
-        present = only_valid(
-            present.to(logits),
-            (present >= 0) & (present <= 1),
+        labels = only_valid(
+            labels.to(predictions),
+            (labels >= 0) & (labels <= 1),
             "get_labels returned labels outside of 0 to 1, for which there is no binary cross-entropy. Override"
             " get_labels(self, batch). If -1 stands for labels that are not known, override model_output(self, batch)"
             " and output_to_loss(self, output, batch) to leave these out: log_odds of the sum over the others.",
         )
-        return log_odds(binary_cross_entropy_with_logits(logits, present, reduction="none").sum(1))
+        return binary_cross_entropy_with_logits(predictions, labels, reduction="none")
+
+    def model_output(self, batch: Any) -> Tensor:
+        """Return the log-odds of all labels together, (b,)."""
+        return log_odds(self.part_losses(self.part_predictions(batch), self.part_labels(batch)).sum(1))
 
     def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
         """Return the binary cross-entropies, (b,)."""
         return softplus(-output) / self._divisor(batch)
 
     def kernel_weight(self, output: Tensor, batch: Any) -> Tensor:
-        """Return the examples' weights in the kernel, (b,)."""
+        """Return the weight of every example in H, (b,): q / (1 − q) (1 − p)² / c, with q = p^{1/c}.
+
+        With it, H has the trace of the Gauss–Newton matrix of the labels' mean loss, if the gradients of the labels are
+        orthogonal, of equal norm and equally certain. (w itself would vanish with p.) For one label it is w.
+        """
         mean = softplus(-output) / self.get_labels(batch).shape[1]  # −log q
         odds = 1 / torch.expm1(mean).clamp(min=torch.finfo(mean.dtype).tiny)
         return odds * (-output).sigmoid() ** 2 / self._divisor(batch)

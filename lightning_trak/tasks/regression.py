@@ -6,30 +6,29 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_trak.tasks.base import TRAKMixin
 from lightning_trak.tasks.batch import forward, labels, labels_or_none
+from lightning_trak.tasks.parts import PartsMixin
 
 
-class RegressionMixin(TRAKMixin):
+class RegressionMixin(PartsMixin):
     """Regression, trained with the mean squared error.
 
-    With prediction ŷ = forward(x) and label y, of one number:
+    With prediction ŷ = forward(x) and label y, each a single number:
 
-    - f = ŷ: a positive score says that the training example raises the prediction, right or wrong;
+    - f = ŷ: a positive score says that the training example raises the prediction, whether that is right or wrong;
     - L = (f − y)²;
     - Q = 2 (y − f);
     - w = 2.
 
-    Of several numbers, d > 1, where L is their mean:
+    With several numbers, d > 1, and the error averaged over them:
 
     - f = −‖ŷ − y‖: a positive score says that the training example brings the prediction nearer to the label;
     - L = f² / d;
     - Q = −2 f / d;
-    - w = 2 / d; in the kernel 2: the curvature of the mean of d squares, in trace, were the gradients of the d
-      predictions orthogonal and alike.
+    - w = 2 / d; an example has the weight 2 in H, see `kernel_weight`.
 
     Batches ``(x, y)`` and mappings with ``"labels"`` are understood; for others override `get_predictions` and
-    `get_labels`. To attribute one of several predictions let both choose it.
+    `get_labels`. To attribute one of several predictions, let both methods choose it.
 
     >>> import torch
     >>> class Regressor(RegressionMixin, torch.nn.Linear): ...
@@ -44,12 +43,24 @@ class RegressionMixin(TRAKMixin):
         return forward(self, batch, "logits", hook="get_predictions")
 
     def get_labels(self, batch: Any) -> Tensor:
-        """Return the numbers to predict, of the same shape."""
+        """Return the numbers to predict, of the same shape as the predictions."""
         return labels(self, batch, hook="get_labels")
+
+    def part_predictions(self, batch: Any) -> Tensor:
+        """Return the predictions, (b,) or (b, d)."""
+        return _rows(self.get_predictions(batch), "get_predictions")
+
+    def part_labels(self, batch: Any) -> Tensor:
+        """Return the numbers to predict, (b,) or (b, d)."""
+        return _rows(self.get_labels(batch), "get_labels")
+
+    def part_losses(self, predictions: Tensor, labels: Tensor) -> Tensor:
+        """Return the squared errors, (b,) or (b, d)."""
+        return (predictions - labels).square()
 
     def model_output(self, batch: Any) -> Tensor:
         """Return the predictions, or minus their distances from the labels, (b,)."""
-        predictions = _rows(self.get_predictions(batch), "get_predictions")
+        predictions = self.part_predictions(batch)
         if predictions.ndim == 1:
             given = labels_or_none(batch)
             if isinstance(given, Tensor) and self.get_labels(batch).numel() != len(predictions):
@@ -58,7 +69,7 @@ class RegressionMixin(TRAKMixin):
                     " Override get_labels(self, batch) too, to choose the label of the prediction that is attributed."
                 )
             return predictions
-        targets = _rows(self.get_labels(batch), "get_labels")
+        targets = self.part_labels(batch)
         if targets.shape != predictions.shape:
             raise ValueError(
                 f"get_labels returned shape {tuple(targets.shape)} for predictions {tuple(predictions.shape)}. Override"
@@ -68,20 +79,15 @@ class RegressionMixin(TRAKMixin):
 
     def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
         """Return the squared errors, averaged over the numbers of an example, (b,)."""
-        targets = _rows(self.get_labels(batch), "get_labels")
+        targets = self.part_labels(batch)
         if targets.ndim == 1:
             if targets.shape != output.shape:
                 raise ValueError(
                     f"get_labels returned shape {tuple(targets.shape)} for predictions {tuple(output.shape)}. Override"
                     " get_labels(self, batch) to return one number for each example."
                 )
-            return (output - targets).square()
+            return self.part_losses(output, targets)
         return output.square() / targets.shape[1]
-
-    def kernel_weight(self, output: Tensor, batch: Any) -> Tensor:
-        """Return the examples' weights in the kernel, (b,)."""
-        targets = _rows(self.get_labels(batch), "get_labels")
-        return targets[:1].numel() * super().kernel_weight(output, batch)
 
 
 def _rows(value: Tensor, hook: str) -> Tensor:

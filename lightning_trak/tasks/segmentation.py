@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from lightning_trak.tasks.base import TRAKMixin
-from lightning_trak.tasks.batch import forward, labels, labels_in_range, only_valid
-from lightning_trak.tasks.log_odds import log_odds
+from lightning_trak.tasks.batch import only_valid
+from lightning_trak.tasks.parts import ClassifiedPartsMixin
 
 
-class SegmentationMixin(TRAKMixin):
+class SegmentationMixin(ClassifiedPartsMixin):
     """Semantic segmentation, trained with the cross-entropy of every pixel.
 
-    With p_i = softmax(g_i)_{y_i} at pixel i, and p = (Π_i p_i)^{1 / pixels}, their geometric mean over labelled pixels:
+    With p_i = softmax(g_i)_{y_i} at pixel i, and p = (Π_i p_i)^{1 / N}, their geometric mean over the N labelled pixels
+    of an image:
 
-    - f = log(p / (1 − p)), the margins of all pixels as one;
+    - f = log(p / (1 − p)), the log-odds of p;
     - L = softplus(−f) = −log p, the cross-entropy averaged over the labelled pixels of an image;
     - Q = 1 − p;
-    - w = p (1 − p); in the kernel N w, for N labelled pixels: the curvature of the mean of N losses, in trace, were
-      their gradients orthogonal and alike.
+    - w = p (1 − p); an image has the weight N w in H, see `kernel_weight`.
 
-    As L is a function of f, so is its gradient exactly −Q ∇f. The log-odds of the paper (TRAK, arXiv 2303.14186,
-    Section 3.3) for an image. Where images have different numbers of labelled pixels, each image counts the same.
+    L is a function of f, so its gradient is exactly −Q ∇f. This is the log-odds of the paper (TRAK, arXiv 2303.14186,
+    Section 3.3) for an image. Images count the same, however many labelled pixels they have.
 
-    With a single logit, for two classes and labels 0 and 1, it stands against zero. Token classification is the same
-    with one spatial axis: let `get_logits` return them as (b, classes, length).
+    A single logit means two classes, labels 0 and 1: it is the logit of class 1, and that of class 0 is zero. Token
+    classification is the same with one spatial axis: let `get_logits` return (b, classes, length).
 
     Batches ``(x, y)`` and mappings with ``"labels"`` are understood; for others override `get_logits` and `get_labels`.
     The forward may return ``.logits``, or a mapping with ``"out"`` as torchvision's models do.
@@ -44,19 +40,19 @@ class SegmentationMixin(TRAKMixin):
     True
     """
 
-    ignore_index: int = -100
+    _parts = "pixels"
 
-    def get_logits(self, batch: Any) -> Tensor:
-        """Return the logits of ``batch``, (b, classes, ...) or (b, 1, ...), with any number of spatial axes."""
-        return forward(self, batch, "logits", "out", hook="get_logits")
+    def part_losses(self, predictions: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy of every pixel, (b, ...); zero for pixels that do not count.
 
-    def get_labels(self, batch: Any) -> Tensor:
-        """Return the class of every pixel, (b, ...), integers."""
-        return labels(self, batch, hook="get_labels")
+        Args:
+            predictions: logits, (b, classes, ...) or (b, 1, ...), with any number of spatial axes.
+            labels: the class of every pixel, (b, ...), or (b, 1, ...) for a single logit.
 
-    def model_output(self, batch: Any) -> Tensor:
-        """Return the log-odds of all labelled pixels of an image, (b,)."""
-        logits, classes = self.get_logits(batch), self.get_labels(batch)
+        Raises:
+            ValueError: if shapes do not fit together, or a label is none of the classes.
+        """
+        logits, classes = predictions, labels
         if logits.ndim >= 3 and logits.shape[1] == 1:  # against a logit of zero
             logits = torch.cat([torch.zeros_like(logits), logits], 1)
             classes = classes.squeeze(1) if classes.ndim == logits.ndim else classes
@@ -72,22 +68,4 @@ class SegmentationMixin(TRAKMixin):
                 "get_labels returned classes that are no whole numbers, as of a mask that was scaled to 0 to 1."
                 " Override get_labels(self, batch) to return them as integers.",
             )
-        with labels_in_range(
-            f"get_labels returned classes outside of 0 to {logits.shape[1] - 1}, those of get_logits",
-            f"Set ignore_index, which is {self.ignore_index}, to the label of pixels that do not count.",
-        ):
-            losses = cross_entropy(logits, classes.long(), ignore_index=self.ignore_index, reduction="none").flatten(1)
-        return log_odds(losses.sum(1) / self._counted(classes).clamp(min=1))
-
-    def kernel_weight(self, output: Tensor, batch: Any) -> Tensor:
-        """Return the examples' weights in the kernel, (b,)."""
-        return self._counted(self.get_labels(batch)) * super().kernel_weight(output, batch)
-
-    def reduce_losses(self, losses: Tensor, batch: Any) -> Tensor:
-        """Return the mean over all labelled pixels of a batch."""
-        counted = self._counted(self.get_labels(batch))
-        return (losses * counted).sum() / counted.sum()
-
-    def _counted(self, classes: Tensor) -> Tensor:
-        """Return how many pixels of every image count, (b,)."""
-        return (classes != self.ignore_index).flatten(1).sum(1)
+        return super().part_losses(logits, classes)

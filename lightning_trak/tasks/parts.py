@@ -1,0 +1,138 @@
+"""Examples of many parts with one output for all of them: pixels, tokens, labels, numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from lightning_trak.tasks.base import TRAKMixin
+from lightning_trak.tasks.batch import forward, labels, labels_in_range
+from lightning_trak.tasks.log_odds import log_odds
+
+
+class PartsMixin(TRAKMixin):
+    """Examples of many parts, each with a loss of its own, trained with the mean of these losses.
+
+    With ℓ_i ≥ 0 the loss of part i, for the N parts of an example that count:
+
+    - f = log(p / (1 − p)), with p = exp(−L);
+    - L = softplus(−f) = Σ_i ℓ_i / N;
+    - Q = 1 − p;
+    - w = p (1 − p); the example has the weight N w in H, see `kernel_weight`.
+
+    L is a function of f, so its gradient is exactly −Q ∇f. Examples count the same, however many parts they have.
+
+    Define `part_predictions`, `part_labels` and `part_losses`; and `count_parts` where some parts do not count.
+
+    >>> class Counts(PartsMixin, torch.nn.Linear):  # several counts for each example, with the Poisson loss
+    ...     def part_predictions(self, batch):
+    ...         return self(batch[0])
+    ...     def part_labels(self, batch):
+    ...         return batch[1]
+    ...     def part_losses(self, predictions, labels):
+    ...         return torch.nn.functional.poisson_nll_loss(predictions, labels, full=True, reduction="none")
+    >>> model, batch = Counts(4, 3), (torch.randn(2, 4), torch.tensor([[0, 4, 1], [2, 0, 0]]))
+    >>> losses = model.part_losses(model(batch[0]), batch[1]).mean(1)
+    >>> torch.allclose(model.output_to_loss(model.model_output(batch), batch), losses)
+    True
+    """
+
+    def part_predictions(self, batch: Any) -> Tensor:
+        """Return what the model predicts of the parts, e.g. their logits, (b, ...)."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define part_predictions(self, batch), which returns what the model predicts of"
+            " the parts of every example, (b, ...), e.g. their logits."
+        )
+
+    def part_labels(self, batch: Any) -> Tensor:
+        """Return the labels of the parts, (b, ...). It runs no forward pass."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define part_labels(self, batch), which returns the labels of the parts of"
+            " every example, (b, ...)."
+        )
+
+    def part_losses(self, predictions: Tensor, labels: Tensor) -> Tensor:
+        """Return the losses of the parts, (b, ...); zero for parts that do not count.
+
+        Args:
+            predictions: what `part_predictions` returned.
+            labels: what `part_labels` returned.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define part_losses(self, predictions, labels), which returns the loss of every"
+            " part, (b, ...)."
+        )
+
+    def count_parts(self, labels: Tensor) -> Tensor:
+        """Return how many parts of every example count, (b,): by default all."""
+        return torch.full((len(labels),), labels[:1].numel(), device=labels.device)
+
+    def model_output(self, batch: Any) -> Tensor:
+        """Return the log-odds of all parts of an example together, (b,)."""
+        predictions, labels = self.part_predictions(batch), self.part_labels(batch)
+        losses = self.part_losses(predictions, labels).flatten(1)
+        return log_odds(losses.sum(1) / self.count_parts(labels).clamp(min=1))
+
+    def kernel_weight(self, output: Tensor, batch: Any) -> Tensor:
+        """Return the weight of every example in H, (b,): N w.
+
+        H holds weight · ∇f ∇fᵀ for an example: one direction, where the losses of N parts curve in N. With the weight
+        N w, this has the trace of the Gauss–Newton matrix of their mean, if the gradients of the parts are orthogonal
+        and of equal norm.
+        """
+        return self.count_parts(self.part_labels(batch)) * super().kernel_weight(output, batch)
+
+
+class ClassifiedPartsMixin(PartsMixin):
+    """Parts that have a class each, trained with the cross-entropy of every part.
+
+    Attributes:
+        ignore_index: the label of parts that do not count.
+    """
+
+    ignore_index: int = -100
+    _parts, _classes = "parts", "classes"  # what messages call them
+
+    def get_logits(self, batch: Any) -> Tensor:
+        """Return the logits of ``batch``, (b, classes, ...), with any number of axes for the parts."""
+        return forward(self, batch, "logits", "out", hook="get_logits")
+
+    def get_labels(self, batch: Any) -> Tensor:
+        """Return the class of every part, (b, ...), integers."""
+        return labels(self, batch, hook="get_labels")
+
+    def part_predictions(self, batch: Any) -> Tensor:
+        """Return the logits: what `get_logits` returns."""
+        return self.get_logits(batch)
+
+    def part_labels(self, batch: Any) -> Tensor:
+        """Return the classes: what `get_labels` returns."""
+        return self.get_labels(batch)
+
+    def part_losses(self, predictions: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy of every part, (b, ...); zero for parts that do not count.
+
+        Args:
+            predictions: logits, (b, classes, ...).
+            labels: the class of every part, (b, ...), integers.
+
+        Raises:
+            ValueError: if a label is none of the classes.
+        """
+        with labels_in_range(
+            f"get_labels returned {self._classes} outside of 0 to {predictions.shape[1] - 1}, those of get_logits",
+            f"Set ignore_index, which is {self.ignore_index}, to the label of {self._parts} that do not count.",
+        ):
+            return cross_entropy(predictions, labels.long(), ignore_index=self.ignore_index, reduction="none")
+
+    def count_parts(self, labels: Tensor) -> Tensor:
+        """Return how many parts of every example count, (b,)."""
+        return (labels != self.ignore_index).flatten(1).sum(1)
+
+    def reduce_losses(self, losses: Tensor, batch: Any) -> Tensor:
+        """Return the mean over all parts of a batch that count."""
+        counted = self.count_parts(self.part_labels(batch))
+        return (losses * counted).sum() / counted.sum()
