@@ -131,6 +131,7 @@ def numbered_loader(
     Returns:
         A loader of ``(rows, batch)``.
 
+    >>> import torch
     >>> loader = DataLoader(torch.arange(10) * 1.5, batch_size=4, shuffle=True, drop_last=True)
     >>> list(numbered_loader(loader, [7, 8, 9], batch_size=2))
     [([7, 8], tensor([10.5000, 12.0000])), ([9], tensor([13.5000]))]
@@ -176,6 +177,7 @@ def subset_loader(loader: DataLoader[Any], rows: Sequence[int], n: int) -> DataL
     Raises:
         ValueError: if the dataset has another size, or the loader has a sampler that cannot be cut to a subset.
 
+    >>> import torch
     >>> loader = DataLoader(torch.arange(10), batch_size=4, drop_last=True)
     >>> list(subset_loader(loader, [7, 8, 9, 1, 0], n=10))
     [tensor([7, 8, 9, 1])]

@@ -95,7 +95,13 @@ class ContrastiveMixin(TRAKMixin):
 
         Override it for pairs from elsewhere. No example is taken to be one of these.
         """
-        loader = self.find_train_loader()  # type: ignore[attr-defined]  # there when prepare_checkpoint is called
+        try:
+            loader = self.find_train_loader()  # type: ignore[attr-defined]  # there when prepare_checkpoint is called
+        except Exception as error:
+            raise TypeError(
+                f"{type(self).__name__} needs training examples for its contrast set, and there are none: {error} Or"
+                " override get_contrast_batch(self)."
+            ) from error
         order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(self.contrast_seed))
         rows, trainer = order[: self.contrast_size].tolist(), self.trainer  # type: ignore[attr-defined]
         self._members = _Members(loader.dataset, rows)

@@ -430,7 +430,8 @@ def test_numbers_of_examples_go_with_them(engine):
     featurizer = Featurizer(function, chosen, make_projector("identity", 1, 1), key=0)
     for part in (slice(0, 5), slice(3, 5), slice(1, 2)):
         one = map_tensors(batch, lambda tensor, part=part: tensor[part])
-        result = featurizer.checked(one, len(one.numbers))
+        check_gradients(function, chosen, one, len(one.numbers))
+        result = featurizer(one, len(one.numbers))
         expected = batch.batch["x"][part] * numbers[part, None]
         torch.testing.assert_close(result.features, expected)
         torch.testing.assert_close(result.outputs, (expected @ module.scale.weight.T)[:, 0].detach())

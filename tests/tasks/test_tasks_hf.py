@@ -120,9 +120,7 @@ def test_training_examples_are_what_taught_themselves(tmp_path, kind, said):
     """The loss is the model's, as a warning would be an error; targets find themselves; and hooks do for all of it."""
     attribution = attribute(tmp_path, kind(), kind)
     assert attribution.top(1).indices.flatten().tolist() == list(range(M))
-    assert {line for line in said() if "gradients by" in line} == {
-        f"TRAKCallback: gradients by hooks ({examples} examples)." for examples in ("train", "target")
-    }
+    assert {line for line in said() if "gradients by" in line} == {"TRAKCallback: gradients by hooks."}
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # in peft
@@ -133,4 +131,4 @@ def test_lora_of_peft(tmp_path, said):
     names = FeatureStore(tmp_path / "trak").manifest["parameters"]
     assert len(names) == 4
     assert all("lora_A" in name or "lora_B" in name for name in names)
-    assert "TRAKCallback: gradients by hooks (train examples)." in said()
+    assert "TRAKCallback: gradients by hooks." in said()
