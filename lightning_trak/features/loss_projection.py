@@ -65,13 +65,13 @@ class LossProjection:
 
     Args:
         gradients: ``"auto"`` or the name of an engine.
-        read: returns a few examples and their number, to prepare an engine on.
+        read: returns a few examples, their number, and the first of them alone, to prepare an engine on.
 
     Attributes:
         negative: whether w was taken of a negative loss.
     """
 
-    def __init__(self, gradients: str, read: Callable[[], tuple[Any, int]]) -> None:
+    def __init__(self, gradients: str, read: Callable[[], tuple[Any, int, Any]]) -> None:
         self._selector = Selector(gradients)
         self._read = read
         self._whole, self._left = 0.0, 0.0

@@ -214,7 +214,9 @@ class Selector:
             batch = trial.batch if size == trial.size else trial.first
             check_gradients(function, engine, batch, size, trial.sink(size))
 
-        size = trial.size if largest is None or self.batch_size(largest) >= trial.size else 1
+        # One example at a time may be all that an engine can take: the graphs of a batch do not come apart.
+        at_a_time = engine.batch_size or (trial.size if largest is None else self.batch_size(largest))
+        size = trial.size if at_a_time >= trial.size else 1
         known = self.given is not None or self._fits is not None or engine.batch_size is not None
         try:
             if largest is None or known or largest <= size:

@@ -278,7 +278,11 @@ class FeaturizationLoop:
         if self._examples != "train" or not self._loss_terms.need_projection:
             return None
         size = min(_FEW, self.size)
-        return LossProjection(self._selector.gradients, lambda: (self._read_once(range(size), seed=0), size))
+
+        def read() -> tuple[Any, int, Any]:
+            return self._read_once(range(size), seed=0), size, self._read_once([0], seed=0)
+
+        return LossProjection(self._selector.gradients, read)
 
     def report(self, projection: LossProjection) -> None:
         """Say of the first checkpoint how Q was found by projection; and warn once of what is doubtful of any."""

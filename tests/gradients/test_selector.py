@@ -180,6 +180,13 @@ def test_no_engine_is_left(scripted, gradients, others):
         run(Selector(gradients, batch_size=8), model())
 
 
+def test_an_engine_that_takes_one_example_at_a_time_is_tried_on_one(scripted, monkeypatch):
+    monkeypatch.setattr(Scripted, "batch_size", 1)
+    log = scripted({"loop": []})
+    assert run(Selector("loop"), model()) == list(range(N))
+    assert log == ["lp3", *["lc1"] * (1 + N)]
+
+
 def test_one_example_that_does_not_fit_is_an_error(scripted):
     scripted({"hooks": [OK, FULL, FULL, FULL]})
     with pytest.raises(torch.OutOfMemoryError):
