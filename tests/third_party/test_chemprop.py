@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 from chemprop.data import MoleculeDatapoint, MoleculeDataset, build_dataloader
 from chemprop.models import MPNN
 from chemprop.nn import BondMessagePassing, MeanAggregation, RegressionFFN, UnscaleTransform
@@ -111,3 +112,23 @@ def test_another_loss_in_evaluation_mode_is_told_of(tmp_path, case):
     with pytest.warns(UserWarning, match="In evaluation mode the loss .* UnscaleTransform computes something else"):
         trainer = trained(tmp_path, case, AsItPredicts)
     assert auroc(trainer.attribute_self(), wrong) < 0.8
+
+
+class OwnLoss(AsItTrains):
+    """Says what the loss of an example is, not how it follows from the prediction."""
+
+    def per_sample_loss(self, batch):
+        return (self.get_predictions(batch) - self.get_labels(batch)).square().squeeze(1)
+
+
+def test_losses_of_ones_own(tmp_path, case):
+    """Q is found by projection, and is that of the formula."""
+    data, scaler, _ = case
+    options = {"featurize_on": "fit_end", "curvature": False}
+    found = [
+        fit(
+            tmp_path / kind.__name__, builder(kind, scaler), data, TRAKCallback(**options), max_epochs=1
+        ).attribute_self()
+        for kind in (AsItTrains, OwnLoss)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
