@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
-from lightning_trak.tasks.batch import forward, labels, only_valid
+from lightning_trak.tasks.batch import only_valid
 from lightning_trak.tasks.log_odds import log_odds
 from lightning_trak.tasks.parts import PartsMixin
 
@@ -28,7 +28,7 @@ class MultilabelMixin(PartsMixin):
     the joint labels.
 
     Batches ``(x, y)`` and mappings with ``"labels"`` are understood, with y (b, c) of zeros and ones; for others
-    override `get_logits` and `get_labels`.
+    override `get_logits`, (b, c), and `get_labels`.
 
     Attributes:
         reduction: over labels, ``"mean"`` or ``"sum"``.
@@ -41,22 +41,6 @@ class MultilabelMixin(PartsMixin):
     """
 
     reduction: str = "mean"
-
-    def get_logits(self, batch: Any) -> Tensor:
-        """Return the logits of ``batch``, (b, c)."""
-        return forward(self, batch, "logits", hook="get_logits")
-
-    def get_labels(self, batch: Any) -> Tensor:
-        """Return the labels of ``batch``, (b, c), zeros and ones."""
-        return labels(self, batch, hook="get_labels")
-
-    def part_predictions(self, batch: Any) -> Tensor:
-        """Return the logits, (b, c)."""
-        return self.get_logits(batch)
-
-    def part_labels(self, batch: Any) -> Tensor:
-        """Return the labels, (b, c)."""
-        return self.get_labels(batch)
 
     def part_losses(self, predictions: Tensor, labels: Tensor) -> Tensor:
         """Return the binary cross-entropy of every label, (b, c).

@@ -25,13 +25,10 @@ class PartsMixin(TRAKMixin):
 
     L is a function of f, so its gradient is exactly −Q ∇f. Examples count the same, however many parts they have.
 
-    Define `part_predictions`, `part_labels` and `part_losses`; and `count_parts` where some parts do not count.
+    Define `part_losses`, and `count_parts` where some parts do not count. Batches ``(x, y)`` and mappings with
+    ``"labels"`` are understood; for others override `get_logits` and `get_labels`.
 
     >>> class Counts(PartsMixin, torch.nn.Linear):  # several counts for each example, with the Poisson loss
-    ...     def part_predictions(self, batch):
-    ...         return self(batch[0])
-    ...     def part_labels(self, batch):
-    ...         return batch[1]
     ...     def part_losses(self, predictions, labels):
     ...         return torch.nn.functional.poisson_nll_loss(predictions, labels, full=True, reduction="none")
     >>> model, batch = Counts(4, 3), (torch.randn(2, 4), torch.tensor([[0, 4, 1], [2, 0, 0]]))
@@ -40,19 +37,21 @@ class PartsMixin(TRAKMixin):
     True
     """
 
+    def get_logits(self, batch: Any) -> Tensor:
+        """Return the logits of ``batch``, (b, ...), or whatever the model predicts of the parts."""
+        return forward(self, batch, "logits", "out", hook="get_logits")
+
+    def get_labels(self, batch: Any) -> Tensor:
+        """Return the labels of the parts, (b, ...)."""
+        return labels(self, batch, hook="get_labels")
+
     def part_predictions(self, batch: Any) -> Tensor:
-        """Return what the model predicts of the parts, e.g. their logits, (b, ...)."""
-        raise NotImplementedError(
-            f"{type(self).__name__} must define part_predictions(self, batch), which returns what the model predicts of"
-            " the parts of every example, (b, ...), e.g. their logits."
-        )
+        """Return what `part_losses` needs of the model, (b, ...): the logits by default."""
+        return self.get_logits(batch)
 
     def part_labels(self, batch: Any) -> Tensor:
-        """Return the labels of the parts, (b, ...). It runs no forward pass."""
-        raise NotImplementedError(
-            f"{type(self).__name__} must define part_labels(self, batch), which returns the labels of the parts of"
-            " every example, (b, ...)."
-        )
+        """Return what `part_losses` needs of the batch, (b, ...), without a forward pass: the labels by default."""
+        return self.get_labels(batch)
 
     def part_losses(self, predictions: Tensor, labels: Tensor) -> Tensor:
         """Return the losses of the parts, (b, ...); zero for parts that do not count.
@@ -79,8 +78,8 @@ class PartsMixin(TRAKMixin):
     def kernel_weight(self, output: Tensor, batch: Any) -> Tensor:
         """Return the weight of every example in H, (b,): N w.
 
-        H holds weight · ∇f ∇fᵀ for an example: one direction, where the losses of N parts curve in N. With the weight
-        N w, this has the trace of the Gauss–Newton matrix of their mean, if the gradients of the parts are orthogonal
+        An example adds weight · ∇f ∇fᵀ to H: one direction, where the losses of its N parts have N. With the weight
+        N w, the trace is that of the Gauss–Newton matrix of the mean loss, if the gradients of the parts are orthogonal
         and of equal norm.
         """
         return self.count_parts(self.part_labels(batch)) * super().kernel_weight(output, batch)
@@ -95,22 +94,6 @@ class ClassifiedPartsMixin(PartsMixin):
 
     ignore_index: int = -100
     _parts, _classes = "parts", "classes"  # what messages call them
-
-    def get_logits(self, batch: Any) -> Tensor:
-        """Return the logits of ``batch``, (b, classes, ...), with any number of axes for the parts."""
-        return forward(self, batch, "logits", "out", hook="get_logits")
-
-    def get_labels(self, batch: Any) -> Tensor:
-        """Return the class of every part, (b, ...), integers."""
-        return labels(self, batch, hook="get_labels")
-
-    def part_predictions(self, batch: Any) -> Tensor:
-        """Return the logits: what `get_logits` returns."""
-        return self.get_logits(batch)
-
-    def part_labels(self, batch: Any) -> Tensor:
-        """Return the classes: what `get_labels` returns."""
-        return self.get_labels(batch)
 
     def part_losses(self, predictions: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy of every part, (b, ...); zero for parts that do not count.
