@@ -1,4 +1,4 @@
-"""Ready mixins for common tasks: each says f, L, Q and w."""
+"""Ready mixins for common tasks: each defines f, L, Q and w."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TRAKMixin: what a module tells about itself so that its outputs can be attributed."""
+"""TRAKMixin: what a module defines so that its outputs can be attributed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_trak.isolation.module_state import ModuleState, unchanged
 
 
 class TRAKMixin:
-    """Says what to attribute: the model output f, and the loss L as a function of it.
+    """Defines what to attribute: the model output f, and the loss L as a function of f.
 
     Mix it into a LightningModule and define `model_output`; that is enough. The rest has defaults:
 
@@ -24,13 +24,13 @@ class TRAKMixin:
     - ``out_to_loss_grad``: Q = −∂L/∂f, by autograd on ``output_to_loss``;
     - ``out_to_loss_curvature``: w = ∂²L/∂f², by autograd on ``output_to_loss``.
 
-    Where the loss is no function of f alone, define ``per_sample_loss`` instead of the three.
+    Where the loss is no function of f alone, define ``per_sample_loss`` instead of these three.
 
-    A module that merely defines ``model_output`` works without the mixin. Park et al., "TRAK: Attributing Model
+    A module that defines ``model_output`` works without the mixin too. Park et al., "TRAK: Attributing Model
     Behavior at Scale", ICML 2023, arXiv 2303.14186.
 
     Attributes:
-        example_numbers: what `number_examples` returned for the batch in hand; None where rows are unknown.
+        example_numbers: what `number_examples` returned for the current batch; None where rows are unknown.
 
     >>> class Logistic(TRAKMixin, torch.nn.Linear):
     ...     def model_output(self, batch):
@@ -45,15 +45,15 @@ class TRAKMixin:
     example_numbers: Tensor | None = None
 
     def prepare_checkpoint(self) -> None:
-        """Compute what ``model_output`` needs of every checkpoint, once, at its weights.
+        """Compute what ``model_output`` needs once per checkpoint, at the checkpoint's weights. Optional.
 
-        It may set attributes and buffers; afterwards the module is as it was. Optional.
+        It may set attributes and buffers. They are removed when the checkpoint is done.
         """
 
     def model_output(self, batch: Any) -> Tensor:
         """Return f(z; θ) for every example z of ``batch``, shape (b,).
 
-        Written for an ordinary batch as ``training_step`` gets it, of any structure. The output of an example must not
+        The batch is an ordinary one, of any structure, as ``training_step`` gets it. The output of an example must not
         depend on the other examples of the batch.
         """
         raise NotImplementedError(
@@ -62,64 +62,65 @@ class TRAKMixin:
         )
 
     def label_targets(self, batch: Any) -> Any:
-        """Return a batch of targets as it is to be attributed, e.g. with labels for those that have none. Optional.
+        """Return a batch of targets with what it lacks, e.g. labels. Optional.
 
-        It is called at the weights of the last checkpoint, so that at all checkpoints the same is attributed.
+        It is called once, at the weights of the last checkpoint, so that all checkpoints attribute the same output.
         """
         return batch
 
     def number_examples(self, rows: Sequence[int], dataset: Any | None = None) -> Tensor | None:
-        """Return what ``model_output`` is to know of which examples a batch has, (b, ...): a batch tells no rows.
+        """Return what ``model_output`` needs to know about the rows of a batch, (b, ...). Optional.
 
-        It is `example_numbers` while a method is called with these examples, or with one of them. It is called after
-        ``prepare_checkpoint``. Optional.
+        A batch itself does not say which rows of the data set it holds. What is returned here is `example_numbers`
+        while a method runs on these examples, or on one of them. It is called after ``prepare_checkpoint``.
 
         Args:
-            rows: of the examples.
-            dataset: what they are rows of; None for the train set.
+            rows: the rows of the examples.
+            dataset: the data set that has these rows; None for the train set.
         """
         return None
 
     def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
         """Return the training loss of every example as a function of its model output, (b,) → (b,).
 
-        It must be differentiable twice. The default is softplus(−f).
+        It must be twice differentiable. The default is softplus(−f).
         """
         return softplus(-output)
 
     def kernel_weight(self, output: Tensor, batch: Any) -> Tensor:
-        """Return the weight of every example in the kernel H, (b,): w, of its model output.
+        """Return the weight of every example in the Gauss–Newton matrix H, (b,): by default w.
 
-        Override it where one output stands for many parts of an example, tokens for example, whose losses together have
-        more curvature than ∂²L/∂f² tells: it is that of one direction.
+        Override it where one output stands for many parts of an example, such as tokens. Their losses have curvature in
+        many directions, and w = ∂²L/∂f² is the curvature in one.
         """
         return _derivatives_of(self, output, batch)[1]
 
     def per_sample_loss(self, batch: Any) -> Tensor:
         """Return the training loss of every example, (b,): by default ``output_to_loss`` of its output.
 
-        Override it where the loss is no function of the model output alone. Then ``output_to_loss`` is not asked, and Q
-        follows from projecting the gradient of this loss on that of the output (`lightning_trak.loss_projection`). How
-        much of it is left is reported. Featurizing the train set takes two backward passes instead of one.
+        Override it where the loss is no function of the model output alone. Then ``output_to_loss`` is not called, and
+        Q follows from projecting the gradient of this loss onto the gradient of the output. How much of the loss
+        gradient this explains is reported. Featurizing the train set takes two backward passes instead of one.
         """
         return self.output_to_loss(self.model_output(batch), batch)
 
     def reduce_losses(self, losses: Tensor, batch: Any) -> Tensor:
-        """Return the loss of a batch that training minimises, from those of its examples, (b,) → (): their mean.
+        """Return the loss of a batch that training minimises, from the losses of its examples, (b,) → (): their mean.
 
-        Scores do not depend on it; the first batch of training is compared with it.
+        Scores do not depend on it. It is compared with the loss of the first training batch.
         """
         return losses.mean()
 
     def batch_loss(self, batch: Any) -> Tensor | None:
         """Return the loss of a batch that training minimises, (): ``reduce_losses`` of its examples' losses.
 
-        Override it where it is no function of these, or unknown, None. Scores do not depend on it either.
+        Override it where the batch loss is no function of the examples' losses; return None where it is unknown. Scores
+        do not depend on it.
         """
         return self.reduce_losses(self.per_sample_loss(batch), batch)
 
     def out_to_loss_grad(self, batch: Any) -> Tensor:
-        """Return Q = −∂L/∂f for every example, (b,): how hard training still pulls on it. Overridable."""
+        """Return Q = −∂L/∂f for every example, (b,): how strongly training still raises its output. Overridable."""
         return _derivatives_of(self, self.model_output(batch), batch)[0]
 
     def out_to_loss_curvature(self, batch: Any) -> Tensor:
@@ -132,10 +133,10 @@ def _derivatives_of(module: Any, output: Tensor, batch: Any) -> tuple[Tensor, Te
 
 
 def loss_derivatives(output_to_loss: Callable[[Tensor], Tensor], output: Tensor) -> tuple[Tensor, Tensor]:
-    """Differentiate a loss twice by the model output.
+    """Differentiate a loss twice with respect to the model output.
 
     Args:
-        output_to_loss: L, (b,) → (b,), example by example.
+        output_to_loss: L, (b,) → (b,), the per-sample loss.
         output: f, (b,).
 
     Returns:
@@ -165,12 +166,14 @@ def loss_derivatives(output_to_loss: Callable[[Tensor], Tensor], output: Tensor)
 
 @contextmanager
 def prepared(module: Any, call: Callable[..., Any], find_train_loader: Callable[[], DataLoader[Any]]) -> Iterator[None]:
-    """Let a module prepare for a checkpoint, and leave it as it was: attributes, buffers, parameters, submodules.
+    """Call a module's ``prepare_checkpoint``, if it has one; at the end, restore the module.
+
+    Restored are its attributes, buffers, parameters and submodules.
 
     Args:
-        module: defines ``prepare_checkpoint``, or does not.
+        module: a module, with or without ``prepare_checkpoint``.
         call: calls a bound method of the module at the checkpoint's weights.
-        find_train_loader: the module has it as a method, for what needs training examples.
+        find_train_loader: becomes a method of the module, for a ``prepare_checkpoint`` that needs training examples.
     """
     prepare = getattr(module, "prepare_checkpoint", None)
     if prepare is None:
@@ -188,13 +191,13 @@ def prepared(module: Any, call: Callable[..., Any], find_train_loader: Callable[
 
 
 def numbered(module: Any, batch: Any, rows: Sequence[int], dataset: Any | None) -> Any:
-    """Return a batch with the numbers of its examples, if the module asks for them; see `TRAKMixin.number_examples`."""
+    """Return a batch with the numbers of its examples, if the module defines them; see `TRAKMixin.number_examples`."""
     number_examples = own_method(module, "number_examples")
     return batch if number_examples is None else NumberedBatch(batch, number_examples(rows, dataset))
 
 
 def own_method(module: Any, name: str) -> Callable[..., Any] | None:
-    """Return the module's own method of that name; None if it has none or merely inherits the mixin's default."""
+    """Return the module's own method of that name; None if it has none or inherits the default of `TRAKMixin`."""
     method = getattr(module, name, None)
     default = getattr(TRAKMixin, name)
     return None if method is None or getattr(method, "__func__", None) is default else method

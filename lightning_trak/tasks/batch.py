@@ -13,24 +13,24 @@ from torch import Tensor
 
 from lightning_trak.data.batch import describe
 
-# What Python says of arguments that a function does not take.
+# Python's messages for a call with arguments that a function does not take.
 _WRONG_CALL = re.compile(
     r"\(\) (got an unexpected keyword argument|got multiple values for|missing \d+ required|takes .* arguments? but)"
 )
 
 
 def forward(module: Any, batch: Any, *fields: str, hook: str, leave_out: tuple[str, ...] = ("labels",)) -> Tensor:
-    """Run a module's forward on the inputs of a batch, and take a tensor from what it returns.
+    """Run a module's forward on the inputs of a batch, and return the tensor in its result.
 
     Args:
         module: a module.
-        batch: the inputs, a tensor or a mapping of keyword arguments, or ``(inputs, ...)``.
+        batch: the inputs, or ``(inputs, ...)``; inputs are a tensor, or a mapping of keyword arguments.
         fields: names that the tensor may have, where forward returns an object or a mapping.
-        hook: the method to override where the batch or the result is of another form.
+        hook: the method to override where the batch or the result has another form.
         leave_out: keys of a mapping that are not arguments of forward.
 
     Raises:
-        TypeError: if it is of another form.
+        TypeError: if the batch or the result has another form.
     """
     inputs = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
     if isinstance(inputs, Mapping):
@@ -53,14 +53,14 @@ def forward(module: Any, batch: Any, *fields: str, hook: str, leave_out: tuple[s
 
 
 def labels_or_none(batch: Any) -> Any:
-    """Return what stands where labels are: ``batch[1]``, or ``batch["labels"]``; None if there is nothing."""
+    """Return ``batch[1]`` or ``batch["labels"]``, the usual place of labels; None if there is nothing."""
     if isinstance(batch, Mapping):
         return batch.get("labels")
     return batch[1] if isinstance(batch, (list, tuple)) and len(batch) >= 2 else None
 
 
 def labels(module: Any, batch: Any, *, hook: str) -> Tensor:
-    """Take the labels out of a batch ``(inputs, labels)`` or a mapping with ``"labels"``.
+    """Return the labels of a batch ``(inputs, labels)`` or of a mapping with ``"labels"``.
 
     Raises:
         TypeError: if there are none.
@@ -73,7 +73,7 @@ def labels(module: Any, batch: Any, *, hook: str) -> Tensor:
 
 @contextmanager
 def labels_in_range(what: str, remedy: str) -> Iterator[None]:
-    """Turn the error of labels that no class belongs to into a ValueError that says so; others, as of memory, stay."""
+    """Raise a ValueError in place of torch's error for labels out of range; other errors, e.g. of memory, stay."""
     try:
         yield
     except (IndexError, RuntimeError) as error:
@@ -85,10 +85,10 @@ def labels_in_range(what: str, remedy: str) -> Iterator[None]:
 def only_valid(values: Tensor, valid: Tensor, why: str) -> Tensor:
     """Return floating-point ``values`` if they are ``valid`` everywhere.
 
-    Within `torch.vmap` single values are not known: there it is NaN in the place of others, which ends in an error too.
+    Within `torch.vmap` no single value can be read. There an invalid value becomes NaN, which raises an error later.
 
     Raises:
-        ValueError: saying why, if they are not.
+        ValueError: with the message ``why``, if some are not valid.
     """
     try:
         wrong = not bool(valid.all())
@@ -105,13 +105,13 @@ def call_forward(module: Any, batch: Any, hook: str, /, *args: Tensor, **kwargs:
     Args:
         module: a module.
         batch: the batch, for the message.
-        hook: the method to override where forward takes others.
-        args: its arguments.
-        kwargs: its keyword arguments.
+        hook: the method to override where forward takes other arguments.
+        args: positional arguments of forward.
+        kwargs: keyword arguments of forward.
 
     Raises:
-        TypeError: if forward does not take them, also where that shows only within a forward of ``*args, **kwargs``.
-            Other errors of forward stay what they are.
+        TypeError: if forward does not take them. A forward of ``*args, **kwargs`` may raise another error for them
+            further within: that is recognised too. Other errors of forward stay as they are.
     """
     taken = signature(module.forward)
     try:
@@ -128,13 +128,13 @@ def call_forward(module: Any, batch: Any, hook: str, /, *args: Tensor, **kwargs:
 
 
 def _is_of_arguments(error: Exception, forward: Any) -> bool:
-    """Whether an error came up because a function got others arguments than it, or one that it calls, expected."""
+    """Whether an error means that a function, or one that it calls, got other arguments than it expected."""
     if isinstance(error, TypeError):
         return _WRONG_CALL.search(str(error)) is not None
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
-    own = getattr(unwrap(forward), "__code__", None)  # an error further within is hardly about **kwargs or *args
+    own = getattr(unwrap(forward), "__code__", None)  # deeper errors are hardly about **kwargs or *args
     unpacked = isinstance(error, LookupError) or "values to unpack" in str(error)
     return unpacked and frame is not None and frame.tb_frame.f_code is own
 

@@ -1,4 +1,4 @@
-"""What a model output must be for scores to mean anything; each check says what is wrong and how to mend it."""
+"""Checks of model outputs: each error says what is wrong and how to correct it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from lightning_trak.data.batch import describe, tensors_of
 
-_SHOWN = 10  # examples named in a message, at most
+_SHOWN = 10  # the most examples that a message names
 
-_LOOK = {  # what is likely to be wrong: of targets it is not the weights, at which the train set is featurized
+_LOOK = {  # the likely cause; not the weights for targets: the train set was featurized with them
     "train": "Look at these examples and at the weights (did training diverge?); remove the examples",
     "target": "Look at these targets: correct or remove them",
 }
-_STABLER = "or compute model_output in a stabler way, e.g. from logsumexp and not from log(softmax)."
+_STABLER = "or compute model_output in a numerically stable way, e.g. from logsumexp, not from log(softmax)."
 
 
 def check_dependent(module: Any, dependent: bool, n_parameters: int, method: str = "model_output") -> None:
@@ -24,8 +24,8 @@ def check_dependent(module: Any, dependent: bool, n_parameters: int, method: str
     if not dependent:
         raise ValueError(
             f"{type(module).__name__}.{method} does not depend on any of the {n_parameters} attributed"
-            " parameters. Return the output without .detach(), .item(), torch.no_grad() or NumPy on its way, and"
-            " let parameters=... select some that it uses."
+            " parameters. Compute it without .detach(), .item(), torch.no_grad() or NumPy, and let parameters=..."
+            " select some that it uses."
         )
 
 
@@ -44,7 +44,7 @@ def versions_of(batch: Any) -> list[int | None]:
 
 
 def check_unchanged(module: Any, batch: Any, before: Sequence[int | None]) -> None:
-    """Raise a ValueError if the tensors of a batch have other versions than `versions_of` told ``before``."""
+    """Raise a ValueError if the tensors of a batch have other versions than ``before``, from `versions_of`."""
     pairs = enumerate(zip(versions_of(batch), before, strict=True))
     changed = [place for place, (one, other) in pairs if one != other]
     if changed:
@@ -61,8 +61,8 @@ def check_finite(what: str, values: Tensor, examples: str, rows: Sequence[int]) 
     Traceback (most recent call last):
         ...
     ValueError: model_output is NaN or infinite for train rows 6. Look at these examples and at the weights (did
-    training diverge?); remove the examples, or compute model_output in a stabler way, e.g. from logsumexp and not from
-    log(softmax).
+    training diverge?); remove the examples, or compute model_output in a numerically stable way, e.g. from logsumexp,
+    not from log(softmax).
     """
     bad = (~torch.isfinite(values)).nonzero()[:, 0].tolist()
     if bad:
@@ -71,11 +71,11 @@ def check_finite(what: str, values: Tensor, examples: str, rows: Sequence[int]) 
 
 
 def check_independent(what: str, together: Tensor, alone: Tensor, tolerance: float, examples: str, row: int) -> None:
-    """Raise a ValueError if an example's output, (1,), is one in the batch and another by itself."""
+    """Raise a ValueError if the output of an example, (1,), differs between its batch and the example alone."""
     if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance):
         raise ValueError(
             f"{what} gives {together.item():.6g} for {examples} row {row} in a batch, and {alone.item():.6g} for it"
-            " alone. The output of an example"
-            " must depend neither on the others (padding without a mask, batch statistics, negatives from the"
-            " batch) nor on chance. If the example alone is what you mean, use gradients='loop'."
+            " alone. The output of an example must not depend on the other examples (through padding without a mask,"
+            " batch statistics, or negatives from the batch), nor on chance. If you mean the output of the example"
+            " alone, use gradients='loop'."
         )

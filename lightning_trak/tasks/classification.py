@@ -1,4 +1,4 @@
-"""Classification into one of several classes, or of two."""
+"""Classification into one of two or more classes."""
 
 from __future__ import annotations
 
@@ -23,21 +23,24 @@ class ClassificationMixin(TRAKMixin):
     - Q = 1 − p;
     - w = p (1 − p).
 
-    With a single logit, for two classes and labels 0 and 1, p = sigmoid(± g) and f = ± g. With ``class_weights`` L, Q
-    and w are multiplied by the weight of the label. With ``label_smoothing`` ε and two classes, L = (1 − ε/2)
-    softplus(−f) + (ε/2) softplus(f) and Q = 1 − ε/2 − p; with more classes the smoothed loss is no function of f, and
-    it is refused: define ``per_sample_loss``.
+    Variants:
+
+    - a single logit, for two classes and labels 0 and 1: p = sigmoid(± g) and f = ± g;
+    - ``class_weights``: L, Q and w are multiplied by the weight of the label;
+    - ``label_smoothing`` ε and two classes: L = (1 − ε/2) softplus(−f) + (ε/2) softplus(f) and Q = 1 − ε/2 − p. With
+      more classes the smoothed loss is no function of f. That is an error: define ``per_sample_loss``.
 
     TRAK, arXiv 2303.14186, Section 3.3. Batches ``(x, y)`` and mappings with ``"labels"`` (Hugging Face inputs, whose
-    model returns ``.logits``) are understood; for others override `get_logits` and `get_labels`. For targets without
-    labels the output is that of the class that the last checkpoint predicts; where one of the methods
-    is overridden, the class that each checkpoint predicts.
+    model returns ``.logits``) are understood; for others override `get_logits` and `get_labels`.
+
+    A target without a label gets the class that the last checkpoint predicts. Where `model_output`, `get_logits` or
+    `get_labels` is overridden, it gets the class that each checkpoint predicts.
 
     Attributes:
-        temperature: divides the logits; 1 unless training does the same.
+        temperature: divides the logits; 1 unless training divides them too.
         label_smoothing: ε, as in ``torch.nn.functional.cross_entropy``.
-        class_weights: a weight for each class, (classes,), if training has them. ``cross_entropy`` divides by their sum
-            over the batch, which Q leaves out.
+        class_weights: a weight for each class, (classes,), if training uses weights. ``cross_entropy`` also divides by
+            their sum over the batch; Q does not.
 
     >>> class Classifier(ClassificationMixin, torch.nn.Linear): ...
     >>> model = Classifier(2, 3)
@@ -47,7 +50,7 @@ class ClassificationMixin(TRAKMixin):
     True
     """
 
-    temperature: float | Tensor  # without values here, so that a module may register its own as buffers or parameters
+    temperature: float | Tensor  # no values here: a module may register buffers or parameters of these names
     class_weights: Tensor | None
     label_smoothing: float = 0.0
 
@@ -56,14 +59,14 @@ class ClassificationMixin(TRAKMixin):
         return forward(self, batch, "logits", hook="get_logits")
 
     def get_labels(self, batch: Any) -> Tensor | None:
-        """Return the labels of ``batch``, (b,), integers; None if it has none, for the predicted class."""
+        """Return the labels of ``batch``, (b,), integers; None if it has none, to take the predicted classes."""
         return None if labels_or_none(batch) is None else labels(self, batch, hook="get_labels")
 
     def label_targets(self, batch: Any) -> Any:
-        """Return the batch with the predicted classes for labels, if it has none."""
+        """Return the batch; if it has no labels, with the predicted classes as labels."""
         names = ("model_output", "get_logits", "get_labels")
         if any(getattr(type(self), name) is not getattr(ClassificationMixin, name) for name in names):
-            return batch  # methods of the module's own need not understand another batch
+            return batch  # overridden methods may not understand a batch of another form
         if labels_or_none(batch) is not None:
             return batch
         with torch.no_grad():
@@ -81,8 +84,8 @@ class ClassificationMixin(TRAKMixin):
         if self.label_smoothing and logits.shape[1] > 2:
             raise ValueError(
                 f"label_smoothing={self.label_smoothing} with {logits.shape[1]} classes: the loss is no function of the"
-                " log-odds of the label. Set label_smoothing = 0 here and define per_sample_loss(self, batch), the"
-                " smoothed losses, (b,)."
+                " log-odds of the label. Set label_smoothing = 0 in the module, and let per_sample_loss(self, batch)"
+                " return the smoothed losses, (b,)."
             )
         classes = logits.argmax(1) if classes is None else classes
         classes = _checked_labels(classes, len(logits))
@@ -97,7 +100,7 @@ class ClassificationMixin(TRAKMixin):
         """Return the cross-entropies, (b,)."""
         classes = self.get_labels(batch)
         if classes is None:
-            classes = labels(self, batch, hook="get_labels")  # raises: without labels there is no loss
+            classes = labels(self, batch, hook="get_labels")  # raises an error: no labels, no loss
         smoothed = self.label_smoothing / 2
         loss = (1 - smoothed) * softplus(-output)
         if smoothed:
@@ -106,7 +109,7 @@ class ClassificationMixin(TRAKMixin):
         return loss if weights is None else loss * weights
 
     def reduce_losses(self, losses: Tensor, batch: Any) -> Tensor:
-        """Return the mean; with ``class_weights`` the sum, divided by the weights' as ``cross_entropy`` does."""
+        """Return the mean; with ``class_weights`` the sum, divided by that of the weights as in ``cross_entropy``."""
         weights = self._weights(losses, self.get_labels(batch))
         return losses.mean() if weights is None else losses.sum() / weights.sum()
 
@@ -117,8 +120,9 @@ class ClassificationMixin(TRAKMixin):
             return None
         if self.label_smoothing:
             raise ValueError(
-                "class_weights and label_smoothing together: the loss weighs either class by its own weight. Set"
-                " neither here and define per_sample_loss(self, batch), the losses, (b,)."
+                "class_weights and label_smoothing together: the smoothed loss has a weight for each class, not for the"
+                " label alone. Unset both in the module, and define per_sample_loss(self, batch) to return the losses,"
+                " (b,)."
             )
         weights, classes = torch.as_tensor(weights).to(like), classes.reshape(len(like)).long()
         with labels_in_range(
@@ -133,19 +137,19 @@ def _is_single(logits: Tensor) -> bool:
 
 
 def _two_at_least(logits: Tensor) -> Tensor:
-    """Return logits of two classes for a single one, (b, 2), which stands against zero; others as they are."""
+    """Return a single logit as those of two classes, (b, 2), the first of them zero; other logits as they are."""
     if not _is_single(logits):
         return logits
     return torch.stack([torch.zeros_like(logits), logits], -1).reshape(len(logits), 2)
 
 
 def _binary(classes: Tensor) -> Tensor:
-    """Return labels 0 and 1 as integers, (b,), however they are given for a single logit."""
+    """Return the labels of a single logit as integers 0 and 1, (b,), from any dtype and (b,) or (b, 1)."""
     flat = classes.squeeze(1) if classes.ndim == 2 and classes.shape[1] == 1 else classes
     if not bool(((flat == 0) | (flat == 1)).all()):
         raise ValueError(
             "get_labels returned labels other than 0 and 1 for a single logit. Override get_labels(self, batch), or"
-            " define output_to_loss(self, output, batch) for labels in between."
+            " define output_to_loss(self, output, batch) for labels between 0 and 1."
         )
     return flat.long()
 
@@ -159,7 +163,7 @@ def _check_logits(logits: Tensor) -> None:
 
 
 def _checked_labels(classes: Tensor, size: int) -> Tensor:
-    """Return labels as indices, (b,), whatever kind of integers they are."""
+    """Return labels as int64 indices, (b,), from integers of any dtype."""
     if classes.ndim != 1 or len(classes) != size or classes.dtype.is_floating_point:
         raise ValueError(
             f"get_labels returned shape {tuple(classes.shape)} and {classes.dtype}; expected {size} integer class"

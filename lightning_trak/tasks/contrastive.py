@@ -1,4 +1,4 @@
-"""Contrastive learning of pairs, as CLIP does."""
+"""Contrastive learning of pairs, as in CLIP."""
 
 from __future__ import annotations
 
@@ -18,32 +18,34 @@ from lightning_trak.tasks.batch import call_forward
 
 
 class ContrastiveMixin(TRAKMixin):
-    """Contrastive learning of pairs, an image u and a text v for example, trained with the symmetric loss of CLIP.
+    """Contrastive learning of pairs, such as an image u and a text v, trained with the symmetric loss of CLIP.
 
-    The loss of a pair depends on the rest of its batch, so a contrast set stands for the batch: M random pairs of the
-    train set, (u_j, v_j), embedded once at every checkpoint. With embeddings of length 1 and logit scale s:
+    In training, the loss of a pair depends on the rest of its batch. Here a fixed contrast set replaces the batch: M
+    random pairs of the train set, (u_j, v_j), embedded once per checkpoint. With embeddings of norm 1 and logit scale
+    s:
 
-    - m₁ = −log Σ_j exp(s u·v_j − s u·v), the log-odds of the text given the image, and likewise
-      m₂ = −log Σ_j exp(s u_j·v − s u·v);
-    - a pair that is itself in the contrast set is left out of the sums: it is no other. Row numbers decide that for
-      training examples, never embeddings or content: a duplicate in another row counts as another, as in training.
-      Targets have rows of their own. One whose data equal those of a pair of the contrast set is that pair; of several
-      equal ones it is the first;
+    - m₁ = −log Σ_j exp(s u·v_j − s u·v), the log-odds of the text given the image;
+    - m₂ = −log Σ_j exp(s u_j·v − s u·v), the log-odds of the image given the text;
     - f = m₁ + m₂;
     - L = (softplus(−m₁) + softplus(−m₂)) / 2, as a function of f with m₁ − m₂ held fixed;
     - Q = (2 − p₁ − p₂) / 4, with p = sigmoid(m);
     - w = (p₁ (1 − p₁) + p₂ (1 − p₂)) / 8.
 
-    Where rows are unknown nothing is left out: for a batch that you pass to ``model_output`` yourself, and if you
-    override `get_contrast_batch` with pairs from elsewhere.
+    A pair that is in the contrast set itself is left out of its own sums:
 
-    TRAK, arXiv 2303.14186, Section 5.1. A model that returns ``.image_embeds`` and ``.text_embeds`` and has a parameter
-    ``logit_scale``, as ``CLIPModel`` of Hugging Face, is understood; for others override `get_embeddings` and
+    - A training example is recognised by its row number, never by its embeddings or content. A duplicate in another row
+      counts as another pair, as it does in training.
+    - A target is recognised by its data: it is the first pair of the contrast set with equal data, if there is one.
+    - Where rows are unknown, nothing is left out: for a batch that you pass to ``model_output`` yourself, and with
+      pairs from elsewhere in `get_contrast_batch`.
+
+    TRAK, arXiv 2303.14186, Section 5.1. A model is understood if it returns ``.image_embeds`` and ``.text_embeds`` and
+    has a parameter ``logit_scale``, as ``CLIPModel`` of Hugging Face; for others override `get_embeddings` and
     `get_logit_scale`.
 
     Attributes:
         contrast_size: M.
-        contrast_seed: chooses the contrast set.
+        contrast_seed: the seed of the draw of the contrast set.
 
     >>> class Pairs(ContrastiveMixin, torch.nn.Module):
     ...     def __init__(self):
@@ -62,10 +64,10 @@ class ContrastiveMixin(TRAKMixin):
 
     contrast_size: int = 300
     contrast_seed: int = 0
-    _members: _Members | None = None  # None where the contrast set is not from the train set
+    _members: _Members | None = None  # None: the contrast set is not from the train set
 
     def get_embeddings(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return the embeddings of both halves of every pair, (b, d) each; their length does not matter."""
+        """Return the embeddings of both halves of every pair, (b, d) each, of any norm."""
         if not isinstance(batch, Mapping):
             raise TypeError(
                 f"The batch is {describe(batch)}; expected a mapping that forward takes. Override"
@@ -81,22 +83,22 @@ class ContrastiveMixin(TRAKMixin):
         return result.image_embeds, result.text_embeds
 
     def get_logit_scale(self) -> Tensor | float:
-        """Return s, by which the products of embeddings are multiplied: ``self.logit_scale.exp()``."""
+        """Return s, which multiplies the products of embeddings: ``self.logit_scale.exp()``."""
         scale = getattr(self, "logit_scale", None)
         if not isinstance(scale, Tensor):
             raise TypeError(
                 f"{type(self).__name__} has no parameter logit_scale. Override get_logit_scale(self) to return the"
-                " number by which the products of embeddings are multiplied."
+                " number that multiplies the products of embeddings."
             )
         return scale.exp()
 
     def get_contrast_batch(self) -> Any:
         """Return the contrast set: ``contrast_size`` random examples of the train set.
 
-        Override it for pairs from elsewhere. No example is taken to be one of these.
+        Override it for pairs from elsewhere. Then no example counts as one of them.
         """
         try:
-            loader = self.find_train_loader()  # type: ignore[attr-defined]  # there when prepare_checkpoint is called
+            loader = self.find_train_loader()  # type: ignore[attr-defined]  # set while prepare_checkpoint runs
         except Exception as error:
             raise TypeError(
                 f"{type(self).__name__} needs training examples for its contrast set, and there are none: {error} Or"
@@ -124,32 +126,32 @@ class ContrastiveMixin(TRAKMixin):
         """Return the place of each example in the contrast set, (b,); −1 for those that are not in it.
 
         Args:
-            rows: of the examples.
-            dataset: what they are rows of; None for the train set.
+            rows: the rows of the examples.
+            dataset: the data set that has these rows; None for the train set.
         """
         places = [-1] * len(rows) if self._members is None else self._members.places(rows, dataset)
         return torch.tensor(places, device=self._embedded()[0].device)
 
     def model_output(self, batch: Any) -> Tensor:
-        """Return the sum of the log-odds of both halves, (b,)."""
+        """Return m₁ + m₂, (b,)."""
         first, second = self._margins(batch)
         return first + second
 
     def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
-        """Return the losses of the pairs among the contrast set, (b,)."""
+        """Return the loss of every pair against the contrast set, (b,)."""
         with torch.no_grad():
             first, second = self._margins(batch)
         half = (first - second) / 2
         return (softplus(-output / 2 - half) + softplus(-output / 2 + half)) / 2
 
     def batch_loss(self, batch: Any) -> Tensor:
-        """Return the loss that CLIP minimises, of the pairs of a batch among each other."""
+        """Return the loss that CLIP minimises: each pair of the batch against the others."""
         images, texts = self._directions(batch)
         logits, pairs = self.get_logit_scale() * images @ texts.T, torch.arange(len(images), device=images.device)
         return (cross_entropy(logits, pairs) + cross_entropy(logits.T, pairs)) / 2
 
     def _directions(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return the embeddings of both halves, (b, d) each, of length 1."""
+        """Return the embeddings of both halves, (b, d) each, of norm 1."""
         pair = self.get_embeddings(batch)
         if not _are_embeddings(pair):
             raise TypeError(
@@ -179,24 +181,24 @@ class ContrastiveMixin(TRAKMixin):
 
 
 class _Members:
-    """Tells which pairs of the train set are in the contrast set, and where.
+    """Finds the place of an example in the contrast set.
 
     Args:
         dataset: the train set.
-        rows: of the pairs of the contrast set, in its order.
+        rows: the rows of the contrast set's pairs in the train set, in order.
     """
 
     def __init__(self, dataset: Any, rows: Sequence[int]) -> None:
         self._dataset, self._rows = dataset, rows
         self._place_of_row = {row: place for place, row in enumerate(rows)}
         self._place_of_content: dict[bytes, int] | None = None
-        self._found: dict[tuple[int, int], int] = {}  # examples are read again and again
+        self._found: dict[tuple[int, int], int] = {}  # the same targets are asked for at every checkpoint
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def places(self, rows: Sequence[int], dataset: Any | None) -> list[int]:
-        """Return the place of each of some examples; −1 for those that are not there."""
+        """Return the place of each example in the contrast set; −1 for those that are not in it."""
         if dataset is None or dataset is self._dataset:
             return [self._place_of_row.get(row, -1) for row in rows]
         with kept_random_states():
@@ -210,7 +212,7 @@ class _Members:
         return self._found[key]
 
     def _contents(self) -> dict[bytes, int]:
-        """Return the place of each content, that of the first pair with it."""
+        """Return a place for each digest of data: that of the first pair with these data."""
         if self._place_of_content is None:
             self._place_of_content = {}
             for place, row in enumerate(self._rows):
@@ -221,7 +223,7 @@ class _Members:
 
 
 def _are_embeddings(pair: Any) -> bool:
-    """Whether these are two tensors of one shape, (b, d)."""
+    """Whether these are two tensors of the same shape, (b, d)."""
     halves = list(pair) if isinstance(pair, (tuple, list)) else []
     if len(halves) != 2 or not all(isinstance(half, Tensor) and half.ndim == 2 for half in halves):
         return False

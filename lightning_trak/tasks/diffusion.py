@@ -15,28 +15,27 @@ from lightning_trak.tasks.base import TRAKMixin
 class DiffusionMixin(TRAKMixin):
     """Denoising diffusion, trained with the squared error of the predicted noise.
 
-    The loss of an example is an expectation over steps t and noise ε, for which K pairs (t_k, ε_k) stand, the same for
-    all examples: steps from the middle of each K-th of the schedule, noise drawn once. With the noisy example
-    x_k = √ᾱ x + √(1 − ᾱ) ε_k at ᾱ of step t_k, and d its number of entries:
+    The loss of an example is an expectation over steps t and noise ε. It is approximated with K pairs (t_k, ε_k), the
+    same for all examples. The schedule is cut into K equal parts, and t_k is the middle of part k; the noise is drawn
+    once. With the noisy example x_k = √ᾱ x + √(1 − ᾱ) ε_k, ᾱ that of step t_k, and d its number of entries:
 
     - f = −(Σ_k ‖ε_θ(x_k, t_k) − ε_k‖² / (K d))^½: a positive score says that the training example makes the model
       denoise the target better;
-    - L = f², their mean squared error;
+    - L = f², the mean squared error;
     - Q = −2 f;
-    - w = 2; in the kernel 2 d: the curvature of the mean of d squares, in trace, were the gradients of the d
-      predictions orthogonal and alike.
+    - w = 2; an example has the weight 2 d in H, see `kernel_weight`.
 
-    Scores rank training examples; their size is not that of the change to expect (``python -m tests.benchmarks
+    Scores rank training examples; their size is not the size of the change to expect (``python -m tests.benchmarks
     diffusion``). Other outputs are compared in Zheng et al., "Intriguing properties of data attribution on diffusion
-    models", ICLR 2024, arXiv 2311.00500; the noisy example is that of Ho et al., "Denoising diffusion probabilistic
+    models", ICLR 2024, arXiv 2311.00500. The noisy example is that of Ho et al., "Denoising diffusion probabilistic
     models", NeurIPS 2020, arXiv 2006.11239, Equation 4.
 
     Define `predict_noise`; and `add_noise` and `get_n_steps`, unless the module has ᾱ as ``alphas_cumprod``, (steps,).
-    Examples must be of one shape.
+    All examples must have the same shape.
 
     Attributes:
-        n_pairs: K. Each takes a forward and backward pass.
-        pair_seed: chooses the noise.
+        n_pairs: K. Each pair takes a forward and a backward pass.
+        pair_seed: the seed of the noise.
 
     >>> class Denoiser(DiffusionMixin, torch.nn.Module):
     ...     def __init__(self):
@@ -52,7 +51,7 @@ class DiffusionMixin(TRAKMixin):
     pair_seed: int = 0
 
     def get_clean(self, batch: Any) -> Tensor:
-        """Return the examples as they are without noise, (b, ...): ``batch`` or the first of it."""
+        """Return the examples without noise, (b, ...): ``batch``, or its first item."""
         clean = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
         if not isinstance(clean, Tensor):
             raise TypeError(
@@ -62,10 +61,10 @@ class DiffusionMixin(TRAKMixin):
         return clean
 
     def predict_noise(self, noisy: Tensor, steps: Tensor, batch: Any) -> Tensor:
-        """Return ε_θ, (b, ...), for noisy examples (b, ...) at steps (b,); what conditions it is in ``batch``."""
+        """Return ε_θ, (b, ...), for noisy examples (b, ...) at steps (b,); conditions, if any, are in ``batch``."""
         raise NotImplementedError(
             f"{type(self).__name__} must define predict_noise(self, noisy, steps, batch), which returns the noise that"
-            " the model sees in noisy examples, e.g. self(noisy, steps)."
+            " the model predicts for noisy examples, e.g. self(noisy, steps)."
         )
 
     def add_noise(self, clean: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
@@ -78,7 +77,7 @@ class DiffusionMixin(TRAKMixin):
         return len(self._schedule())
 
     def model_output(self, batch: Any) -> Tensor:
-        """Return minus the root of the mean squared error over the pairs, (b,)."""
+        """Return minus the root mean squared error over the pairs, (b,)."""
         clean = self.get_clean(batch)
         errors = []
         for steps, noise in self._pairs(clean):
@@ -96,11 +95,16 @@ class DiffusionMixin(TRAKMixin):
         return output.square()
 
     def kernel_weight(self, output: Tensor, batch: Any) -> Tensor:
-        """Return the examples' weights in the kernel, (b,)."""
+        """Return the weight of every example in H, (b,): d w.
+
+        An example adds weight · ∇f ∇fᵀ to H: one direction, where the squared errors of d entries have d. With the
+        weight d w, the trace is that of the Gauss–Newton matrix of their mean, if the gradients of the d predictions
+        are orthogonal and of equal norm.
+        """
         return self.get_clean(batch)[0].numel() * super().kernel_weight(output, batch)
 
     def batch_loss(self, batch: Any) -> None:
-        """Return None: training draws other steps and noise, so that its loss is another."""
+        """Return None: training draws other steps and noise, so its loss differs."""
         return
 
     def _pairs(self, clean: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

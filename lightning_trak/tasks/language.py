@@ -69,7 +69,7 @@ class LanguageModelingMixin(ClassifiedPartsMixin):
         return found
 
     def get_output_mask(self, batch: Any) -> Tensor | None:
-        """Return which tokens the output is of, (b, length), boolean; None for all."""
+        """Return which tokens count in the output, (b, length), boolean; None for all."""
         return batch.get("output_mask") if isinstance(batch, Mapping) else None
 
     def part_labels(self, batch: Any) -> Tensor:
@@ -78,7 +78,7 @@ class LanguageModelingMixin(ClassifiedPartsMixin):
         if mask is not None and mask.shape != tokens.shape:
             raise ValueError(
                 f"get_output_mask returned shape {tuple(mask.shape)} for tokens {tuple(tokens.shape)}; expected the"
-                " same. A mask says of every token, the first too, whether the output is of it."
+                " same. A mask says of every token, the first included, whether it counts."
             )
         return tokens if mask is None else tokens.masked_fill(~mask.bool(), self.ignore_index)
 

@@ -1,4 +1,4 @@
-"""Q and w of a module's examples, from whatever the module defines."""
+"""Q and w of a module's examples, from what the module defines."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lightning_trak.tasks.base import TRAKMixin, loss_derivatives, own_method
 
 
 class LossTerms:
-    """Q and w of a module's examples, from whatever the module defines: its own formulas first, else autograd.
+    """Q and w of a module's examples: by the module's own formulas, else by autograd.
 
-    Where neither ``out_to_loss_grad`` nor ``out_to_loss_curvature`` is the module's own, the outputs already known
-    are differentiated and no further forward pass is run.
+    Where the module defines neither ``out_to_loss_grad`` nor ``out_to_loss_curvature``, its loss is differentiated at
+    the outputs that are known already. Then there is no further forward pass.
 
     Args:
-        module: defines ``model_output``, with or without `TRAKMixin`.
+        module: has ``model_output``, with or without `TRAKMixin`.
     """
 
     def __init__(self, module: Any) -> None:
@@ -32,11 +32,11 @@ class LossTerms:
 
     @property
     def need_projection(self) -> bool:
-        """Whether Q is to be found by projection, as the module does not define it either."""
+        """Whether Q must be found by projection: the module defines a per-sample loss, and no Q."""
         return self._per_sample_loss is not None and self._own_grad is None
 
     def own_curvature(self, call: Callable[..., Any], batch: Any, output: Tensor) -> Tensor | None:
-        """Return w, (b,), as the module defines it; None if it leaves that to the loss. See `__call__`."""
+        """Return w, (b,), as the module defines it; None if w follows from the loss. See `__call__`."""
         if self._own_curvature is None:
             return None
         return _checked("out_to_loss_curvature", call(self._own_curvature, batch), output)
@@ -63,7 +63,7 @@ class LossTerms:
         return loss_grad, curvature
 
     def of_batch(self, batch: Any) -> Tensor | None:
-        """Return the loss of a batch that training minimises; None where the module tells no loss, but its Q alone."""
+        """Return the loss of a batch that training minimises; None where the module defines Q alone, and no loss."""
         whole, reduce = own_method(self._module, "batch_loss"), own_method(self._module, "reduce_losses")
         if whole is not None:
             return whole(batch)  # type: ignore[no-any-return]
@@ -90,10 +90,11 @@ def _checked(name: str, value: Any, output: Tensor) -> Tensor:
 
 
 def _check_consistent(own: Tensor, from_loss: Tensor) -> None:
-    """Refuse a Q of one loss and a w of another: the Newton step of neither."""
+    """Raise a ValueError if Q and w belong to different losses: they give the Newton step of neither."""
     if not torch.allclose(own.to(from_loss.dtype), from_loss, rtol=1e-2, atol=1e-3, equal_nan=True):
         raise ValueError(
             f"out_to_loss_grad gives {own[0].item():.4g} for an example where −∂output_to_loss/∂f is"
             f" {from_loss[0].item():.4g}: they belong to different losses, so the curvature ∂²L/∂f² is unknown. Define"
-            " output_to_loss (out_to_loss_grad then follows), or out_to_loss_curvature beside out_to_loss_grad."
+            " output_to_loss (out_to_loss_grad then follows from it), or both out_to_loss_grad and"
+            " out_to_loss_curvature."
         )

@@ -27,8 +27,8 @@ class MultilabelMixin(PartsMixin):
     it leaves out the divisions by c. This is the log-odds of the paper (TRAK, arXiv 2303.14186, Section 3.3) for
     the joint labels.
 
-    Batches ``(x, y)`` and mappings with ``"labels"`` are understood, with y (b, c) of zeros and ones; for others
-    override `get_logits`, (b, c), and `get_labels`.
+    Batches ``(x, y)`` and mappings with ``"labels"`` are understood, with y of zeros and ones, (b, c); for others
+    override `get_logits` and `get_labels`, (b, c) each.
 
     Attributes:
         reduction: over labels, ``"mean"`` or ``"sum"``.
@@ -62,7 +62,7 @@ class MultilabelMixin(PartsMixin):
             (labels >= 0) & (labels <= 1),
             "get_labels returned labels outside of 0 to 1, for which there is no binary cross-entropy. Override"
             " get_labels(self, batch). If -1 stands for labels that are not known, override model_output(self, batch)"
-            " and output_to_loss(self, output, batch) to leave these out: log_odds of the sum over the others.",
+            " and output_to_loss(self, output, batch) to leave them out: log_odds of the sum over the others.",
         )
         return binary_cross_entropy_with_logits(predictions, labels, reduction="none")
 
@@ -71,7 +71,7 @@ class MultilabelMixin(PartsMixin):
         return log_odds(self.part_losses(self.part_predictions(batch), self.part_labels(batch)).sum(1))
 
     def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
-        """Return the binary cross-entropies, (b,)."""
+        """Return the binary cross-entropy of every example, (b,), reduced over its labels."""
         return softplus(-output) / self._divisor(batch)
 
     def kernel_weight(self, output: Tensor, batch: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Regression on one number or several."""
+"""Regression of one or several numbers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RegressionMixin(PartsMixin):
 
     With several numbers, d > 1, and the error averaged over them:
 
-    - f = −‖ŷ − y‖: a positive score says that the training example brings the prediction nearer to the label;
+    - f = −‖ŷ − y‖: a positive score says that the training example brings the prediction closer to the label;
     - L = f² / d;
     - Q = −2 f / d;
     - w = 2 / d; an example has the weight 2 in H, see `kernel_weight`.

@@ -26,7 +26,8 @@ class SegmentationMixin(ClassifiedPartsMixin):
     A single logit means two classes, labels 0 and 1: it is the logit of class 1, and that of class 0 is zero. Token
     classification is the same with one spatial axis: let `get_logits` return (b, classes, length).
 
-    Batches ``(x, y)`` and mappings with ``"labels"`` are understood; for others override `get_logits` and `get_labels`.
+    Batches ``(x, y)`` and mappings with ``"labels"`` are understood; for others override `get_logits`, (b, classes,
+    ...), and `get_labels`, (b, ...).
     The forward may return ``.logits``, or a mapping with ``"out"`` as torchvision's models do.
 
     Attributes:
@@ -53,7 +54,7 @@ class SegmentationMixin(ClassifiedPartsMixin):
             ValueError: if shapes do not fit together, or a label is none of the classes.
         """
         logits, classes = predictions, labels
-        if logits.ndim >= 3 and logits.shape[1] == 1:  # against a logit of zero
+        if logits.ndim >= 3 and logits.shape[1] == 1:  # class 0 has the logit zero
             logits = torch.cat([torch.zeros_like(logits), logits], 1)
             classes = classes.squeeze(1) if classes.ndim == logits.ndim else classes
         if logits.ndim < 3 or logits.shape[:1] + logits.shape[2:] != classes.shape:
@@ -65,7 +66,7 @@ class SegmentationMixin(ClassifiedPartsMixin):
             classes = only_valid(
                 classes,
                 classes == classes.round(),
-                "get_labels returned classes that are no whole numbers, as of a mask that was scaled to 0 to 1."
+                "get_labels returned classes that are no whole numbers, like those of a mask scaled to 0 to 1."
                 " Override get_labels(self, batch) to return them as integers.",
             )
         return super().part_losses(logits, classes)
