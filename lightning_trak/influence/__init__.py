@@ -1,4 +1,4 @@
-"""The estimator: features of train set and targets in, scores out; pure torch.
+"""The estimator: features of the train set and of targets in, scores out; pure torch.
 
 May import nothing of the package but `precision`. `Estimator` works on features from anywhere.
 """

@@ -1,4 +1,4 @@
-"""How much to damp H: from how long training went on; where that is unknown, by cross-validation."""
+"""How much to damp H: by the training time; where that is unknown, by cross-validation."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lightning_trak.influence.gauss_newton import GaussNewton
 from lightning_trak.influence.training_time import TrainingTime
 
 PART_OF_TIME = 0.25
-LEAST_DAMPING = 1e-3  # with less, H of fewer examples than features cannot be solved with in float32
+LEAST_DAMPING = 1e-3  # with less, H of fewer examples than features is singular in float32
 
 CANDIDATES = (0.3, 1.0, 3.0, 10.0)
-EXAMPLES = 1000  # of the train set that are enough to choose with
+EXAMPLES = 1000  # enough training examples to choose from
 
-_LEAST_WEIGHT = 1e-6  # of the largest
-_OPTIMUM, _FAR = 1e-3, 1e-1  # how large the gradient is, see `distance_to_optimum`, at an optimum and far from it
-_ALIKE = 0.005  # relative difference of errors that hardly counts
+_LEAST_WEIGHT = 1e-6  # relative to the largest
+_OPTIMUM, _FAR = 1e-3, 1e-1  # r of `distance_to_optimum`, at an optimum and far from it
+_ALIKE = 0.005  # errors that differ by less, relatively, count as equal
 
 
 class Damping(NamedTuple):
@@ -31,11 +31,11 @@ class Damping(NamedTuple):
 
 
 def damping_of(sums: GaussNewton, trainings: Sequence[TrainingTime]) -> Damping:
-    """Choose λ at one checkpoint: by a rule, and the less the nearer training has come to its optimum.
+    """Choose λ at one checkpoint: by a rule, and smaller near an optimum of training.
 
     Args:
-        sums: H at the checkpoint, with the damping of cross-validation where `needs_cross_validation`.
-        trainings: of all checkpoints whose training time is known; empty if that of this one is not.
+        sums: H at the checkpoint; also the λ of cross-validation, where `needs_cross_validation`.
+        trainings: the training times of all checkpoints where it is known; empty if it is unknown at this one.
     """
     n, k = sums.n_train, len(sums.matrix)
     if not needs_cross_validation(sums, trainings):
@@ -53,22 +53,24 @@ def damping_of(sums: GaussNewton, trainings: Sequence[TrainingTime]) -> Damping:
 
 
 def needs_cross_validation(sums: GaussNewton, trainings: Sequence[TrainingTime]) -> bool:
-    """Say whether nothing else tells λ at a checkpoint; see `damping_of`."""
+    """Say whether λ at a checkpoint cannot follow from the training time; see `damping_of`."""
     return not trainings or sums.curvature_scale <= 0
 
 
 def training_damping(trainings: Sequence[TrainingTime], n_train: int, scale: float) -> float:
     """Return the damping with which a Newton step goes as far as training did.
 
-    Gradient flow on the mean loss of a linearised model, with H / n, goes the part 1 − exp(−t s) of the way in a
-    direction of eigenvalue s. A ridge of strength 1 / t goes nearly as far, s / (s + 1 / t), and weight decay adds to
-    that strength (Ali, Kolter and Tibshirani, "A continuous-time view of early stopping for least squares regression",
-    AISTATS 2019, arXiv 1810.10082). It is the same at every checkpoint, that of a quarter of the longest time: on the
-    tasks of ``python -m tests.benchmarks quality`` the LDS is flat about it, and examples act from step to step, so
-    that most had less time than the whole.
+    Take gradient flow on the mean loss of a linearised model, whose Gauss–Newton matrix is H / n. After time t it has
+    gone the part 1 − exp(−t s) of the way to the optimum, in a direction of eigenvalue s. Ridge regression of strength
+    1 / t goes nearly as far, s / (s + 1 / t), and weight decay adds to that strength (Ali, Kolter and Tibshirani, "A
+    continuous-time view of early stopping for least squares regression", AISTATS 2019, arXiv 1810.10082).
+
+    Here t is a quarter of the longest training time, at every checkpoint: an example acts at every step, so most of its
+    effect had less time than the whole training. On the tasks of ``python -m tests.benchmarks quality`` the LDS hardly
+    changes around this value.
 
     Args:
-        trainings: of the checkpoints, at least one.
+        trainings: the training times of the checkpoints, at least one.
         n_train: n.
         scale: the mean diagonal of Φᵀ diag(w) Φ.
 
@@ -81,13 +83,13 @@ def training_damping(trainings: Sequence[TrainingTime], n_train: int, scale: flo
 
 
 def distance_to_optimum(gradient: Tensor, squares: float) -> float:
-    """Return 0 where the gradients of the examples add up to next to nothing, 1 where they do not, and between.
+    """Return 0 where the gradients of the examples cancel out, as at an optimum; 1 far from one; else in between.
 
-    With r = ‖Φᵀq‖² / Σ q² ‖φ‖², which is 1 for signs of q at random, it is 0 for r ≤ 0.001, 1 for r ≥ 0.1, and linear
-    in log r between.
+    Let r = ‖Φᵀq‖² / Σ q² ‖φ‖². With random signs of q it is 1 on average. The result is 0 for r ≤ 0.001, 1 for r ≥ 0.1,
+    and linear in log r in between.
 
     Args:
-        gradient: Φᵀq, (k,), of the whole train set.
+        gradient: Φᵀq, (k,), summed over the whole train set.
         squares: Σ q² ‖φ‖².
 
     >>> [round(distance_to_optimum(torch.tensor([size]), 1.0), 3) for size in (0.0, 0.1, 1.0)]
@@ -100,7 +102,7 @@ def distance_to_optimum(gradient: Tensor, squares: float) -> float:
 
 
 def between(one: float, other: float, part: float) -> float:
-    """Return the geometric mean of two dampings, the second weighted with ``part``, from 0 to 1.
+    """Return the geometric mean of two dampings; the second has the weight ``part``, from 0 to 1.
 
     >>> between(0.01, 1.0, 0.5)
     0.1
@@ -109,35 +111,37 @@ def between(one: float, other: float, part: float) -> float:
 
 
 def choose_damping(features: Tensor, loss_grad: Tensor, weights: Tensor, scale: Tensor | float) -> float:
-    """Return the damping with which the linearised model predicts best what it has not seen, from 0.3 to 10.
+    """Return the damping, from 0.3 to 10, with which the linearised model best predicts examples that are left out.
 
-    The Newton step H⁻¹Φᵀq, from which the scores come, is the ridge regression of q / w on the features, weighted with
-    w. With λ the damping, A = W^½ Φ, y = W^½ (q / w) and S = A (AᵀA + λ·scale·I)⁻¹ Aᵀ, the residual of an example that
-    was left out is (y − S y)ᵢ / (1 − Sᵢᵢ) (Allen, "The relationship between variable selection and data augmentation",
-    Technometrics 1974); what counts is its mean absolute value e. The result is the geometric mean of the `CANDIDATES`,
-    weighted with exp(−(e − min e) / (0.005 min e)): the best one, unless others are as good within half a per cent. It
-    does not jump where another candidate becomes the best. As λ·scale is the precision of the prior of a Bayesian
-    regression, it hardly depends on how many examples it is chosen with.
+    Scores come from the Newton step H⁻¹Φᵀq. It is the ridge regression of q / w on the features, with weights w. Let λ
+    be the damping, A = W^½ Φ, y = W^½ (q / w) and S = A (AᵀA + λ·scale·I)⁻¹ Aᵀ. Then the residual of an example that is
+    left out is (y − S y)ᵢ / (1 − Sᵢᵢ) (Allen, "The relationship between variable selection and data augmentation",
+    Technometrics 1974). The error e of a candidate is the mean of their absolute values.
 
-    Where training has come to its optimum nothing is left to predict, see `distance_to_optimum`. Copies of examples in
-    the train set make it look easier to predict than it is, and so the damping less.
+    The result is the geometric mean of the `CANDIDATES`, weighted with exp(−(e − min e) / (0.005 min e)). So it is the
+    best candidate, unless others are as good within half a per cent, and it does not jump where another becomes the
+    best. It hardly depends on how many examples are used, since λ·scale is the prior precision of a Bayesian
+    regression.
 
-    On the tasks of ``python -m tests.benchmarks quality`` the best fixed damping is 0.3 on one and 10 on another. Tried
-    too, and no better over all tasks: squared residuals, generalised cross-validation, the evidence of the Bayesian
-    regression, and one choice for all checkpoints.
+    At an optimum of training nothing is left to predict, see `distance_to_optimum`. Duplicates in the train set make
+    examples look easier to predict than they are, and the damping too small.
+
+    On the tasks of ``python -m tests.benchmarks quality`` the best fixed damping is 0.3 on one and 10 on another. These
+    were tried too, and are no better over all tasks: squared residuals, generalised cross-validation, the evidence of
+    the Bayesian regression, and one choice for all checkpoints.
 
     Args:
         features: Φ, (r, k), of some training examples.
         loss_grad: q, (r,).
         weights: w, (r,), not negative; ones for H without curvature.
-        scale: the mean diagonal of H of the whole train set.
+        scale: the mean diagonal of H, summed over the whole train set.
 
     >>> x = torch.linspace(-1, 1, 100)[:, None]
-    >>> round(choose_damping(x, x[:, 0], torch.ones(100), scale=100 / 3), 4)  # no noise: as little as there is
+    >>> round(choose_damping(x, x[:, 0], torch.ones(100), scale=100 / 3), 4)  # no noise: the least candidate
     0.3
     """
     if not scale > 0:
-        return CANDIDATES[0]  # `factor` says what is wrong
+        return CANDIDATES[0]  # `factor` raises the error
     root = weights.double().sqrt()
     scaled = root[:, None] * features.double()
     response = root * loss_grad / weights.clamp(min=_LEAST_WEIGHT * weights.max().item())
@@ -153,7 +157,7 @@ def choose_damping(features: Tensor, loss_grad: Tensor, weights: Tensor, scale: 
 
 
 def _smooth_best(errors: Sequence[float]) -> float:
-    """Return the mean of the candidates, in the logarithm, weighted by how near their errors are to the least."""
+    """Return the geometric mean of the candidates, weighted by how close their errors are to the least."""
     least = min(errors)
     if least == 0:
         return CANDIDATES[errors.index(least)]

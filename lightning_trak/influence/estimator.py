@@ -1,4 +1,4 @@
-"""From features of train set and targets to scores, over all checkpoints."""
+"""From features of the train set and of targets to scores, over all checkpoints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from lightning_trak.influence.training_time import TrainingTime
 
 
 class Solved(NamedTuple):
-    """Targets solved with H at one checkpoint.
+    """The solutions of H x = φ(z) for all targets z, at one checkpoint.
 
     Attributes:
         vectors: H⁻¹ φ(z), (m, k).
@@ -51,12 +51,12 @@ class Solved(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """What `TRAKCallback` calls by the same names.
+    """The arguments of `TRAKCallback` of the same names.
 
     Attributes:
         damping: λ, or ``"auto"``.
         temperature: T, or ``"auto"``.
-        curvature: whether H is weighted.
+        curvature: whether H is weighted with w.
         estimator: ``"gauss_newton"`` or ``"trak"``.
     """
 
@@ -69,9 +69,10 @@ class Options:
 class Estimator:
     """Scores from features, wherever they come from: no model, no Trainer, no store.
 
-    At one checkpoint τ = φ(z)ᵀ H⁻¹ φ(zᵢ) qᵢ, with H = Φᵀ diag(w) Φ + λ·mean(diag)·I the damped Gauss–Newton matrix of
-    the training loss in feature space; averaged over checkpoints, each with its own q. It is the change of f(z) by one
-    Newton step on zᵢ. With ``estimator="trak"`` it is that of Park et al., "TRAK", arXiv 2303.14186, Eq. 15 and 17.
+    At one checkpoint τ = φ(z)ᵀ H⁻¹ φ(zᵢ) qᵢ. Here H = Φᵀ diag(w) Φ + λ·mean(diag)·I is the damped Gauss–Newton matrix
+    of the training loss in feature space. τ is the change of f(z) by one Newton step on zᵢ. Scores are averaged over
+    checkpoints, each with its own q. With ``estimator="trak"`` they are those of Park et al., "TRAK", arXiv 2303.14186,
+    Eq. 15 and 17.
 
     Args:
         trains: the train set at each checkpoint.
@@ -81,7 +82,7 @@ class Estimator:
     Attributes:
         options: as given.
         device: as given.
-        temperature: T, as it was chosen.
+        temperature: T, given or chosen.
         trains: the train set, with Q and w at that temperature.
 
     >>> import numpy as np
@@ -105,7 +106,7 @@ class Estimator:
         self._known = [time for time in times if time is not None and time.time > 0]
 
     def accumulate(self, train: TrainFeatures) -> GaussNewton:
-        """Sum H at one checkpoint, and what damping depends on; the train features are read once."""
+        """Accumulate H at one checkpoint, and what damping depends on; the train features are read once."""
         curvature, size = self.options.curvature, EXAMPLES if self.options.damping == "auto" else 0
         sums, sample = accumulate(train, curvature=curvature, sample_size=size, device=self.device)
         if not self.suffices(train, sums):
@@ -115,12 +116,12 @@ class Estimator:
         return sums
 
     def suffices(self, train: TrainFeatures, sums: GaussNewton) -> bool:
-        """Say whether sums that were kept have all that the options need."""
+        """Say whether stored sums contain all that the options need."""
         by_rule = self.options.damping != "auto" or not needs_cross_validation(sums, self._trainings(train))
         return by_rule or sums.cross_validated is not None
 
     def __call__(self, targets: Sequence[Tensor]) -> Scores:
-        """Return the scores of targets whose features at each checkpoint are φ(z), (m, k)."""
+        """Return the scores of targets, from their features φ(z), (m, k), at each checkpoint."""
         return self.scores([self.solve(train, phi) for train, phi in zip(self.trains, targets, strict=True)])
 
     def solve(self, train: TrainFeatures, targets: Tensor, sums: GaussNewton | None = None) -> Solved:
@@ -129,31 +130,33 @@ class Estimator:
         Args:
             train: one of ``trains``.
             targets: φ(z), (m, k).
-            sums: what `accumulate` returns for it, if that is known; H in it is overwritten.
+            sums: what `accumulate` returned for ``train``, if it was called; H in it is overwritten.
 
         Raises:
             ValueError: if H is singular.
         """
         state, damping = self._factor(train, sums)
-        return Solved(solve(state, targets.to(self.device)).cpu(), damping)  # all checkpoints would fill the device
+        return Solved(
+            solve(state, targets.to(self.device)).cpu(), damping
+        )  # to the CPU: all checkpoints would fill the device
 
     def self_influence(
         self, train: TrainFeatures, sums: GaussNewton | None = None, advance: Callable[[], object] = lambda: None
     ) -> Tensor:
-        """Return how much training on each example lowers its own loss, (n,), at one checkpoint; see `solve`."""
+        """Return by how much training on each example lowers its own loss, (n,), at one checkpoint; see `solve`."""
         return self_influence(train, self._factor(train, sums)[0], advance, self.device)
 
     def scores(self, solved: Sequence[Solved], advance: Callable[[], object] = lambda: None) -> Scores:
-        """Average over checkpoints: τ, (n, m). The train features are read once.
+        """Return τ, (n, m), averaged over checkpoints. The train features are read once.
 
         Args:
-            solved: the targets, solved at each checkpoint.
+            solved: what `solve` returned at each checkpoint.
             advance: called after every block of rows, for progress.
         """
         return scores(self.trains, [one.vectors for one in solved], advance, self.device)
 
     def extremes(self, solved: Sequence[Solved], k: int, advance: Callable[[], object] = lambda: None) -> Extremes:
-        """Return the k highest and lowest scores of each target, without the matrix; as `scores` otherwise."""
+        """Return the k highest and lowest scores of each target; arguments as of `scores`, no (n, m) matrix is made."""
         k = min(k, self.trains[0].shape[0])
         return extreme_scores(self.trains, [one.vectors for one in solved], k, advance, self.device)
 

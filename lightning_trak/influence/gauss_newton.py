@@ -14,12 +14,12 @@ from torch import Tensor
 from lightning_trak.influence.train_features import CPU, TrainFeatures
 from lightning_trak.precision import full_precision
 
-_PANEL = 512  # columns of H that are multiplied at once
+_PANEL = 512  # columns of H per product
 
 
 @dataclass
 class GaussNewton:
-    """H and what else is summed over the train set at one checkpoint: all that the estimator needs but Φ itself.
+    """H and other sums over the train set at one checkpoint: all that the estimator needs apart from Φ.
 
     Attributes:
         matrix: H = Φᵀ diag(w) Φ, or Φᵀ Φ, (k, k), float64; undamped. `factor` overwrites it.
@@ -27,7 +27,7 @@ class GaussNewton:
         squares: Σ q² ‖φ‖².
         curvature_scale: the mean diagonal of Φᵀ diag(w) Φ, whether or not H is weighted.
         n_train: n.
-        cross_validated: the λ that cross-validation chooses; None where it was not asked.
+        cross_validated: λ by cross-validation; None where it was not computed.
     """
 
     matrix: Tensor
@@ -38,7 +38,7 @@ class GaussNewton:
     cross_validated: float | None = None
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Return it as arrays to be kept; of H, which is symmetric, the upper half."""
+        """Return the sums as arrays, to be stored; of the symmetric H only the upper half."""
         rows, columns = np.triu_indices(len(self.matrix))
         return {
             "upper": self.matrix.cpu().numpy()[rows, columns],
@@ -48,7 +48,7 @@ class GaussNewton:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]], device: torch.device = CPU) -> GaussNewton:
-        """Return what was kept by `arrays`."""
+        """Return the sums from what `arrays` returned."""
         k = len(arrays["gradient"])
         rows, columns = np.triu_indices(k)
         matrix = np.zeros((k, k))
@@ -66,22 +66,22 @@ class GaussNewton:
 def accumulate(
     train: TrainFeatures, *, curvature: bool, sample_size: int = 0, device: torch.device = CPU
 ) -> tuple[GaussNewton, tuple[Tensor, ...]]:
-    """Sum H over the train set, which is read once.
+    """Accumulate H over the train set, which is read once.
 
-    Products are taken in float32, and summed over blocks in float64. As H is symmetric, only panels on and above its
-    diagonal are multiplied.
+    Blocks of rows are multiplied in float32, and summed in float64. H is symmetric, so only panels on and above its
+    diagonal are computed.
 
     Args:
         train: the train set at one checkpoint.
         curvature: whether to weight by w.
-        sample_size: return so many rows, drawn at random, but the same every time.
+        sample_size: how many rows to return, drawn at random, always the same ones.
         device: where to multiply.
 
     Returns:
-        The sums; and Φ, Q and w of the rows that were drawn.
+        The sums; and Φ, Q and w of the drawn rows.
 
     Raises:
-        ValueError: if a weight is negative: H would not be positive definite.
+        ValueError: if a weight is negative, so that H may not be positive definite.
 
     >>> import numpy as np
     >>> train = TrainFeatures(np.array([[1, 0], [1, 1]], "f4"), np.ones(2, "f4"), np.array([2, 1], "f4"))
@@ -109,14 +109,14 @@ def accumulate(
     for first in range(0, k, _PANEL):
         last = first + _PANEL
         own = matrix[first:last, first:last]
-        own.copy_(own.triu() + own.triu(1).T)  # products of a panel with itself are symmetric but for rounding
+        own.copy_(own.triu() + own.triu(1).T)  # a panel times itself is symmetric, up to rounding
         matrix[last:, first:last] = matrix[first:last, last:].T
     sample = tuple(torch.cat(parts) for parts in zip(*sampled, strict=True))
     return GaussNewton(matrix, gradient, squares, weighted / k, n), sample
 
 
 def _add_products_(matrix: Tensor, features: Tensor, weights: Tensor | None) -> None:
-    """Add Φᵀ diag(w) Φ of some rows, on and above the diagonal."""
+    """Add Φᵀ diag(w) Φ of a block of rows, on and above the diagonal."""
     weighted = features if weights is None else features * weights[:, None]
     with full_precision():
         for first in range(0, len(matrix), _PANEL):
@@ -136,7 +136,7 @@ def _check_not_negative(weights: Tensor) -> None:
 
 @dataclass(frozen=True)
 class CholeskyFactor:
-    """The lower Cholesky factor of H + λ·mean(diag H)·I, (k, k), float64. `factor` makes it, `solve` uses it."""
+    """The lower Cholesky factor of H + λ·mean(diag H)·I, (k, k), float64: made by `factor`, used by `solve`."""
 
     lower: Tensor
 
@@ -144,10 +144,10 @@ class CholeskyFactor:
 def factor(matrix: Tensor, damping: float) -> CholeskyFactor:
     """Damp H relative to its mean diagonal and factor it: H + λ·mean(diag H)·I = L Lᵀ.
 
-    Relative damping means the same whatever the scale of the gradients and the size of the train set.
+    The damping is relative: the same λ suits any scale of the gradients and any size of the train set.
 
     Args:
-        matrix: H, (k, k), symmetric, positive semi-definite; it is overwritten, as a copy would be large.
+        matrix: H, (k, k), symmetric, positive semi-definite. It is overwritten, since a copy would be large.
         damping: λ ≥ 0.
 
     Raises:
@@ -166,13 +166,13 @@ def factor(matrix: Tensor, damping: float) -> CholeskyFactor:
         )
     matrix.diagonal().add_(damping * scale)
     diagonal, rank = matrix.diagonal().clone(), effective_rank(matrix)
-    columns = matrix.mT  # the same, in the order of LAPACK
+    columns = matrix.mT  # the same matrix, in the column order of LAPACK
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
     lower, info = torch.linalg.cholesky_ex(columns, out=(columns, info))
     pivots = lower.diagonal().square()
-    # Features are float32, so H is known to about k·ε of its largest entries: beyond that it is singular.
+    # Features are float32, so H is exact to about k·ε of its largest entry: smaller pivots mean that it is singular.
     if int(info) or bool(pivots.min() < 1e-7 * pivots.max()):
-        least = 0.0 if int(info) else pivots.min()  # the least eigenvalue is at most that
+        least = 0.0 if int(info) else pivots.min()  # an upper bound of the least eigenvalue
         condition = diagonal.max() / least
         raise ValueError(
             f"The Gauss–Newton matrix H, ({len(matrix)}, {len(matrix)}), is singular or nearly so with"
@@ -184,7 +184,7 @@ def factor(matrix: Tensor, damping: float) -> CholeskyFactor:
 
 
 def effective_rank(matrix: Tensor) -> float:
-    """Return (tr H)² / ‖H‖², the number of equal eigenvalues that would have the same mean and mean square.
+    """Return (tr H)² / ‖H‖²: that many equal eigenvalues have the same sum and sum of squares as those of H.
 
     >>> round(effective_rank(torch.diag(torch.tensor([2.0, 2.0, 0.0]))), 4)
     2.0

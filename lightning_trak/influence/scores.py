@@ -1,4 +1,4 @@
-"""From features and solved targets of all checkpoints to scores: the whole matrix, or only its extremes."""
+"""From train features and solved targets to scores: the whole matrix, or only its extremes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lightning_trak.influence.gauss_newton import CholeskyFactor, factor, quadra
 from lightning_trak.influence.train_features import CPU, TrainFeatures
 from lightning_trak.precision import full_precision
 
-_SAMPLED = 64  # training examples whose scores are kept for every checkpoint
+_SAMPLED = 64  # training examples whose scores at every checkpoint are kept
 
 
 class Ranked(NamedTuple):
-    """Training examples in the order of their scores, for every target.
+    """Training examples, ranked by their scores for each target.
 
     Attributes:
-        indices: (m, k), rows of the train set.
+        indices: (m, k), row numbers in the train set.
         values: (m, k), their scores.
     """
 
@@ -34,8 +34,8 @@ class Spread:
     """How scores vary from checkpoint to checkpoint.
 
     Attributes:
-        standard_error: of the mean over checkpoints, (n, m).
-        sample: the scores of some training examples, evenly spaced, at each checkpoint, (checkpoints, r, m).
+        standard_error: the standard error of the mean over checkpoints, (n, m).
+        sample: scores at each checkpoint, (checkpoints, r, m), of r training examples, evenly spaced by row.
     """
 
     standard_error: Tensor
@@ -43,7 +43,7 @@ class Spread:
 
 
 class Scores(NamedTuple):
-    """Scores averaged over checkpoints, (n, m), and how they vary; None for a single checkpoint."""
+    """Scores averaged over checkpoints, (n, m), and how they vary; ``spread`` is None for a single checkpoint."""
 
     mean: Tensor
     spread: Spread | None
@@ -72,7 +72,7 @@ def scores(
         device: where blocks are multiplied.
 
     Returns:
-        τ, (n, m), float32, on the CPU; and how it varies from checkpoint to checkpoint, unless there is one only.
+        τ, (n, m), float32, on the CPU; and how it varies from checkpoint to checkpoint, if there are two or more.
     """
     (n, _), m, checkpoints = trains[0].shape, len(solved[0]), len(trains)
     mean = torch.zeros(n, m)
@@ -88,7 +88,7 @@ def scores(
         total = squares = torch.zeros(rows.stop - rows.start, m, device=device)
         for number, block in enumerate(blocks):
             difference = block - total
-            total = total + difference / (number + 1)  # Welford's recurrence: no difference of large sums of squares
+            total = total + difference / (number + 1)  # Welford's recurrence, which avoids differences of large sums
             squares = squares + difference * (block - total)
             spread.sample[number, here] = block[sampled[here] - rows.start].cpu()
         mean[rows] = total
@@ -104,7 +104,7 @@ def extreme_scores(
     advance: Callable[[], object] = lambda: None,
     device: torch.device = CPU,
 ) -> Extremes:
-    """Return the k highest and k lowest scores of every target, without ever holding the (n, m) matrix.
+    """Return the k highest and k lowest scores of every target. The (n, m) matrix is never formed.
 
     See `scores` for the arguments.
     """
@@ -123,20 +123,21 @@ def self_influence(
     advance: Callable[[], object] = lambda: None,
     device: torch.device = CPU,
 ) -> Tensor:
-    """Return how much training on each example lowers its own loss, at one checkpoint: qᵢ² φ(zᵢ)ᵀ H⁻¹ φ(zᵢ) ≥ 0.
+    """Return by how much training on each example lowers its own loss, at one checkpoint: qᵢ² φ(zᵢ)ᵀ H⁻¹ φ(zᵢ) ≥ 0.
 
-    As ∇L = −q ∇f, this is ∇Lᵀ H⁻¹ ∇L, the influence of Koh and Liang, "Understanding black-box predictions via
-    influence functions", ICML 2017, arXiv 1703.04730, Eq. 2, of an example on its own loss. It does not depend on the
-    sign of the model output. No n × n matrix is made.
+    Since ∇L = −q ∇f, this is ∇Lᵀ H⁻¹ ∇L: the influence of an example on its own loss (Koh and Liang, "Understanding
+    black-box predictions via influence functions", ICML 2017, arXiv 1703.04730, Eq. 2). It does not depend on the sign
+    of the model output. No (n, n) matrix is formed.
 
     Args:
         train: the train set's features.
-        state: the damped H, factored.
+        state: the Cholesky factor of the damped H.
         advance: called after every block of rows, for progress.
         device: where blocks are multiplied.
 
     Returns:
-        q times the diagonal of the scores with the train set as targets, (n,), float32, on the CPU.
+        The self-influence, (n,), float32, on the CPU. With the scores of the train set as targets, it is q times their
+        diagonal.
 
     >>> train = TrainFeatures(np.eye(3, 2, dtype="f4"), np.array([1, -2, 1], "f4"), np.ones(3, "f4"))
     >>> self_influence(train, factor(torch.eye(2, dtype=torch.float64), damping=0))
@@ -150,7 +151,7 @@ def self_influence(
 
 
 def with_mean_loss_grad(trains: Sequence[TrainFeatures]) -> list[TrainFeatures]:
-    """Give every checkpoint the Q averaged over all of them, apart from H⁻¹, as the TRAK paper does (Eq. 17)."""
+    """Replace Q at every checkpoint by its average over checkpoints, as in the TRAK paper (Eq. 17)."""
     mean = np.stack([train.loss_grad for train in trains]).mean(0)
     return [replace(train, loss_grad=mean) for train in trains]
 
@@ -158,7 +159,7 @@ def with_mean_loss_grad(trains: Sequence[TrainFeatures]) -> list[TrainFeatures]:
 def _score_blocks(
     trains: Sequence[TrainFeatures], solved: Sequence[Tensor], device: torch.device
 ) -> Iterator[tuple[slice, Iterator[Tensor]]]:
-    """Yield rows, and their scores (r, m) at each checkpoint."""
+    """Yield blocks of rows, and their scores (r, m) at each checkpoint."""
     readers = [train.blocks(len(solved[0])) for train in trains]
     for parts in zip(*readers, strict=True):
         yield parts[0][0], (_product(part[1], part[2], x, device) for part, x in zip(parts, solved, strict=True))
@@ -170,7 +171,7 @@ def _product(features: Tensor, loss_grad: Tensor, solved: Tensor, device: torch.
 
 
 def _mean(blocks: Iterator[Tensor]) -> Tensor:
-    """Average over checkpoints, as `scores` does to the bit."""
+    """Average over checkpoints; bit for bit as `scores` does."""
     total = next(blocks)
     for number, block in enumerate(blocks, 2):
         total = total + (block - total) / number
@@ -178,7 +179,7 @@ def _mean(blocks: Iterator[Tensor]) -> Tensor:
 
 
 def _keep(kept: Ranked, first: int, values: Tensor, k: int, largest: bool) -> Ranked:
-    """Merge the best so far, (m, k), with those of a block whose rows begin at ``first``."""
+    """Merge the extremes so far, (m, k), with those of a block whose rows start at ``first``."""
     block = rank(values, min(k, values.shape[1]), largest)
     indices = torch.cat([kept.indices, block.indices + first], 1)
     values = torch.cat([kept.values, block.values], 1)
@@ -186,6 +187,6 @@ def _keep(kept: Ranked, first: int, values: Tensor, k: int, largest: bool) -> Ra
 
 
 def rank(values: Tensor, k: int, largest: bool, indices: Tensor | None = None) -> Ranked:
-    """Return the k largest or smallest of every row of ``values``, (m, n), the best first."""
+    """Return the k largest or smallest values of every row of ``values``, (m, n), the most extreme first."""
     best, where = values.topk(k, dim=1, largest=largest)
     return Ranked(where if indices is None else indices.gather(1, where), best)

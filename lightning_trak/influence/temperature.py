@@ -1,4 +1,4 @@
-"""Temperature-scaled outputs: Q and w as of a model that was not trained on all of the examples."""
+"""Temperature-scaled outputs: Q and w closer to those of a model that was not trained on the example."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEMPERATURE = 1.3
 def is_logistic(outputs: Tensor, loss_grad: Tensor, curvature: Tensor) -> bool:
     """Say whether Q and w are those of L(f) = softplus(−f): Q = sigmoid(−f) and w = Q (1 − Q).
 
-    It is asked where outputs are at hand, when examples are featurized, and noted in the store.
+    It is called when examples are featurized, where outputs are known. The store keeps the result.
 
     Args:
         outputs: f, (b,).
@@ -35,10 +35,10 @@ def is_logistic(outputs: Tensor, loss_grad: Tensor, curvature: Tensor) -> bool:
 
 
 def choose_temperature(asked: float | str, trains: Sequence[TrainFeatures], *, auto_damping: bool) -> float:
-    """Return T: the number asked for, or of ``"auto"`` 1.3 where the rule of `TRAKCallback` says so, else 1.
+    """Return T: the given number; for ``"auto"`` 1.3 where the rule of `TRAKCallback` says so, else 1.
 
     Raises:
-        ValueError: if a temperature is asked for, and the loss is not softplus(−f).
+        ValueError: if a temperature other than 1 is given, and the loss is not softplus(−f).
 
     >>> train = TrainFeatures(*np.ones((3, 2, 1)), logistic=True, n_trainable=5)
     >>> choose_temperature("auto", [train], auto_damping=True)
@@ -50,23 +50,23 @@ def choose_temperature(asked: float | str, trains: Sequence[TrainFeatures], *, a
         return TEMPERATURE if auto_damping and logistic and fits_all else 1.0
     if asked != 1 and not logistic:
         raise ValueError(
-            f"TRAKCallback(temperature={asked}) needs the loss softplus(−f), as that of ClassificationMixin is: Q and w"
-            " in the store are of another one. Use temperature='auto' or 1."
+            f"TRAKCallback(temperature={asked}) needs the loss softplus(−f), like that of ClassificationMixin. Q and w"
+            " in the store are of another loss. Use temperature='auto' or 1."
         )
     return float(asked)
 
 
 def tempered(train: TrainFeatures, temperature: float) -> TrainFeatures:
-    """Return features with Q and w of L(f / T) in place of those of the logistic loss L(f).
+    """Return features with Q and w of the temperature-scaled loss L(f / T), for the logistic loss L(f).
 
-    A model with more parameters than examples gives each that it was trained on an output far above what it would have
-    where it was left out, and so a Q that is that of no model but this one. Averaged over models trained on parts of
-    the data, outputs are less certain; dividing them by a temperature makes them so (Guo et al., "On calibration of
-    modern neural networks", ICML 2017, arXiv 1706.04599).
+    A model with more parameters than examples can memorise its training examples. Then their outputs are far higher
+    than those of a model trained without them, and their Q is far smaller. Models trained on parts of the data are less
+    confident on average. Dividing the outputs by a temperature has that effect (Guo et al., "On calibration of modern
+    neural networks", ICML 2017, arXiv 1706.04599).
 
     Args:
         train: features with the logistic loss, see `is_logistic`.
-        temperature: T > 0; above 1 for less certain outputs.
+        temperature: T > 0; above 1 the outputs are less confident.
 
     >>> train = tempered(TrainFeatures(np.eye(2, dtype="f4"), np.array([0.5, 0.1], "f4"), np.zeros(2, "f4")), 2.0)
     >>> train.loss_grad, train.curvature

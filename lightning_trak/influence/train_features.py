@@ -1,4 +1,4 @@
-"""What is known of the train set at one checkpoint, read in blocks of rows."""
+"""The train set at one checkpoint: features, Q and w, read in blocks of rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_trak.influence.training_time import TrainingTime
 
 _BLOCK_ROWS = 4096
-_BLOCK_SCORES = 2**26  # at most so many at once: 256 MiB
+_BLOCK_SCORES = 2**26  # the most scores at once: 256 MiB
 CPU = torch.device("cpu")
 
 Array = npt.NDArray[Any]
@@ -22,7 +22,7 @@ Array = npt.NDArray[Any]
 
 @runtime_checkable
 class Rows(Protocol):
-    """An array of rows that is read once, in order, block by block, as one on the disk is."""
+    """An array that is read once, in order, in blocks of rows; e.g. a file."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -42,11 +42,11 @@ class TrainFeatures:
         features: Φ, (n, k), float32: an array, or `Rows`.
         loss_grad: Q, (n,).
         curvature: w, (n,).
-        training_time: for how long training went on; None where that is not known.
+        training_time: how long training went on; None where that is unknown.
         logistic: whether the loss is softplus(−f), see `is_logistic`.
-        n_trainable: the number of trainable parameters; 0 where that is not known.
+        n_trainable: the number of trainable parameters; 0 where that is unknown.
 
-    Arrays must be writable, or mapped copy-on-write (``mmap_mode="c"``), for torch to read them in place.
+    Arrays must be writable, or memory-mapped copy-on-write (``mmap_mode="c"``): else torch cannot read them in place.
     """
 
     features: Array | Rows
@@ -63,7 +63,7 @@ class TrainFeatures:
         return n, k
 
     def blocks(self, n_targets: int = 1, device: torch.device = CPU) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Yield (rows, Φ, Q, w) of all rows in order, so few that neither features nor scores of a block are large."""
+        """Yield (rows, Φ, Q, w) in order, in blocks so small that their features and scores take little memory."""
         size = block_size(n_targets)
         cut = self.features.blocks(size) if isinstance(self.features, Rows) else _cut(self.features, size)
         start = 0
@@ -76,12 +76,12 @@ class TrainFeatures:
 
 
 def block_size(n_targets: int) -> int:
-    """Return how many training examples are dealt with at once."""
+    """Return the number of training examples in a block."""
     return min(_BLOCK_ROWS, max(1, _BLOCK_SCORES // n_targets))
 
 
 def n_blocks(n_train: int, n_targets: int) -> int:
-    """Return how many blocks of rows the scores come in."""
+    """Return the number of blocks."""
     return -(-n_train // block_size(n_targets))
 
 

@@ -1,4 +1,4 @@
-"""How long training went on, in the time of gradient flow: what regularizes a model beside its weight decay."""
+"""How long training went on, in units of gradient flow: like weight decay, this regularizes a model."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from typing import Any
 
 import torch
 
-CHECKPOINT_KEY = "lightning_trak"  # under which `TRAKCallback` adds to Lightning's checkpoints
+CHECKPOINT_KEY = "lightning_trak"  # where `TRAKCallback` stores its part of a Lightning checkpoint
 
-# A state dict has the options of an optimizer, but not its name: these are SGD's, and those that schedulers add.
+# A state dict holds the options of an optimizer, but not its name. These are SGD's, and those that schedulers add.
 _OPTIONS = {"lr", "momentum", "dampening", "weight_decay", "nesterov"}
 _MORE_OPTIONS = {"maximize", "foreach", "differentiable", "fused", "initial_lr", "params", "param_names"}
 
 
 @dataclass(frozen=True)
 class TrainingTime:
-    """For how long SGD followed the gradient of the mean loss.
+    """How long SGD followed the gradient of the mean loss.
 
-    A step of SGD with learning rate η, momentum μ and dampening d goes as far as gradient flow in η (1 − d) / (1 − μ).
+    A step of SGD goes as far as gradient flow in the time η (1 − d) / (1 − μ), with learning rate η, momentum μ and
+    dampening d.
 
     Attributes:
         time: t, the sum over the optimizer's steps.
-        steps: how many there were.
-        weight_decay: of the optimizer; groups of parameters without it do not count.
+        steps: the number of steps.
+        weight_decay: that of the optimizer; parameter groups without weight decay are ignored.
     """
 
     time: float = 0.0
@@ -32,7 +33,7 @@ class TrainingTime:
     weight_decay: float = 0.0
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> TrainingTime | None:
-        """Return what it is after one more step of the optimizer; None if that is not SGD.
+        """Return the training time after one more step of the optimizer; None if that is not SGD.
 
         >>> weight = torch.zeros(1, requires_grad=True)
         >>> weight.grad = torch.ones(1)
@@ -50,10 +51,11 @@ class TrainingTime:
 
     @staticmethod
     def of_checkpoint(checkpoint: Mapping[str, Any]) -> TrainingTime | None:
-        """Return that of a Lightning checkpoint: what `TRAKCallback` put there, else reckoned from rate and step.
+        """Return the training time of a Lightning checkpoint; None where it is unknown.
 
-        None where it cannot be known: for mere weights, other optimizers than SGD, several of them, or where the
-        learning rate was scheduled and the callback did not watch.
+        It is what `TRAKCallback` stored there; else it is computed from learning rate and step. It is unknown for plain
+        weights, for an optimizer other than SGD, for several optimizers, and where the learning rate was scheduled and
+        the callback did not run.
 
         >>> TrainingTime.of_checkpoint({"state_dict": {}}) is None
         True
@@ -68,7 +70,7 @@ class TrainingTime:
 
 
 def _of_steps(param_groups: Iterable[Mapping[str, Any]], steps: int) -> TrainingTime | None:
-    """Return the time that some steps take; None if groups differ in it, as then no one time is that of the model."""
+    """Return the time that some steps take; None if it differs between groups: then no single time fits the model."""
     groups = list(param_groups)
     if not groups or any(not _OPTIONS <= set(group) <= _OPTIONS | _MORE_OPTIONS for group in groups):
         return None
