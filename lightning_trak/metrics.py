@@ -1,4 +1,4 @@
-"""How well scores predict what retraining does: the linear datamodeling score."""
+"""How well scores predict the outcome of retraining: the linear datamodeling score (LDS)."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ class Interval(NamedTuple):
 
 
 def linear_datamodeling_score(scores: Tensor, masks: Tensor, outputs: Tensor) -> Tensor:
-    """Correlate what scores predict for training subsets with what training on them gave: the LDS.
+    """Return the LDS: the rank correlation of predicted and actual outputs after training on subsets.
 
     The prediction for target j after training on subset S is Σ_{i∈S} τᵢⱼ. The LDS of a target is Spearman's rank
-    correlation of predictions and outputs over the subsets, ties averaged; returned is its mean over targets. TRAK,
-    arXiv 2303.14186, Definition 2.3; Ilyas et al., "Datamodels", arXiv 2202.00622.
+    correlation of predictions and outputs over the subsets, with ties averaged. Its mean over targets is returned. See
+    TRAK, arXiv 2303.14186, Definition 2.3; Ilyas et al., "Datamodels", arXiv 2202.00622.
 
     Args:
         scores: τ, (n, m).
         masks: (s, n), bool; row t says which training examples are in subset t.
-        outputs: (s, m), model outputs of the targets after training on each subset.
+        outputs: (s, m), the model outputs of the targets after training on each subset.
 
     Returns:
-        The mean over targets, a scalar between −1 and 1. A target whose outputs or predictions do not vary counts as 0.
+        The mean over targets, a scalar from −1 to 1. A target whose outputs or predictions do not vary counts as 0.
 
     Raises:
-        ValueError: if shapes do not fit together, values are not finite, or there are fewer than 2 subsets.
+        ValueError: if shapes do not fit together, a value is not finite, or there are fewer than 2 subsets.
 
     >>> scores = torch.tensor([[1.0], [2.0], [4.0]])
     >>> masks = torch.tensor([[True, True, False], [True, False, True], [False, True, True]])
@@ -56,9 +56,9 @@ def predicted_outputs(scores: Tensor, masks: Tensor) -> Tensor:
 
 
 def spearman(preds: Tensor, target: Tensor) -> Tensor:
-    """Return Spearman's rank correlation of every column, ties averaged: (s, m), (s, m) → (m,).
+    """Return Spearman's rank correlation of every column, with ties averaged: (s, m), (s, m) → (m,).
 
-    A column without variation gives 0: it orders nothing.
+    A constant column has no order, and gives 0.
 
     >>> spearman(torch.tensor([[1.0], [2.0], [2.0]]), torch.tensor([[1.0], [2.0], [3.0]]))
     tensor([0.8660])
@@ -68,13 +68,13 @@ def spearman(preds: Tensor, target: Tensor) -> Tensor:
 
 
 class LinearDatamodelingScore(Metric):
-    """The linear datamodeling score, subset by subset; see `linear_datamodeling_score`.
+    """The linear datamodeling score as a metric of torchmetrics, updated with subsets; see `linear_datamodeling_score`.
 
     Args:
-        n_bootstrap: resamples for `interval`.
-        confidence: of `interval`.
-        seed: of the resampling.
-        kwargs: of ``torchmetrics.Metric``.
+        n_bootstrap: the number of resamples for `interval`.
+        confidence: the confidence level of `interval`.
+        seed: the seed of the resamples.
+        kwargs: passed to ``torchmetrics.Metric``.
 
     >>> metric = LinearDatamodelingScore()
     >>> metric.update(preds=torch.tensor([[3.0], [5.0]]), target=torch.tensor([[0.1], [0.5]]))
@@ -107,7 +107,7 @@ class LinearDatamodelingScore(Metric):
         """Add subsets.
 
         Args:
-            preds: (s, m), what scores predict for each of s subsets and m targets: ``masks.float() @ scores``.
+            preds: (s, m), the predictions of scores for s subsets and m targets: ``masks.float() @ scores``.
             target: (s, m), the model outputs after training on each subset.
         """
         _check_shapes(preds, target)
@@ -124,10 +124,10 @@ class LinearDatamodelingScore(Metric):
             return spearman(*self._all())
 
     def interval(self) -> Interval:
-        """Return a bootstrap confidence interval of the mean: subsets and targets are both drawn again.
+        """Return a bootstrap confidence interval of the mean. Both subsets and targets are resampled.
 
-        Ranks are those of the whole sample, weighted by how often a subset is drawn. Owen, "The pigeonhole bootstrap",
-        Annals of Applied Statistics 2007.
+        Ranks are computed once, from all subsets; a subset is weighted by how often it is drawn. Owen, "The pigeonhole
+        bootstrap", Annals of Applied Statistics 2007.
         """
         with self._synchronised():
             preds, target = self._all()
@@ -137,7 +137,7 @@ class LinearDatamodelingScore(Metric):
         return Interval(*means.quantile(torch.tensor([tail, 1 - tail], device=means.device)))
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Draw the value, or those given; see ``torchmetrics.Metric.plot``. Returns figure and axes."""
+        """Draw the value, or given values; see ``torchmetrics.Metric.plot``. Return figure and axes."""
         return self._plot(val, ax)
 
     def _all(self) -> tuple[Tensor, Tensor]:
@@ -167,7 +167,7 @@ def _check_pair(preds: Tensor, target: Tensor) -> None:
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Rank every column from 1 up, ties by their mean, float64."""
+    """Return the ranks in every column, from 1; ties have their mean rank; float64."""
     columns = values.T.contiguous()
     ordered = columns.sort(dim=1).values
     below, up_to = (torch.searchsorted(ordered, columns, right=right) for right in (False, True))
@@ -185,7 +185,7 @@ def _correlation(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _bootstrap(preds: Tensor, target: Tensor, times: int, seed: int) -> Tensor:
-    """Return means of rank correlations over resampled subsets and targets, (times,)."""
+    """Return the mean rank correlations of resampled subsets and targets, (times,)."""
     s, m = preds.shape
     generator = torch.Generator().manual_seed(seed)
     subsets, targets = (torch.zeros(times, size, dtype=torch.float64) for size in (s, m))
@@ -194,7 +194,7 @@ def _bootstrap(preds: Tensor, target: Tensor, times: int, seed: int) -> Tensor:
         drawn = torch.randint(size, (times, size), generator=generator)
         counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64)).div_(size)
     subsets, targets = subsets.to(preds), targets.to(preds)
-    x, y = preds - preds.mean(0), target - target.mean(0)  # far from zero, differences of squares would lose digits
+    x, y = preds - preds.mean(0), target - target.mean(0)  # centred: else differences of squares lose digits
     mean_x, mean_y = subsets @ x, subsets @ y
     covariance = subsets @ (x * y) - mean_x * mean_y
     variances = (subsets @ x**2 - mean_x**2) * (subsets @ y**2 - mean_y**2)

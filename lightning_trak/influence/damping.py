@@ -16,11 +16,11 @@ PART_OF_TIME = 0.25
 LEAST_DAMPING = 1e-3  # with less, H of fewer examples than features is singular in float32
 
 CANDIDATES = (0.3, 1.0, 3.0, 10.0)
-EXAMPLES = 1000  # enough training examples to choose from
+EXAMPLES = 1000  # training examples that suffice to choose λ
 
 _LEAST_WEIGHT = 1e-6  # relative to the largest
 _OPTIMUM, _FAR = 1e-3, 1e-1  # r of `distance_to_optimum`, at an optimum and far from it
-_ALIKE = 0.005  # errors that differ by less, relatively, count as equal
+_ALIKE = 0.005  # candidates whose errors differ by less, relatively, count as equal
 
 
 class Damping(NamedTuple):

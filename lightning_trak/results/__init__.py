@@ -1,4 +1,4 @@
-"""What the user gets: attributions, and pictures of them.
+"""What the user gets: attributions, and plots of them.
 
 Scores come in. May import `influence` and `metrics`; no Lightning.
 """

@@ -22,27 +22,28 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_LISTS = ("checkpoints", "dampings", "damping_rules", "loss_explained")  # of the fields below
+_LISTS = ("checkpoints", "dampings", "damping_rules", "loss_explained")  # the fields below that are tuples
 
 
 @dataclass(frozen=True)
 class AttributionInfo:
-    """How scores came about.
+    """How scores were computed.
 
     Attributes:
         n_train: n.
         n_targets: m.
-        checkpoints: digests of the checkpoints averaged over.
-        projector: name of the projection.
+        checkpoints: the digests of the checkpoints that scores are averaged over.
+        projector: the name of the projection.
         proj_dim: k.
-        damping: λ, or ``"auto"``, as it was asked for.
+        damping: λ, or ``"auto"``, as given.
         curvature: whether H was weighted with the loss's curvature.
         dampings: λ at every checkpoint.
-        damping_rules: how they were chosen.
-        temperature: by which model outputs were divided in Q and w.
+        damping_rules: how λ was chosen at every checkpoint.
+        temperature: the number that divided model outputs in Q and w.
         estimator: ``"gauss_newton"`` or ``"trak"``.
-        loss_explained: where the loss is no function of the output, how much of the squared norms of its gradients is
-            along those of the output, at every checkpoint that was featurized in one go.
+        loss_explained: where the loss is no function of the output, the part of its gradients (of their squared norms)
+            that lies along the gradients of the output. There is a number for every checkpoint that was featurized
+            without interruption.
     """
 
     n_train: int
@@ -60,11 +61,11 @@ class AttributionInfo:
 
 
 class Convergence(NamedTuple):
-    """How well halves of the checkpoints agree.
+    """How well two halves of the checkpoints agree.
 
     Attributes:
-        checkpoints: how many were cut into halves.
-        agreement: rank correlation of the halves' scores.
+        checkpoints: numbers of checkpoints that were split into halves.
+        agreement: for each number, the rank correlation of the halves' scores.
     """
 
     checkpoints: list[int]
@@ -74,14 +75,14 @@ class Convergence(NamedTuple):
 class Attribution:
     """Scores of every training example for every target.
 
-    A positive score says that training on the example raised the model output of the target (the example is *helpful*,
-    a proponent), a negative one that it lowered it. With ``curvature=True`` a score predicts by how much the output
-    falls if the example is left out of training.
+    A positive score says that training on the example raised the model output of the target: the example is *helpful*,
+    a proponent. A negative score says that training on it lowered the output. With ``curvature=True`` a score predicts
+    by how much the output falls if the example is left out of training.
 
     Args:
-        scores: τ, (n, m); or, to hold only the best and worst of each target, `Extremes`.
-        info: how they came about.
-        spread: how they vary from checkpoint to checkpoint, where that is known.
+        scores: τ, (n, m); or `Extremes`, which hold only the highest and lowest scores of each target.
+        info: how scores were computed.
+        spread: how scores vary from checkpoint to checkpoint, where that is known.
 
     >>> info = AttributionInfo(3, 1, ("a1b2",), "sparse", 2048, 0.3, True)
     >>> attribution = Attribution(torch.tensor([[0.5], [-1.0], [2.0]]), info)
@@ -109,24 +110,24 @@ class Attribution:
 
     @property
     def standard_error(self) -> Tensor:
-        """Of every score, (n, m): its standard deviation over checkpoints divided by the root of their number.
+        """The standard error of every score, (n, m): its standard deviation over checkpoints / √(their number).
 
-        Checkpoints of one run are alike, so it tells how much the scores would change with other checkpoints of such a
-        run, not with another run. With ``estimator="trak"``, which averages Q over checkpoints apart, it leaves out how
-        Q varies.
+        Checkpoints of one run are alike. So this tells how much scores would change with other checkpoints of the same
+        run, not with another run. With ``estimator="trak"`` it leaves out the variation of Q, which is averaged over
+        checkpoints separately.
         """
         return self._known_spread().standard_error
 
     def convergence(self, splits: int = 20, seed: int = 0) -> Convergence:
-        """Say whether the checkpoints are enough: how well two halves of them agree, for more and more checkpoints.
+        """Are the checkpoints enough? Return how well two halves of them agree, for 2, 4, 6, ... checkpoints.
 
-        Checkpoints are drawn at random and cut into halves; agreement is Spearman's rank correlation of the halves'
-        scores over training examples, averaged over targets and ``splits``. Where it has stopped to rise, more
-        checkpoints of the same kind will not help.
+        Checkpoints are drawn at random and split into halves. Agreement is Spearman's rank correlation of the halves'
+        scores over training examples, averaged over targets and splits. Once it stops rising, more checkpoints of the
+        same kind will not help.
 
         Args:
-            splits: for each number of checkpoints.
-            seed: chooses them.
+            splits: the number of random splits for each number of checkpoints.
+            seed: the seed of the splits.
 
         Returns:
             ``checkpoints``, even numbers, and ``agreement`` for each.
@@ -150,7 +151,7 @@ class Attribution:
         return self._spread
 
     def top(self, k: int = 5) -> Ranked:
-        """Return the most helpful training examples of every target, the best first.
+        """Return the most helpful training examples of every target, the highest score first.
 
         Args:
             k: how many.
@@ -161,7 +162,7 @@ class Attribution:
         return self._ranked(k, largest=True)
 
     def bottom(self, k: int = 5) -> Ranked:
-        """Return the most harmful training examples of every target, the worst first; as `top` otherwise."""
+        """Return the most harmful training examples of every target, the lowest score first; see `top`."""
         return self._ranked(k, largest=False)
 
     def plot(
@@ -175,12 +176,12 @@ class Attribution:
         """Draw targets beside their k most helpful and k most harmful training examples.
 
         Args:
-            train: the train set, to show its examples by index: images, pairs of image and label, or mappings with an
-                image as "image", "pixel_values" or "x". An image is (H, W), (C, H, W) or (H, W, C), with C = 1, 3 or 4.
-                Without it scores are shown as bars.
-            targets: the target set, likewise.
-            columns: which targets to draw, by index; the first five if None.
-            k: how many training examples on each side.
+            train: the train set. Its examples are images, pairs of image and label, or mappings with an image as
+                "image", "pixel_values" or "x". An image is (H, W), (C, H, W) or (H, W, C), with C = 1, 3 or 4. Without
+                ``train``, scores are drawn as bars.
+            targets: the target set, in the same form.
+            columns: the targets to draw, by index; the first five if None.
+            k: how many helpful and how many harmful training examples.
 
         Returns:
             The figure, and its axes as a NumPy array: (targets, 1 + 2k) with images, (targets,) with bars.
@@ -197,10 +198,10 @@ class Attribution:
         return plot_extremes(extremes, shown, train, targets)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the attribution into the directory ``path``; a former attribution there is replaced."""
+        """Write the attribution into the directory ``path``. An earlier attribution there is replaced."""
         target = Path(path)
         if target.exists() and not (target / "attribution.json").is_file():
-            raise FileExistsError(f"'{path}' exists and is no saved attribution; choose another path.")
+            raise FileExistsError(f"'{path}' exists and is no saved attribution. Choose another path.")
         partial = target.with_name(target.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

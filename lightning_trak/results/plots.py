@@ -1,4 +1,4 @@
-"""Pictures: targets beside the training examples that moved them most; curves."""
+"""Plots: targets beside their most helpful and most harmful training examples; curves."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _IMAGES, _LABELS = ("image", "pixel_values", "x"), ("label", "labels", "y")  # keys of examples that are mappings
-_HELPFUL, _HARMFUL = "#2166ac", "#b2182b"  # blue and red that also the colour-blind tell apart
+_HELPFUL, _HARMFUL = "#2166ac", "#b2182b"  # blue and red that colour-blind people can tell apart
 
 
 def plot_extremes(
     extremes: Extremes, columns: Sequence[int], train: Sequence[Any] | None, targets: Sequence[Any] | None
 ) -> tuple[Figure, npt.NDArray[Any]]:
-    """Draw a row for each target; see `Attribution.plot`."""
+    """Draw one row per target; see `Attribution.plot`."""
     plt = _pyplot()
     k = extremes.top.indices.shape[1]
     if train is None:
@@ -36,11 +36,9 @@ def plot_extremes(
     )
     for row, column in zip(axes, columns, strict=True):
         _images(row, extremes, column, train, targets)
-    axes[0, 1 + (k - 1) // 2].text(
-        0.5, 1.62, "most helpful", transform=axes[0, 1 + (k - 1) // 2].transAxes, ha="center"
-    )
-    harmful = axes[0, k + 1 + (k - 1) // 2]
-    harmful.text(0.5, 1.62, "most harmful", transform=harmful.transAxes, ha="center")
+    for first, title in ((1, "most helpful"), (k + 1, "most harmful")):
+        axis = axes[0, first + (k - 1) // 2]
+        axis.text(0.5, 1.62, title, transform=axis.transAxes, ha="center")
     figure.tight_layout(rect=(0, 0, 1, 0.97))
     return figure, axes
 
@@ -48,7 +46,7 @@ def plot_extremes(
 def plot_curves(
     x: Sequence[float], panels: Mapping[str, Mapping[str, Any]], label: str
 ) -> tuple[Figure, npt.NDArray[Any]]:
-    """Draw curves over ``x`` in one panel for each quantity, {quantity: {name: values}}; the first is the one meant."""
+    """Draw curves over ``x``, one panel per quantity: {quantity: {name: values}}. The first curve is the main one."""
     plt = _pyplot()
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False)
     for axis, (quantity, curves) in zip(axes[0], panels.items(), strict=True):
@@ -116,14 +114,14 @@ def _image_of(example: Mapping[Any, Any]) -> Any:
             return example[key]
     raise ValueError(
         f"An example has no image: it has the keys {', '.join(map(repr, example)) or 'none'}, and its image is expected"
-        f" under one of {', '.join(map(repr, _IMAGES))}. Pass a sequence of images in the place of the data, e.g."
+        f" under one of {', '.join(map(repr, _IMAGES))}. Pass a sequence of images in place of the data, e.g."
         " plot(train=[example['picture'] for example in data]), or call plot() without train and targets to draw scores"
         " as bars."
     )
 
 
 def _image_and_label(example: Any) -> tuple[npt.NDArray[Any], Any]:
-    """Take the image, as matplotlib wants it, and the label, if any, out of an example."""
+    """Return the image of an example in the form of matplotlib, and its label, if any."""
     image, label = example, None
     if isinstance(example, Mapping):
         label = next((example[key] for key in _LABELS if key in example), None)
@@ -140,7 +138,7 @@ def _as_matplotlib_wants(image: Any) -> npt.NDArray[Any]:
     """Return an image as (H, W), or (H, W, C) with three or four channels; floats from 0 to 1."""
     try:
         array = np.asarray(image)
-    except ValueError:  # a list of arrays of other shapes
+    except ValueError:  # a list of arrays of different shapes
         array = np.empty(0, dtype=object)
     if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (3, 4):
         array = np.moveaxis(array, 0, 2)
@@ -150,7 +148,7 @@ def _as_matplotlib_wants(image: Any) -> npt.NDArray[Any]:
         shape = "" if array.dtype == object else f" of shape {array.shape}"
         raise ValueError(
             f"An example{shape} ({type(image).__name__}) is no image, (H, W), (C, H, W) or (H, W, C) with C = 1, 3 or"
-            " 4. Pass a sequence of images in the place of the data, or call plot() without train and targets to draw"
+            " 4. Pass a sequence of images in place of the data, or call plot() without train and targets to draw"
             " scores as bars."
         )
     if array.dtype.kind == "f":
