@@ -31,8 +31,8 @@ Array = npt.NDArray[Any]
 class CheckpointEntry:
     """One checkpoint of a `FeatureStore`: its weights file, and features that are written row by row.
 
-    Every row is written once; ``written.npy`` says which are, so that a crash loses at most the batch in flight. Only
-    a complete entry gives its features away.
+    Every row is written once. ``written.npy`` says which rows are there, so a crash loses at most the current batch.
+    Features can be read only when all are there.
     """
 
     def __init__(self, path: Path, n_train: int) -> None:
@@ -44,7 +44,7 @@ class CheckpointEntry:
 
     @property
     def weights_path(self) -> Path:
-        """Where the weights are."""
+        """The path of the weights file."""
         return self.path / "weights.pt"
 
     @property
@@ -53,21 +53,21 @@ class CheckpointEntry:
         return "checksums" in self.meta
 
     def allocate(self, k: int) -> None:
-        """Make room on the disk for all features at once, so that a disk too small is known before the work is done."""
+        """Reserve disk space for all features at once, so that a disk too small is an error before any work is done."""
         if (self.path / "written.npy").exists():
             return
         shapes: dict[str, tuple[tuple[int, ...], type]] = {
             "features": ((self.n_train, k), np.float32),
             "loss_grad": ((self.n_train,), np.float32),
             "curvature": ((self.n_train,), np.float32),
-            "written": ((self.n_train,), np.bool_),  # last: it is the sign that the others are there
+            "written": ((self.n_train,), np.bool_),  # last: its presence means that the others exist
         }
         with explained_os_errors(self.path):
             for name, (shape, dtype) in shapes.items():
                 allocate(self.path / f"{name}.npy", shape, dtype)
 
     def missing_rows(self) -> npt.NDArray[np.int64]:
-        """Return the training examples whose features are still to be written, in order."""
+        """Return the rows of the training examples whose features are not written yet, in order."""
         if not (self.path / "written.npy").exists():
             return np.arange(self.n_train)
         return np.flatnonzero(~self._array("written"))
@@ -83,7 +83,7 @@ class CheckpointEntry:
         written[rows] = True
 
     def finish(self) -> None:
-        """Seal the entry once every row is there: bring it to the disk, with checksums that tell later damage."""
+        """Complete the entry once all rows are written: flush them, and store checksums that show later damage."""
         missing = self.missing_rows()
         if len(missing):
             raise ValueError(f"{len(missing)} rows of checkpoint {self.digest} are not written yet.")
@@ -96,7 +96,7 @@ class CheckpointEntry:
             write_json(self.path / "meta.json", self.meta)
 
     def supplement(self, meta: Mapping[str, Any]) -> None:
-        """Note what was not known of the checkpoint when it was added."""
+        """Add to ``meta`` what was unknown when the checkpoint was added; known values stay."""
         new = {name: value for name, value in meta.items() if value is not None and self.meta.get(name) is None}
         if new:
             self.meta = {**self.meta, **new}
@@ -105,7 +105,7 @@ class CheckpointEntry:
 
     @property
     def features(self) -> Array:
-        """Φ, (n, k), memory-mapped; what is written to it does not reach the file."""
+        """Φ, (n, k), memory-mapped copy-on-write: writing to it does not change the file."""
         return self._complete("features")
 
     @property
@@ -119,14 +119,14 @@ class CheckpointEntry:
         return self._complete("curvature")
 
     def verified(self, name: str) -> VerifiedRows:
-        """Return Φ, Q or w, by the name of its property, to be read in order; damage is found out at the end."""
+        """Return Φ, Q or w, by property name, to read in order; damage raises an error after the last row."""
         return VerifiedRows(self._complete(name), self.path / f"{name}.npy", self.meta["checksums"][name])
 
     def read_sums(self, key: Mapping[str, Any]) -> dict[str, Array] | None:
-        """Return what `write_sums` wrote for these features and this key; None if there is nothing, or it is damaged.
+        """Return what `write_sums` wrote for these features and this key; None if it is missing or damaged.
 
         Args:
-            key: all that the sums depend on beside the features.
+            key: all that the sums depend on, apart from the features.
         """
         try:
             with open(self._sums_path(key), "rb") as opened, np.load(opened, allow_pickle=False) as file:
@@ -136,13 +136,13 @@ class CheckpointEntry:
         return arrays if arrays.pop("checksum", None) == checksum_of(arrays) else None
 
     def write_sums(self, key: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
-        """Keep sums over the train set; see `read_sums`."""
+        """Store sums over the train set; see `read_sums`."""
         path = self._sums_path(key)
         with explained_os_errors(self.path), atomically(path) as partial, open(partial, "wb") as file:
             np.savez(file, **arrays, checksum=checksum_of(arrays))  # type: ignore[arg-type]
 
     def _sums_path(self, key: Mapping[str, Any]) -> Path:
-        """Name the file by all that the sums depend on."""
+        """Return the path of the sums: its name is a digest of all that they depend on."""
         text = json.dumps([key, self.meta["checksums"]], sort_keys=True)
         return self.path / f"sums-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.npz"
 

@@ -1,4 +1,4 @@
-"""Files of the store: written at once or not at all, and verified as they are read."""
+"""Files of the store: written whole or not at all, and verified while they are read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 
 
 class VerifiedRows:
-    """The rows of an array file, each block read once; a checksum tells at the end whether the file is as written."""
+    """The rows of an array file. Each block is read once, and a checksum at the end shows whether the file changed."""
 
     def __init__(self, array: Array, path: Path, checksum: int) -> None:
         self._array, self._path, self._checksum = array, path, checksum
@@ -52,7 +52,7 @@ class VerifiedRows:
 
 
 def damaged(path: Path, why: str) -> ValueError:
-    """Return an error that says what is wrong with a file, and what to do."""
+    """Return an error that says what is wrong with a file, and the remedy."""
     return ValueError(
         f"'{path}' is damaged: {why}. Delete {path.name}, written.npy and the 'checksums' of meta.json there, or simply"
         f" the folder '{path.parent}', and featurize the checkpoint again."
@@ -60,7 +60,7 @@ def damaged(path: Path, why: str) -> ValueError:
 
 
 def checksum_of(arrays: Mapping[str, Array]) -> int:
-    """Return the CRC-32 of some arrays and their names."""
+    """Return the CRC-32 of arrays and their names."""
     crc = 0
     for name in sorted(arrays):
         crc = zlib.crc32(np.ascontiguousarray(arrays[name]).data, zlib.crc32(name.encode(), crc))
@@ -69,19 +69,19 @@ def checksum_of(arrays: Mapping[str, Array]) -> int:
 
 @contextmanager
 def explained_os_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError into one that says what could not be written, and what to do."""
+    """Turn an OSError into one that says what could not be written, and the remedy."""
     try:
         yield
     except OSError as error:
         raise type(error)(
             error.errno,
             f"The feature store cannot be written in '{path}': {error.strerror or error}. Free space there, or give"
-            " TRAKCallback another dirpath. Everything written so far is kept, and a rerun goes on from it",
+            " TRAKCallback another dirpath. What is written so far is kept, and a rerun goes on from it",
         ) from error
 
 
 def allocate(path: Path, shape: tuple[int, ...], dtype: type) -> None:
-    """Create an array file of zeros whose blocks are really on the disk: a sparse one would end in SIGBUS when full."""
+    """Create an array file of zeros with all its disk space reserved: in a sparse file, a full disk ends in SIGBUS."""
     with atomically(path) as partial, open(partial, "wb") as file:
         np.lib.format.write_array_header_1_0(
             file,
@@ -98,7 +98,7 @@ def allocate(path: Path, shape: tuple[int, ...], dtype: type) -> None:
 
 
 def _reserve(descriptor: int, size: int) -> bool:
-    """Reserve blocks for a file; return False where the system or the file system cannot."""
+    """Reserve disk space for a file; return False where the system or the file system cannot."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except AttributeError:
@@ -111,7 +111,11 @@ def _reserve(descriptor: int, size: int) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read an object; a ValueError says what to do if the file is damaged."""
+    """Read a JSON object.
+
+    Raises:
+        ValueError: if the file is damaged; it says the remedy.
+    """
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -119,20 +123,20 @@ def read_json(path: Path) -> dict[str, Any]:
             f"'{path}' is damaged: {error}. Delete the folder '{path.parent}' and featurize again."
         ) from error
     if not isinstance(value, dict):
-        raise ValueError(f"'{path}' is damaged: it holds no object. Delete the folder '{path.parent}'.")
+        raise ValueError(f"'{path}' is damaged: it holds no JSON object. Delete the folder '{path.parent}'.")
     return value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Replace a file at once, so that it is never half-written."""
+    """Write a JSON object; the file is replaced whole."""
     with atomically(path) as partial:
         partial.write_text(json.dumps(value, indent=1))
 
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """Write a file at once or not at all: to the path that is yielded, which takes its place at the end."""
-    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")  # another process may write the same
+    """Write a file whole or not at all: write to the yielded path; it replaces ``path`` at the end."""
+    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")  # unique: another process may write the same file
     try:
         yield partial
         os.replace(partial, path)

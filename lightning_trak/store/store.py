@@ -1,4 +1,4 @@
-"""FeatureStore: the directory of checkpoints, their features, and scores. NumPy only."""
+"""FeatureStore: a directory of checkpoints, their features, and scores. NumPy only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMAT_VERSION = 1
 
 
 class FeatureStore:
-    """A directory that holds, for every checkpoint, its weights and the features of all training examples.
+    """A directory with the weights of every checkpoint, and the features of all training examples at each.
 
     ::
 
@@ -28,10 +28,10 @@ class FeatureStore:
         <dirpath>/scores/<name>/...
 
     A checkpoint is named by the digest of its weights, so the same weights twice are one entry. All entries share one
-    manifest; what does not fit it is refused.
+    manifest. What does not fit it is an error.
 
     Args:
-        dirpath: the directory of an existing store; `FeatureStore.create` makes one.
+        dirpath: the directory of an existing store; `FeatureStore.create` makes a new one.
 
     Raises:
         FileNotFoundError: if there is no store.
@@ -60,16 +60,16 @@ class FeatureStore:
         version = self.manifest.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(
-                f"The store '{dirpath}' has format_version={version!r}, this version of lightning_trak reads"
+                f"The store '{dirpath}' has format_version={version!r}; this version of lightning_trak reads"
                 f" {FORMAT_VERSION}. Use another dirpath."
             )
 
     @classmethod
     def create(cls, dirpath: str | os.PathLike[str], manifest: Mapping[str, Any]) -> FeatureStore:
-        """Open the store in ``dirpath``, made with ``manifest`` if it is not there yet.
+        """Open the store in ``dirpath``; create it with ``manifest`` if there is none.
 
         Raises:
-            ValueError: if it was made with another manifest; the field, both values and the remedy are named.
+            ValueError: if it was made with another manifest. The message names the field, both values and the remedy.
             OSError: if the directory cannot be written.
         """
         path = Path(dirpath)
@@ -83,18 +83,18 @@ class FeatureStore:
 
     @staticmethod
     def remove(dirpath: str | os.PathLike[str]) -> None:
-        """Delete the store in ``dirpath``, if there is one, with its checkpoints and scores; other files stay."""
+        """Delete the store in ``dirpath``, if there is one: its checkpoints and scores. Other files stay."""
         path = Path(dirpath)
         if not (path / "manifest.json").is_file():
             return
-        (path / "manifest.json").unlink()  # first: without it nothing is taken for a store
+        (path / "manifest.json").unlink()  # first: without it the directory is no store
         for folder in ("checkpoints", "scores"):
             shutil.rmtree(path / folder, ignore_errors=True)
 
     def check(self, manifest: Mapping[str, Any]) -> None:
         """Raise a ValueError that names the first field in which ``manifest`` differs from the store's own."""
         for name, value in json.loads(json.dumps(manifest)).items():
-            if name == "data_rows":  # it says where "data" differs
+            if name == "data_rows":  # it only says where "data" differs
                 continue
             given, stored = _flat({name: value}), _flat({name: self.manifest.get(name)})
             for field in [*stored, *(field for field in given if field not in stored)]:
@@ -113,7 +113,7 @@ class FeatureStore:
                 )
 
     def _difference(self, field: str, own: Any, here: Any, manifest: Mapping[str, Any]) -> tuple[str, str]:
-        """Say how a field of the store differs from that of another manifest, and what it is called."""
+        """Return how a field of the store differs from that of another manifest, and the name of what differs."""
         if field in ("n_train", "data"):
             return f"another train set: {difference(self.manifest, manifest)}", "train set"
         return f"{field}={_short(own)}, but here {field}={_short(here)}", field
@@ -125,7 +125,7 @@ class FeatureStore:
 
     @property
     def digests(self) -> list[str]:
-        """The checkpoints, in the order in which they came."""
+        """The digests of the checkpoints, in the order in which they were added."""
         found = [(entry.meta.get("created", 0), entry.digest) for entry in self]
         return [digest for _, digest in sorted(found)]
 
@@ -147,14 +147,14 @@ class FeatureStore:
         return CheckpointEntry(self.dirpath / "checkpoints" / digest, self.n_train)
 
     def folder(self, digest: str) -> Path:
-        """Return the folder of a checkpoint, made if it is not there; weights go in before the entry is added."""
+        """Return the folder of a checkpoint, created if needed. Weights are written there before the entry is added."""
         path = self.dirpath / "checkpoints" / digest
         with explained_os_errors(self.dirpath):
             path.mkdir(parents=True, exist_ok=True)
         return path
 
     def add(self, digest: str, meta: Mapping[str, Any]) -> CheckpointEntry:
-        """Add a checkpoint, whose features are still to be written; one that is there already is returned as it is."""
+        """Add a checkpoint without features; one that is there already is returned unchanged."""
         if digest not in self:
             path = self.folder(digest)
             with explained_os_errors(self.dirpath):
@@ -180,7 +180,7 @@ class FeatureStore:
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Name the leaves of nested objects by their path: ``projection.seed``."""
+    """Return the leaves of nested objects by their path, e.g. ``projection.seed``."""
     flat: dict[str, Any] = {}
     for name, item in value.items():
         flat |= _flat(item, f"{prefix}{name}.") if isinstance(item, Mapping) else {prefix + name: item}

@@ -1,4 +1,4 @@
-"""Weights of checkpoints: their digest, and their files."""
+"""The weights of checkpoints: their digests and their files."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_trak.data.identity import bytes_of
+from lightning_trak.store.files import atomically
 
 Weights = dict[str, Tensor]
 
 
 def tensors_in(state_dict: Mapping[str, Any]) -> Weights:
-    """Return the tensors of a state dict, detached, without other extra state."""
+    """Return the tensors of a state dict, detached; other entries are left out."""
     return {name: value.detach() for name, value in state_dict.items() if isinstance(value, Tensor)}
 
 
 def copy_of_weights(module: nn.Module) -> Weights:
-    """Return a copy of a module's weights: a forward pass may change its own in place, as with ``max_norm=1``.
+    """Return a copy of a module's weights. A forward pass may change the originals in place, as with ``max_norm=1``.
 
     >>> layer = nn.Linear(1, 1)
     >>> copy_of_weights(layer)["weight"].data_ptr() == layer.weight.data_ptr()
@@ -33,7 +34,7 @@ def copy_of_weights(module: nn.Module) -> Weights:
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """Return the identity of a checkpoint: a digest of its weights' names, types, shapes and bytes.
+    """Return the identity of a checkpoint: a digest of the names, types, shapes and bytes of its weights.
 
     >>> weights_digest({"a": torch.zeros(2)}) == weights_digest({"a": torch.zeros(2)})
     True
@@ -49,19 +50,14 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write weights to ``path`` at once or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        # Through a file of our own, so that a full disk is an OSError; cloned, so that no view drags its storage along.
-        with open(partial, "wb") as file:
-            torch.save({name: value.detach().cpu().clone() for name, value in weights.items()}, file)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write weights to ``path``, whole or not at all."""
+    # An open file, not a path: then a full disk is an OSError. Cloned: a view would be saved with its whole storage.
+    with atomically(path) as partial, open(partial, "wb") as file:
+        torch.save({name: value.detach().cpu().clone() for name, value in weights.items()}, file)
 
 
 def load_weights(path: Path, digest: str) -> Weights:
-    """Read the weights that `save_weights` wrote, and make sure that they are those of ``digest``.
+    """Read the weights that `save_weights` wrote, and verify their digest.
 
     Raises:
         ValueError: if the file is damaged.
@@ -80,11 +76,11 @@ def load_weights(path: Path, digest: str) -> Weights:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """Read a Lightning ``.ckpt`` file; a plain state-dict file as if it were one that holds nothing else.
+    """Read a Lightning ``.ckpt`` file, or a plain state-dict file: that is returned as ``{"state_dict": ...}``.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, or holds something else.
+        ValueError: if it is damaged, or holds no weights.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"ckpt_path names '{path}', which is no file. Pass paths of .ckpt or state-dict files.")
