@@ -46,6 +46,7 @@ CASES = (
     Case("digits", "vmap", "sparse", n_train=16384, n_targets=1024),
     Case("digits", "loop", "sparse", n_train=4096, n_targets=256),
     Case("resnet9", n_train=1024, n_targets=128, traker=True),
+    Case("resnet9", n_train=512, n_targets=64),
     Case("resnet9", projector="sparse", n_train=1024, n_targets=128),
     Case("resnet9", projector="rademacher", n_train=384, n_targets=32),
     Case("resnet9", "vmap", "sparse"),
