@@ -1,4 +1,4 @@
-"""Do scores predict retraining? Ground truth, counterfactuals, and scores measured against them.
+"""Do scores predict retraining? Ground truth, counterfactuals, and measures of scores against them.
 
-A user's training comes in, measures go out. May import all other rooms.
+A user's own training comes in, measures go out. May import all other rooms.
 """

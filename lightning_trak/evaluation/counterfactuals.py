@@ -1,4 +1,4 @@
-"""Does it matter? Training again without the examples that scores call most helpful, and without as many others."""
+"""Retraining without the most helpful examples, and without as many random ones as a control."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Counterfactuals:
-    """What became of targets without their most helpful training examples; `counterfactuals` makes it.
+    """The outputs of targets after training without their most helpful examples; made by `counterfactuals`.
 
     Attributes:
-        targets: which targets, t of them.
-        k: how many training examples were removed, ascending.
-        before: (r, t), outputs of models trained on everything, for each of r repeats.
+        targets: the t targets, by column of the scores.
+        k: the numbers of removed training examples, ascending.
+        before: (r, t), outputs after training on the whole train set, for each of r repeats.
         removed: (len(k), r, t), outputs without each target's own k most helpful examples.
         random: (len(k), r, t), outputs without k examples drawn at random, the control.
     """
@@ -40,22 +40,22 @@ class Counterfactuals:
 
     @property
     def drop(self) -> Tensor:
-        """By how much the output fell without the most helpful examples, (len(k), t), means over repeats."""
+        """By how much the output fell without the most helpful examples, (len(k), t), averaged over repeats."""
         return self.before.mean(0) - self.removed.mean(1)
 
     @property
     def random_drop(self) -> Tensor:
-        """By how much it fell without random ones, (len(k), t)."""
+        """By how much the output fell without random examples, (len(k), t), averaged over repeats."""
         return self.before.mean(0) - self.random.mean(1)
 
     @property
     def flipped(self) -> Tensor:
-        """Whether the output changed its sign, (len(k), t): of log-odds, whether p crossed one half."""
+        """Whether the output changed its sign, (len(k), t). For log-odds: whether p crossed one half."""
         return (self.before.mean(0) > 0) != (self.removed.mean(1) > 0)
 
     @property
     def random_flipped(self) -> Tensor:
-        """Whether it did so without random examples, (len(k), t)."""
+        """Whether the output changed its sign without random examples, (len(k), t)."""
         return (self.before.mean(0) > 0) != (self.random.mean(1) > 0)
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ class Counterfactuals:
         return "\n".join(lines)
 
     def plot(self) -> tuple[Figure, Any]:
-        """Draw the brittleness curve: fall of the output, and share of flipped targets, by number removed.
+        """Draw the fall of the output, and the share of flipped targets, over the number of removed examples.
 
         Returns:
             Figure and axes.
@@ -96,26 +96,26 @@ def counterfactuals(
     *,
     dataloaders: DataLoader[Any] | None = None,
 ) -> Counterfactuals:
-    """Remove the k most helpful training examples of a target, train again, and see how its output moves.
+    """Remove the k most helpful training examples of a target, retrain, and measure how its output changes.
 
-    There are ``repeats · (1 + len(k) · (1 + len(targets)))`` trainings, kept in ``dirpath`` as they end and shared by
-    processes, as with `retrain_subsets`. TRAK, arXiv 2303.14186, Section 5; the curve is the brittleness test of
-    "Datamodels", arXiv 2202.00622, Section 4.1.
+    There are ``repeats · (1 + len(k) · (1 + len(targets)))`` trainings. Each is stored in ``dirpath`` as it ends, and
+    several processes may share them, as in `retrain_subsets`. See TRAK, arXiv 2303.14186, Section 5. The curve is the
+    brittleness test of "Datamodels", arXiv 2202.00622, Section 4.1.
 
     Args:
-        attribution: of the same train set and targets.
+        attribution: scores of the same train set and targets.
         make_module: returns a new LightningModule.
         datamodule: supplies train set and targets, as for `retrain_subsets`.
         make_trainer: returns a new Trainer, as for `retrain_subsets`.
-        targets: columns of the scores.
-        k: numbers of examples to remove.
-        repeats: trainings on each remaining set.
-        seed: of the trainings and of the control.
-        dirpath: where the runs are kept.
+        targets: the targets, by column of the scores.
+        k: the numbers of examples to remove.
+        repeats: the number of trainings on each remaining set.
+        seed: the seed of the trainings and of the control.
+        dirpath: where the runs are stored.
         dataloaders: the targets, if not those of the datamodule.
 
     Raises:
-        ValueError: if a target or a k is out of range, or the directory holds runs of other data or settings.
+        ValueError: if a target or a k is out of range, or the directory has runs with other data or settings.
     """
     n, m = attribution.info.n_train, attribution.info.n_targets
     sizes = tuple(sorted({int(size) for size in k}))
@@ -125,7 +125,7 @@ def counterfactuals(
         raise ValueError(f"targets must be columns of the scores, 0 to {m - 1}, got {list(targets)}.")
     runs = Runs(make_module, datamodule, make_trainer, dirpath, dataloaders, {"seed": seed})
     if runs.n_train != n:
-        raise ValueError(f"The scores are of {n} training examples, the datamodule's train set has {runs.n_train}.")
+        raise ValueError(f"The scores are of {n} training examples, but the datamodule's train set has {runs.n_train}.")
     best = attribution.top(sizes[-1]).indices
     everything = torch.ones(n, dtype=torch.bool)
     plan = {"before": [everything] * repeats}
@@ -150,6 +150,6 @@ def counterfactuals(
 
 
 def _job(mask: Tensor, seed: int, repeat: int) -> tuple[str, Tensor, str]:
-    """Name a run by what it trains on, so that the same is trained once only."""
+    """Name a run by what it trains on, so that the same training is run only once."""
     digest = hashlib.blake2b(mask.numpy().tobytes(), digest_size=8).hexdigest()
     return f"without{len(mask) - int(mask.sum())}-{digest}-repeat{repeat:02d}", mask, f"{seed}:{repeat}"

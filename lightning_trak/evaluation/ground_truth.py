@@ -1,4 +1,4 @@
-"""What retraining gave: the outputs of models trained on parts of the train set, and scores measured against them."""
+"""The ground truth of retraining on subsets, and the evaluation of scores against it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from lightning_trak.metrics import (
     spearman,
 )
 from lightning_trak.results.attribution import Attribution
+from lightning_trak.store.files import atomically
 
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """The outputs of models that were retrained on subsets; `retrain_subsets` makes it.
+    """The outputs of models that were retrained on subsets; made by `retrain_subsets`.
 
     Attributes:
-        masks: (s, n), bool; row t says which training examples subset t has.
-        repeats: (s, r, m), the targets' outputs after each of r trainings on each subset.
+        masks: (s, n), bool; row t says which training examples are in subset t.
+        repeats: (s, r, m), the outputs of the targets after each of r trainings on each subset.
 
     >>> truth = GroundTruth(torch.ones(4, 10, dtype=torch.bool), torch.randn(4, 2, 3))
     >>> truth.outputs.shape
@@ -53,11 +54,16 @@ class GroundTruth:
         return self.repeats.mean(1)
 
     def noise_ceiling(self) -> float | None:
-        """Estimate the LDS of perfect scores, which know the expected output of every subset; None for one repeat.
+        """Estimate the noise ceiling: the highest LDS that scores can reach, given the noise of training.
 
-        Outputs vary by chance from training to training. With ρ the rank correlation of two repeats over subsets,
-        averaged over pairs and targets, the mean of r repeats has the reliability r ρ / (1 + (r − 1) ρ), and its
-        correlation with the expectation is the root of that. Spearman, British Journal of Psychology 1910; Brown, ibid.
+        It is the LDS of scores that predict the expected output after training on every subset. Outputs vary by chance
+        from training to training. Let ρ be the rank correlation of two repeats over subsets, averaged over pairs of
+        repeats and over targets. Then the mean of r repeats has the reliability r ρ / (1 + (r − 1) ρ), and its
+        correlation with the expectation is the root of that (Spearman, British Journal of Psychology 1910; Brown,
+        ibid.).
+
+        Returns:
+            The ceiling; None with a single repeat.
         """
         r = self.repeats.shape[1]
         if r < 2:
@@ -69,7 +75,7 @@ class GroundTruth:
         return float((r * rho / (1 + (r - 1) * rho)) ** 0.5)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write both arrays into one ``.npz`` file."""
+        """Write masks and repeats into one ``.npz`` file."""
         with open(path, "wb") as file:
             np.savez(file, masks=self.masks.numpy(), repeats=self.repeats.numpy())
 
@@ -77,12 +83,12 @@ class GroundTruth:
     def load(cls, path: str | os.PathLike[str]) -> GroundTruth:
         """Read what `save` wrote, or a directory of `retrain_subsets`.
 
-        Of a directory, s subsets with r repeats each are read, s and r such that the runs are as many as possible; a
-        warning says so if there are more.
+        A directory may have more repeats of some subsets than of others. Then s subsets with r repeats each are read,
+        with s and r such that most runs are used, and a warning says so.
 
         Raises:
             FileNotFoundError: if there is nothing.
-            ValueError: if a file is damaged; it is named.
+            ValueError: if a file is damaged; the message names it.
         """
         if Path(path).is_dir():
             return read_runs(Path(path))
@@ -94,16 +100,17 @@ class GroundTruth:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well scores predict retraining; printed as a small table.
+    """How well scores predict retraining; ``print`` shows a small table.
 
     Attributes:
         lds: the linear datamodeling score, the mean over targets.
-        interval: its bootstrap confidence interval of 95 %.
-        ceiling: the LDS that perfect scores would have; None where subsets were trained once only.
+        interval: its 95 % bootstrap confidence interval.
+        ceiling: the noise ceiling, see `GroundTruth.noise_ceiling`; None with one training per subset.
         random: the LDS of random scores.
         per_target: the LDS of every target, (m,).
-        slope: of actual against predicted outputs over subsets, about the mean of every target; 1 for scores of the
-            right size. A part α of the train set has α times its curvature, so predicted is the sum of scores / α.
+        slope: the slope of actual against predicted outputs over subsets, both centred per target; 1 for scores of the
+            right size. The prediction is the sum of scores / α for a subset with a part α of the train set, since it
+            has α times the curvature.
     """
 
     lds: float
@@ -118,7 +125,7 @@ class Evaluation:
         lower, upper = (bound.item() for bound in self.interval)
         rows = (
             ("scores", f"{self.lds:.3f}  (95 %: {lower:.3f} to {upper:.3f})"),
-            ("perfect scores", ceiling),
+            ("noise ceiling", ceiling),
             ("random scores", f"{self.random:.3f}"),
         )
         table = "\n".join(["LDS", *(f"  {name:<15} {value}" for name, value in rows)])
@@ -129,12 +136,12 @@ def evaluate(attribution: Attribution | Tensor, ground_truth: GroundTruth, seed:
     """Measure scores against retraining by the linear datamodeling score.
 
     Args:
-        attribution: of the same train set and targets; or its scores, (n, m).
+        attribution: scores of the same train set and targets, as an `Attribution` or a tensor, (n, m).
         ground_truth: from `retrain_subsets`.
-        seed: of the random scores and of the bootstrap.
+        seed: the seed of the random scores and of the bootstrap.
 
     Raises:
-        ValueError: if numbers of training examples, targets or subsets do not fit together.
+        ValueError: if the numbers of training examples, targets or subsets do not fit together.
 
     >>> scores = torch.randn(20, 3)
     >>> masks = torch.rand(50, 20) < 0.5
@@ -158,26 +165,24 @@ def evaluate(attribution: Attribution | Tensor, ground_truth: GroundTruth, seed:
 
 
 def _slope(predicted: Tensor, actual: Tensor) -> float:
-    """Return the slope of the regression of actual on predicted values, (s, m), about the mean of every target."""
+    """Return the slope of the regression of actual on predicted values, (s, m), both centred per target."""
     predicted, actual = predicted - predicted.mean(0), actual - actual.mean(0)
     return ((predicted * actual).sum() / predicted.square().sum()).item()
 
 
 def run_name(subset: int, repeat: int) -> str:
-    """Name the run that trains on a subset for the ``repeat``-th time."""
+    """Return the name of a run: a subset and its repeat."""
     return f"subset{subset:05d}-repeat{repeat:02d}"
 
 
 class DamagedRun(ValueError):
-    """The file of a run is not as it was written, or is that of another run."""
+    """The file of a run has changed since it was written, or belongs to another run."""
 
 
 def write_run(path: Path, mask: Tensor, outputs: Tensor) -> None:
-    """Keep a run: its training examples (n,), and the outputs of the targets (m,). The file is whole, or not there."""
-    unfinished = path.with_suffix(f".{os.getpid()}.part")
-    with open(unfinished, "wb") as file:
+    """Store a run, whole or not at all: its training examples (n,), and the outputs of the targets (m,)."""
+    with atomically(path) as partial, open(partial, "wb") as file:
         np.savez(file, mask=mask.numpy(), outputs=outputs.numpy())
-    unfinished.replace(path)
 
 
 def read_run(path: Path, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -185,7 +190,7 @@ def read_run(path: Path, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
     Args:
         path: the file.
-        mask: what it must have trained on, (n,), if that is known.
+        mask: the training examples that it must have, (n,), if they are known.
 
     Raises:
         DamagedRun: if the file is damaged, or the run trained on other examples.
@@ -200,11 +205,11 @@ def read_run(path: Path, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 
 def read_runs(dirpath: Path) -> GroundTruth:
-    """Read the runs of a directory: s subsets with r repeats each, s and r such that as many as possible are read.
+    """Read the runs of a directory: s subsets with r repeats each, with s and r such that most runs are used.
 
     Raises:
         FileNotFoundError: if there are none.
-        ValueError: if a file is damaged, or is not that of its subset; it is named.
+        ValueError: if a file is damaged, or belongs to another subset; the message names it.
     """
     paths = {path.stem: path for path in (dirpath / "runs").glob("subset*-repeat*.npz")}
     subsets, r = _largest_grid(set(paths))
@@ -212,22 +217,22 @@ def read_runs(dirpath: Path) -> GroundTruth:
         raise FileNotFoundError(f"There are no finished runs in '{dirpath}'. Make them with retrain_subsets(...).")
     if len(paths) > len(subsets) * r:
         warnings.warn(
-            f"'{dirpath}' has {len(paths)} runs; read are {len(subsets)} subsets with {r} repeats each, the most that"
-            " are complete. retrain_subsets(..., n_subsets=..., repeats=...) returns those that you ask for.",
+            f"'{dirpath}' has {len(paths)} runs; {len(subsets)} subsets with {r} repeats each were read, the most that"
+            " are complete. Choose others with retrain_subsets(..., n_subsets=..., repeats=...).",
             stacklevel=3,
         )
     try:
         masks = {t: read_run(paths[run_name(t, 0)])[0] for t in subsets}
         runs = {(t, i): read_run(paths[run_name(t, i)], masks[t])[1] for t in subsets for i in range(r)}
     except DamagedRun as error:
-        raise DamagedRun(f"{error} retrain_subsets(..., dirpath='{dirpath}') does it again.") from error
+        raise DamagedRun(f"{error} retrain_subsets(..., dirpath='{dirpath}') runs it again.") from error
     check_targets({run_name(*key): outputs for key, outputs in runs.items()}, dirpath)
     repeats = [torch.stack([runs[t, i] for i in range(r)]) for t in subsets]
     return GroundTruth(torch.stack(list(masks.values())), torch.stack(repeats))
 
 
 def check_targets(outputs: Mapping[str, Tensor], dirpath: str | os.PathLike[str]) -> None:
-    """Raise a ValueError if runs, by name, have outputs of different numbers of targets."""
+    """Raise a ValueError if runs, by name, have different numbers of targets."""
     first = next(iter(outputs))
     for name, values in outputs.items():
         if values.shape != outputs[first].shape:
@@ -238,13 +243,13 @@ def check_targets(outputs: Mapping[str, Tensor], dirpath: str | os.PathLike[str]
 
 
 def _largest_grid(names: set[str]) -> tuple[list[int], int]:
-    """Return subsets and r such that all of these subsets have repeats 0 to r − 1, and the runs are as many as can be.
+    """Return subsets that all have the repeats 0 to r − 1, and r, such that most runs are used.
 
     >>> _largest_grid({run_name(0, 0), run_name(0, 1), run_name(1, 0), run_name(2, 0)})
     ([0, 1, 2], 1)
     """
     found = [re.fullmatch(r"subset(\d+)-repeat(\d+)", name) for name in names]
-    numbers = [(int(match[1]), int(match[2])) for match in found if match]  # a copy of a file has another name
+    numbers = [(int(match[1]), int(match[2])) for match in found if match]  # copies of files have other names
     best: tuple[list[int], int] = ([], 1)
     for r in range(1, 2 + max((repeat for _, repeat in numbers), default=-1)):
         whole = [t for t in sorted({t for t, _ in numbers}) if all(run_name(t, i) in names for i in range(r))]
@@ -254,9 +259,9 @@ def _largest_grid(names: set[str]) -> tuple[list[int], int]:
 
 
 def _read_arrays(path: Path, *names: str) -> list[Tensor]:
-    content = path.read_bytes()  # an error of the file system is no damage
+    content = path.read_bytes()  # outside of try: an error of the file system is no damage
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return [torch.from_numpy(arrays[name]) for name in names]
-    except Exception as error:  # of zipfile, zlib, struct or NumPy, whichever comes upon it
+    except Exception as error:  # zipfile, zlib, struct or NumPy may raise it
         raise DamagedRun(f"'{path}' is damaged ({type(error).__name__}: {error}).") from error

@@ -1,4 +1,4 @@
-"""What a model gives as it stands: its outputs as in ``predict``. No gradients."""
+"""The outputs of a model at its own weights, as in ``predict``: no gradients."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model_outputs(
 
     with attached(trainer, module, datamodule), ExitStack() as stack:
         loaders = Loaders(trainer, module, datamodule, dataloaders, None)
-        loader = loaders.targets()  # may let the module set itself up
+        loader = loaders.targets()  # this may call setup of the module
         for context in (unchanged(module), prepared(module, call, loaders.train), torch.no_grad()):
             stack.enter_context(context)
         rows = range(len(loader.dataset))  # type: ignore[arg-type]

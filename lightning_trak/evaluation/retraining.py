@@ -1,4 +1,4 @@
-"""Ground truth with the user's own code: their model, trained by their trainer on parts of their train set."""
+"""Ground truth: the user's own model, retrained by their trainer on subsets of their train set."""
 
 from __future__ import annotations
 
@@ -39,29 +39,29 @@ def retrain_subsets(
 ) -> GroundTruth:
     """Train on random subsets of the train set, and record the model outputs of the targets.
 
-    Every run is kept in ``dirpath`` as it ends. A call that is repeated goes on with what is missing, also with more
-    subsets or repeats, and returns those that it asks for, whatever else is there. A file that is damaged is named in a
-    warning, and its run done again. Several processes may share the directory, and then share the work.
+    Every run is stored in ``dirpath`` as it ends. A repeated call runs what is missing, also for more subsets or
+    repeats. It returns the subsets and repeats of its arguments, whatever else is there. A warning names a damaged
+    file, and its run is repeated. Several processes may share the directory; then they share the work.
 
     Args:
-        make_module: returns a new LightningModule, with ``model_output``; called under the run's own seed.
-        datamodule: supplies the train set, and the targets as for ``trainer.attribute``. Training examples are counted
+        make_module: returns a new LightningModule with ``model_output``; called under the run's own seed.
+        datamodule: supplies the train set, and the targets as for ``trainer.attribute``. Training examples are numbered
             in the order of the dataset of ``train_dataloader()``, as in the scores.
-        make_trainer: returns a new Trainer with the settings of the training in question. Let it be silent:
+        make_trainer: returns a new Trainer with the settings of the original training, without output:
             ``L.Trainer(..., logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False)``.
         n_subsets: s.
-        fraction: of the train set, in each subset.
-        repeats: trainings on each subset, r; with 2 or more the noise of training becomes known.
-        seed: chooses the subsets, and the seed of every training.
-        dirpath: where the runs are kept. What module and Trainer are like is not compared: take another for others.
+        fraction: the part of the train set in each subset.
+        repeats: r, the number of trainings on each subset; 2 or more show the noise of training.
+        seed: determines the subsets, and the seed of every training.
+        dirpath: where the runs are stored. Modules and Trainers are not compared: use another directory for others.
         dataloaders: the targets, if not those of the datamodule.
 
     Returns:
-        Which examples each subset has, (s, n), and the outputs, (s, r, m).
+        Which examples are in each subset, (s, n), and the outputs, (s, r, m).
 
     Raises:
-        ValueError: for arguments out of range, or if the directory holds runs of other data or settings.
+        ValueError: if an argument is out of range, or the directory has runs with other data or settings.
     """
     if n_subsets < 1 or repeats < 1 or not 0 < fraction < 1:
         raise ValueError(
@@ -83,23 +83,24 @@ def retrain_subsets(
 
 
 def draw_subset(n: int, fraction: float, seed: int, subset: int) -> Tensor:
-    """Draw round(n · fraction) of n examples: a mask (n,), a function of seed and number alone."""
-    generator = torch.Generator().manual_seed(_number(f"{seed}:subset:{subset}"))
-    mask = torch.zeros(n, dtype=torch.bool)
-    mask[torch.randperm(n, generator=generator)[: max(1, round(n * fraction))]] = True
-    return mask
+    """Draw round(n · fraction) of n examples: a mask (n,), which depends on seed and subset number alone."""
+    return _draw(n, max(1, round(n * fraction)), f"{seed}:subset:{subset}")
 
 
 def draw_removed(n: int, k: int, seed: int, repeat: int) -> Tensor:
-    """Draw a mask (n,) of all examples but k."""
-    generator = torch.Generator().manual_seed(_number(f"{seed}:removed:{k}:{repeat}"))
-    mask = torch.ones(n, dtype=torch.bool)
-    mask[torch.randperm(n, generator=generator)[:k]] = False
+    """Draw k of n examples to remove, and return the mask of the others, (n,)."""
+    return ~_draw(n, k, f"{seed}:removed:{k}:{repeat}")
+
+
+def _draw(n: int, k: int, seed: str) -> Tensor:
+    """Draw k of n examples without replacement: a mask (n,)."""
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[torch.randperm(n, generator=torch.Generator().manual_seed(_number(seed)))[:k]] = True
     return mask
 
 
 class Runs:
-    """Trainings on parts of the train set, one file for each in ``dirpath/runs``; several processes may work at it.
+    """Trainings on subsets of the train set, one file for each in ``dirpath/runs``. Processes may share the work.
 
     Args:
         make_module: returns a new LightningModule.
@@ -107,7 +108,7 @@ class Runs:
         make_trainer: returns a new Trainer.
         dirpath: where the files are.
         dataloaders: the targets, if not those of the datamodule.
-        settings: what else all runs of the directory share.
+        settings: other settings that all runs of the directory share.
     """
 
     def __init__(
@@ -134,19 +135,21 @@ class Runs:
         _agree(Path(dirpath) / "manifest.json", {**data, **settings})
 
     def complete(self, jobs: Sequence[tuple[str, Tensor, str]], description: str) -> dict[str, Tensor]:
-        """Do all runs that nobody has done yet, and those whose file is damaged.
+        """Return the outputs of all runs; train where a file is missing or damaged.
 
         Args:
-            jobs: of each run, its name, the mask of its training examples (n,), and its seed.
-            description: for the progress bar.
+            jobs: for each run its name, the mask of its training examples (n,), and its seed.
+            description: the text of the progress bar.
 
         Returns:
-            The targets' outputs after each run, (m,), by its name.
+            The outputs of the targets, (m,), by the name of the run.
         """
         outputs: dict[str, Tensor] = {}
         with tqdm(total=len(jobs), desc=description, disable=None, dynamic_ncols=True) as bar:
             for wait in (False, True):
-                for job in [job for job in jobs if job[0] not in outputs]:  # then those that another process was at
+                for job in [
+                    job for job in jobs if job[0] not in outputs
+                ]:  # second round: those that another process had
                     found = self._try(job, wait=wait)
                     if found is not None:
                         outputs[job[0]] = found
@@ -155,19 +158,19 @@ class Runs:
         return outputs
 
     def _try(self, job: tuple[str, Tensor, str], *, wait: bool) -> Tensor | None:
-        """Return the outputs of a run, done now unless it was; None if another process is at it, and not ``wait``."""
+        """Return the outputs of a run, trained now if needed; None if another process trains it, unless ``wait``."""
         name, mask, _ = job
         with suppress(FileNotFoundError, DamagedRun):
             return read_run(self._path(name), mask)[1]
         try:
-            lock = FileLock(self._locks / f"{name}.lock", blocking=wait).acquire()  # let go when the process dies
+            lock = FileLock(self._locks / f"{name}.lock", blocking=wait).acquire()  # released when the process dies
         except Timeout:
             return None
         with lock:
             return self._do(job)
 
     def _do(self, job: tuple[str, Tensor, str]) -> Tensor:
-        """Do a run, unless another process has done it by now."""
+        """Train a run, unless another process has done so in the meantime."""
         name, mask, seed = job
         path = self._path(name)
         try:
@@ -175,7 +178,7 @@ class Runs:
         except FileNotFoundError:
             pass
         except DamagedRun as error:
-            warnings.warn(f"{error} It is done again.", stacklevel=5)
+            warnings.warn(f"{error} It is run again.", stacklevel=5)
         outputs = self._train(mask, seed)
         write_run(path, mask, outputs)
         return outputs
@@ -184,7 +187,7 @@ class Runs:
         return self._folder / f"{name}.npz"
 
     def _train(self, mask: Tensor, seed: str) -> Tensor:
-        """Train anew on the examples of ``mask``; return the model outputs of the targets, (m,)."""
+        """Train a new model on the examples of ``mask``; return its outputs for the targets, (m,)."""
         with seeded(_number(seed)), kept_generators(self._datamodule, self._dataloaders):
             module, trainer = self._make_module(), self._make_trainer()
             view = copy.copy(self._datamodule)
@@ -195,7 +198,10 @@ class Runs:
             )
             trainer.fit(module, datamodule=view)
             if trainer.state.status != "finished":
-                raise RuntimeError(f"A training on a subset ended as '{trainer.state.status}'; it is not recorded.")
+                raise RuntimeError(
+                    f"A training on a subset ended as '{trainer.state.status}', and is not stored. Call again to repeat"
+                    " it."
+                )
             outputs = model_outputs(trainer, module, view, self._dataloaders)
         if not bool(torch.isfinite(outputs).all()):
             raise ValueError(
@@ -207,19 +213,19 @@ class Runs:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run under a seed, and restore the random states, those of devices too."""
+    """Run under a seed; at the end, restore the random states, also those of devices."""
     with kept_random_states():
         seed_all(seed)
         yield
 
 
 def _number(text: str) -> int:
-    """Hash to 32 bits, as many as NumPy takes for a seed; equal in every process."""
+    """Hash to 32 bits, the size of a NumPy seed; equal in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
 
 
 def _agree(path: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest, or see that the one that is there says the same."""
+    """Write the manifest; if there is one, raise a ValueError where it differs."""
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             write_json(path, manifest)

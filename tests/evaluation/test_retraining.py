@@ -90,7 +90,7 @@ def test_every_example_is_drawn_as_often():
 def test_after_a_crash_only_what_is_missing_is_done(tmp_path, truth):
     with pytest.raises(KeyError, match="went down"):
         retrain(tmp_path, Counting(tmp_path, stop_after=4))
-    with pytest.warns(UserWarning, match="has 4 runs; read are 3 subsets with 1 repeats each"):
+    with pytest.warns(UserWarning, match="has 4 runs; 3 subsets with 1 repeats each were read"):
         half = GroundTruth.load(tmp_path / "runs")
     torch.testing.assert_close(half.repeats, truth.repeats[:, :1])
     make = Counting(tmp_path)
@@ -160,10 +160,10 @@ def test_a_damaged_run_is_named_and_done_again(tmp_path, truth, damage):
     retrain(tmp_path, n_subsets=2)
     path = tmp_path / "runs" / "runs" / f"{run_name(1, 1)}.npz"
     DAMAGES[damage](path)
-    with pytest.raises(ValueError, match=rf"{run_name(1, 1)}.npz' is .*retrain_subsets\(.* does it again"):
+    with pytest.raises(ValueError, match=rf"{run_name(1, 1)}.npz' is .*retrain_subsets\(.* runs it again"):
         GroundTruth.load(tmp_path / "runs")
     make = Counting(tmp_path)
-    with pytest.warns(UserWarning, match=rf"{run_name(1, 1)}.npz' is .* It is done again"):
+    with pytest.warns(UserWarning, match=rf"{run_name(1, 1)}.npz' is .* It is run again"):
         mended = retrain(tmp_path, make, n_subsets=2)
     assert make.made == 1
     assert torch.equal(mended.repeats, truth.repeats[:2])
@@ -177,7 +177,7 @@ def test_a_damaged_run_of_counterfactuals_is_done_again(tmp_path):
     paths[0].write_bytes(contents[0][:50])
     paths[1].write_bytes(contents[2])  # of another run
     make = Counting(tmp_path)
-    with pytest.warns(UserWarning, match="It is done again") as warned:
+    with pytest.warns(UserWarning, match="It is run again") as warned:
         _counterfactuals(tmp_path, Blobs(), make)
     assert [sum(path.name in str(warning.message) for warning in warned) for path in paths] == [1, 1, 0]
     assert make.made == 2
@@ -352,7 +352,7 @@ def test_evaluation_as_a_table():
     info = AttributionInfo(50, 30, ("a",), "sparse", 8, 0.3, True)
     evaluation = evaluate(Attribution(scores, info), truth)
     lines = str(evaluation).splitlines()
-    assert [line.split("  ")[1] for line in lines[1:4]] == ["scores", "perfect scores", "random scores"]
+    assert [line.split("  ")[1] for line in lines[1:4]] == ["scores", "noise ceiling", "random scores"]
     assert f"{evaluation.lds:.3f}" in lines[1]
     predicted = truth.masks.double() @ scores.double() / truth.masks.double().mean(1, keepdim=True)
     centred = [(values - values.mean(0)).flatten() for values in (predicted, truth.outputs.double())]
