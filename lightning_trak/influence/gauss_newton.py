@@ -184,7 +184,7 @@ def factor(matrix: Tensor, damping: float) -> CholeskyFactor:
 
 
 def effective_rank(matrix: Tensor) -> float:
-    """Return (tr H)² / ‖H‖²: that many equal eigenvalues have the same sum and sum of squares as those of H.
+    """Return (tr H)² / ‖H‖², the number of equal eigenvalues with the same sum and sum of squares as H's.
 
     >>> round(effective_rank(torch.diag(torch.tensor([2.0, 2.0, 0.0]))), 4)
     2.0

@@ -109,7 +109,7 @@ class ClassificationMixin(TRAKMixin):
         return loss if weights is None else loss * weights
 
     def reduce_losses(self, losses: Tensor, batch: Any) -> Tensor:
-        """Return the mean; with ``class_weights`` the sum, divided by that of the weights as in ``cross_entropy``."""
+        """Return the mean; with ``class_weights``, the sum divided by the sum of weights, as ``cross_entropy`` does."""
         weights = self._weights(losses, self.get_labels(batch))
         return losses.mean() if weights is None else losses.sum() / weights.sum()
 

@@ -101,8 +101,8 @@ class ContrastiveMixin(TRAKMixin):
             loader = self.find_train_loader()  # type: ignore[attr-defined]  # set while prepare_checkpoint runs
         except Exception as error:
             raise TypeError(
-                f"{type(self).__name__} needs training examples for its contrast set, and there are none: {error} Or"
-                " override get_contrast_batch(self)."
+                f"{type(self).__name__} needs training examples for its contrast set, and there are none: {error}"
+                " For pairs from elsewhere, override get_contrast_batch(self)."
             ) from error
         order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(self.contrast_seed))
         rows, trainer = order[: self.contrast_size].tolist(), self.trainer  # type: ignore[attr-defined]

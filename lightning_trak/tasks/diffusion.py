@@ -17,7 +17,7 @@ class DiffusionMixin(TRAKMixin):
 
     The loss of an example is an expectation over steps t and noise ε. It is approximated with K pairs (t_k, ε_k), the
     same for all examples. The schedule is cut into K equal parts, and t_k is the middle of part k; the noise is drawn
-    once. With the noisy example x_k = √ᾱ x + √(1 − ᾱ) ε_k, ᾱ that of step t_k, and d its number of entries:
+    once. With the noisy example x_k = √ᾱ x + √(1 − ᾱ) ε_k, where ᾱ belongs to step t_k, and its d entries:
 
     - f = −(Σ_k ‖ε_θ(x_k, t_k) − ε_k‖² / (K d))^½: a positive score says that the training example makes the model
       denoise the target better;
@@ -97,9 +97,9 @@ class DiffusionMixin(TRAKMixin):
     def kernel_weight(self, output: Tensor, batch: Any) -> Tensor:
         """Return the weight of every example in H, (b,): d w.
 
-        An example adds weight · ∇f ∇fᵀ to H: one direction, where the squared errors of d entries have d. With the
-        weight d w, the trace is that of the Gauss–Newton matrix of their mean, if the gradients of the d predictions
-        are orthogonal and of equal norm.
+        An example adds weight · ∇f ∇fᵀ to H, a matrix of rank 1. The Gauss–Newton matrix of its mean squared error over
+        d entries has rank d. The weight d w gives both the same trace, if the gradients of the d predictions are
+        orthogonal and of equal norm.
         """
         return self.get_clean(batch)[0].numel() * super().kernel_weight(output, batch)
 

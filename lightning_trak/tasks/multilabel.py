@@ -77,8 +77,9 @@ class MultilabelMixin(PartsMixin):
     def kernel_weight(self, output: Tensor, batch: Any) -> Tensor:
         """Return the weight of every example in H, (b,): q / (1 − q) (1 − p)² / c, with q = p^{1/c}.
 
-        With it, H has the trace of the Gauss–Newton matrix of the labels' mean loss, if the gradients of the labels are
-        orthogonal, of equal norm and equally certain. (w itself would vanish with p.) For one label it is w.
+        It gives H the trace of the Gauss–Newton matrix of the labels' mean loss, if the gradients of the logits are
+        orthogonal and of equal norm, and the labels equally certain. With many labels p vanishes, and so would w. For
+        one label the weight is w.
         """
         mean = softplus(-output) / self.get_labels(batch).shape[1]  # −log q
         odds = 1 / torch.expm1(mean).clamp(min=torch.finfo(mean.dtype).tiny)

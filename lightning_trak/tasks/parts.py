@@ -78,9 +78,9 @@ class PartsMixin(TRAKMixin):
     def kernel_weight(self, output: Tensor, batch: Any) -> Tensor:
         """Return the weight of every example in H, (b,): N w.
 
-        An example adds weight · ∇f ∇fᵀ to H: one direction, where the losses of its N parts have N. With the weight
-        N w, the trace is that of the Gauss–Newton matrix of the mean loss, if the gradients of the parts are orthogonal
-        and of equal norm.
+        An example adds weight · ∇f ∇fᵀ to H, a matrix of rank 1. The Gauss–Newton matrix of the mean loss of N parts
+        has rank N. The weight N w gives both the same trace, if the parts are equally certain, and their gradients
+        orthogonal and of equal norm.
         """
         return self.count_parts(self.part_labels(batch)) * super().kernel_weight(output, batch)
 
