@@ -134,7 +134,7 @@ def main() -> None:
     targets = [0, 1, 2, 3]
     print_examples(attribution, data, targets)
     figure, _ = attribution.plot(data.train_set, data.test_set, columns=targets, k=5)
-    figure.savefig(arguments.output / "digits.png", dpi=150)
+    figure.savefig(arguments.output / "digits.png", dpi=80)
     print(f"\nThe picture is in {arguments.output / 'digits.png'}.")
 
     print_mislabels(trainer.attribute_self(), data)

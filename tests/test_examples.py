@@ -12,6 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
+
+from lightning_trak import FeatureStore
+from tests.influence.test_scores import traker_scores
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -167,6 +171,28 @@ def test_custom_task(tmp_path):
     assert area > 0.9
     (other,) = numbers("custom_task.py", r"AUROC (\d\.\d+)", tmp_path, "--epochs", "1")
     assert other != area  # the ten checkpoints are left alone
+
+
+def test_from_traker(tmp_path):
+    pattern = r"estimator of traker: (\d+\.\d) %\n +the default: (\d+\.\d) %"
+    theirs, ours = numbers("from_traker.py", pattern, tmp_path, "--epochs", "5", "--networks", "2")
+    assert theirs > 20
+    assert ours > 50
+
+
+def test_ported_scores_are_those_of_traker(tmp_path):
+    """At one checkpoint, where traker's division of H⁻¹ changes no rank; λ is that of gradients divided by √p there."""
+    example = functions("from_traker.py")
+    data = example["Digits"]()
+    state = example["train"](data, epochs=2, seed=0)
+    checkpoints = example["port"]([state], tmp_path)
+    ours = example["attribute"](data, checkpoints, tmp_path / "store", "trak")
+    (entry,) = FeatureStore(tmp_path / "store")
+    lambda_reg = ours.info.dampings[0] * np.square(entry.features).sum() / entry.features.shape[1] ** 2
+    network = example["make_network"]().eval()
+    train, targets = data.train_set.tensors, data.test_set[:20]
+    theirs = traker_scores(tmp_path / "traker", network, [state], train, targets, lambda_reg)
+    assert min(spearmanr(theirs[:, j], ours.scores[:, j]).statistic for j in range(20)) > 0.998
 
 
 def test_tabular_regression(tmp_path):

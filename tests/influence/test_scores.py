@@ -238,7 +238,7 @@ def test_against_traker_on_identical_gradients(tmp_path, checkpoints):
     assert min(spearmanr(theirs[:, j], ours[:, j]).statistic for j in range(20)) > 0.999
 
 
-def traker_scores(path, model, states, train, targets):
+def traker_scores(path, model, states, train, targets, lambda_reg=0.0):
     """The scores of the reference implementation, (n, m), averaged over checkpoints."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -247,7 +247,7 @@ def traker_scores(path, model, states, train, targets):
 
         traker = TRAKer(
             model=model, task="image_classification", train_set_size=len(train[0]), save_dir=str(path), device="cpu",
-            projector=NoOpProjector(device="cpu"), proj_dim=sum(p.numel() for p in model.parameters()), lambda_reg=0.0,
+            projector=NoOpProjector(device="cpu"), proj_dim=sum(p.numel() for p in model.parameters()), lambda_reg=lambda_reg,
             use_half_precision=False,
         )  # fmt: skip
         for number, state in enumerate(states):
