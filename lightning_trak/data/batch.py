@@ -1,4 +1,4 @@
-"""Batches of any structure: find their tensors, put others in their place, describe them in an error."""
+"""Batches of any structure: find their tensors, replace them, describe a batch in an error message."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 @dataclasses.dataclass
 class NumberedBatch:
-    """A batch, and what the module's ``number_examples`` returned for its rows.
+    """A batch, with what the module's ``number_examples`` returned for its rows.
 
-    The numbers are one more tensor of the batch: whatever an engine does with the examples, it does with their numbers.
-    The module's methods get the batch alone, see `with_numbers_told`.
+    The numbers are one more tensor of the batch, so an engine slices and reorders them together with the examples. The
+    module's methods get the batch alone; see `with_numbers_told`.
 
     Attributes:
         batch: what ``model_output`` takes.
@@ -29,7 +29,9 @@ class NumberedBatch:
 
 @contextmanager
 def with_numbers_told(module: nn.Module, args: Sequence[Any]) -> Iterator[list[Any]]:
-    """Yield arguments for a method of a module; of a `NumberedBatch` the numbers are its ``example_numbers`` meanwhile.
+    """Yield the arguments for a method of a module, with each `NumberedBatch` replaced by its batch.
+
+    Meanwhile, the numbers are the module's attribute ``example_numbers``.
 
     >>> import torch
     >>> module = nn.Identity()
@@ -67,9 +69,9 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(batch, (list, tuple)):
         return type(batch)(map_tensors(value, function) for value in batch)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        rebuilt = copy(batch)  # not by its constructor, which may take something else, or check the values
+        rebuilt = copy(batch)  # not its constructor, which may take other arguments, or check the values
         for name in _fields(batch):
-            object.__setattr__(rebuilt, name, map_tensors(getattr(batch, name), function))  # frozen or not
+            object.__setattr__(rebuilt, name, map_tensors(getattr(batch, name), function))  # frozen ones too
         return rebuilt
     return batch
 
@@ -80,7 +82,7 @@ def _fields(batch: Any) -> list[str]:
 
 
 def fresh(batch: Any) -> Any:
-    """Return a batch with the same tensors in containers of its own, so that what is taken out of it is still there.
+    """Copy the containers of a batch, but not its tensors: a method may then pop entries from the copy.
 
     >>> batch = {"x": 1, "y": 2}
     >>> fresh(batch).pop("y"), batch
@@ -92,7 +94,7 @@ def fresh(batch: Any) -> Any:
 def _rebuild_mapping(like: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
     try:
         return type(like)(items)  # type: ignore[call-arg]
-    except TypeError:  # a mapping with a constructor of its own, e.g. defaultdict
+    except TypeError:  # its constructor takes other arguments, e.g. that of defaultdict
         return items
 
 
@@ -118,13 +120,13 @@ def _tensors_of(batch: Any) -> Iterator[Tensor]:
 
 
 def with_tensors(batch: Any, tensors: list[Tensor]) -> Any:
-    """Rebuild ``batch`` with ``tensors`` in the places of its own, in the order of `tensors_of`."""
+    """Rebuild ``batch`` with its tensors replaced by ``tensors``, in the order of `tensors_of`."""
     following = iter(tensors)
     return map_tensors(batch, lambda _: next(following))
 
 
 def same_tensors(one: Any, other: Any) -> bool:
-    """Tell whether two batches of one structure have equal tensors, NaN equal to NaN.
+    """Return whether two batches of the same structure have equal tensors; NaN equals NaN.
 
     >>> import torch
     >>> same_tensors([torch.ones(2)], [torch.ones(2)]), same_tensors([torch.ones(2)], [torch.zeros(2)])
@@ -161,7 +163,7 @@ def describe(batch: Any) -> str:
 
 
 def check_rows(batch: Any, size: int) -> str | None:
-    """Say what is wrong if some tensor of ``batch`` does not have one row for each of ``size`` examples.
+    """Return None if every tensor of ``batch`` has one row for each of ``size`` examples; else say what is wrong.
 
     >>> import torch
     >>> check_rows((torch.ones(4, 2), torch.ones(3)), size=4)

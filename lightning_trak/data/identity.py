@@ -1,4 +1,4 @@
-"""Whether two data sets are the same, and where they differ."""
+"""Whether two datasets are the same, and where they differ."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ _READ_TWICE = 32
 
 
 def fingerprint(dataset: Any) -> dict[str, Any]:
-    """Describe a dataset so that another one, or another order, is told apart.
+    """Describe a dataset, so that another dataset or another order is recognised.
 
-    It is ``n_train``, its size; ``data``, a digest of its examples; and ``data_rows``, the beginning of a digest of
-    each, by which `difference` names the first that differs. Up to 1024 examples are read, evenly spaced. Some are read
-    twice under the same random state; parts in which they differ even so are left out of all. Nothing is left of the
-    random state: call it where that is restored.
+    Up to 1024 examples are read, evenly spaced. Some are read twice with the same seed. If a part of an example differs
+    between the two readings, that part is random; it is left out for all examples.
+
+    The global random state is overwritten: call it where that is restored.
+
+    Returns:
+        ``n_train``, the size; ``data``, a digest of the examples; and ``data_rows``, the first characters of each
+        example's digest, from which `difference` finds the first example that differs.
 
     >>> fingerprint([1.0, 2.0]) == fingerprint([2.0, 1.0])
     False
@@ -40,9 +44,9 @@ def fingerprint(dataset: Any) -> dict[str, Any]:
 
 
 def digest_of(dataset: Any, row: int) -> bytes | None:
-    """Return a digest of an example as it is read under a fixed seed; None if something in it cannot be told apart.
+    """Return a digest of an example, read with a fixed seed; None if it holds an object that cannot be compared.
 
-    Nothing is left of the random state, as with `fingerprint`.
+    The global random state is overwritten, as by `fingerprint`.
 
     >>> digest_of([(1.0, "a"), (1.0, "b")], 0) == digest_of([(1.0, "a")], 0)
     True
@@ -62,11 +66,11 @@ def _digests(dataset: Any, row: int) -> list[bytes]:
 
 
 class _Opaque(bytes):
-    """The name of a type in the place of a value, of which nothing is known."""
+    """The name of a type, in place of a value that cannot be compared."""
 
 
 def _parts(example: Any) -> Iterator[bytes]:
-    """Yield the bytes of everything in an example that has a value of its own."""
+    """Yield the bytes of every value in an example."""
     if isinstance(example, torch.Tensor):
         yield f"{example.dtype}{tuple(example.shape)}".encode()
         yield bytes_of(example).tobytes()
@@ -88,11 +92,11 @@ def _parts(example: Any) -> Iterator[bytes]:
 
 
 _SAMPLED = 1024
-ROW_CHARACTERS = 4  # of a row's hexadecimal digest: enough to name it; the digest of all says whether data are the same
+ROW_CHARACTERS = 4  # of a row's hexadecimal digest: enough to find the row that differs; ``data`` decides equality
 
 
 def sampled_rows(n: int) -> list[int]:
-    """Return the rows that stand for a data set of n examples: up to 1024, evenly spaced, the first and the last.
+    """Return the rows by which datasets of n examples are compared: up to 1024, evenly spaced, with first and last.
 
     >>> sampled_rows(3), len(sampled_rows(5000)), sampled_rows(5000)[-1]
     ([0, 1, 2], 1024, 4999)
@@ -101,15 +105,15 @@ def sampled_rows(n: int) -> list[int]:
 
 
 def difference(former: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Say how two data sets differ: in their length, in their content, and where that begins.
+    """Say how two datasets differ: in length, in content, and which row is the first that differs.
 
     Args:
-        former: ``"n_train"``, and ``"data_rows"``: `ROW_CHARACTERS` for each of the `sampled_rows`; one of old may lack
-            them.
-        now: the same of the other.
+        former: the `fingerprint` of one. In old stores it lacks ``"data_rows"``, which has `ROW_CHARACTERS` for each of
+            the `sampled_rows`.
+        now: the `fingerprint` of the other.
 
     >>> difference({"n_train": 3, "data_rows": "000011112222"}, {"n_train": 3, "data_rows": "0000aaaa2222"})
-    'as many examples as here, 3, with other content: 1 of 3 rows that were compared, the first of them row 1'
+    'as many examples as here, 3, with other content: 1 of 3 compared rows differ, the first of them row 1'
     """
     sizes = former["n_train"], now["n_train"]
     equal = sizes[0] == sizes[1]
@@ -120,13 +124,12 @@ def difference(former: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if not common or (equal and not places):
         return f"{length}, with other content" if equal else length
     if not places:
-        return f"{length}; all {len(common)} rows that were compared are the same"
+        return f"{length}; all {len(common)} compared rows are the same"
     first = common[places[0]]
     least = common[places[0] - 1] + 1 if places[0] else 0
     where = f"row {first}" if least == first else f"one of the rows {least} to {first}"
     return (
-        f"{length}, with other content: {len(places)} of {len(common)} rows that were compared, the first of them"
-        f" {where}"
+        f"{length}, with other content: {len(places)} of {len(common)} compared rows differ, the first of them {where}"
     )
 
 
@@ -137,11 +140,11 @@ def _by_row(data: Mapping[str, Any]) -> dict[int, str]:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor's values, row by row, however it is a view of another.
+    """Return the bytes of a tensor's values in row-major order, whatever its strides.
 
     >>> bytes_of(torch.arange(6, dtype=torch.uint8).view(2, 3)[:, 1]).tolist()
     [1, 4]
     """
     values = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    # Not reshape(-1): a column of one row is contiguous, and keeps its stride, which view(dtype) refuses.
+    # Not reshape(-1): a column of one entry counts as contiguous but keeps its stride, which view(dtype) refuses.
     return values.as_strided((values.numel(),), (1,)).view(torch.uint8).numpy().data  # type: ignore[no-any-return]

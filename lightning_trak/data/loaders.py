@@ -1,4 +1,4 @@
-"""Datasets read in order, with the row of every example known: pure torch."""
+"""Read a dataset in order, and know the row of every example: pure torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_trak.data.sampling import never_read
 
 
 class _Numbered(Dataset[Any]):
-    """Yields (index, example): the one way to know the row of an example whatever reads it."""
+    """Yields (index, example), so that the row of an example is known whatever sampler or worker reads it."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
@@ -33,7 +33,7 @@ class _Numbered(Dataset[Any]):
 
 
 class _Collate:
-    """Collates the examples as the user's loader does, and keeps their indices beside."""
+    """Collates examples as the user's loader does, and returns their indices with the batch."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self._collate = collate
@@ -43,12 +43,12 @@ class _Collate:
 
 
 def check_loader(loader: Any, what: str, remedy: str) -> DataLoader[Any]:
-    """Return ``loader`` if it is a DataLoader whose examples have rows, each read exactly once.
+    """Return ``loader`` if it is one DataLoader over a map-style dataset, and its sampler reads every row.
 
     Args:
         loader: what the user supplied.
-        what: how to call it in an error, e.g. ``"train_dataloader"``.
-        remedy: what to do if the loader is to stay as it is; whole sentences, or nothing.
+        what: its name in an error, e.g. ``"train_dataloader"``.
+        remedy: what the user can do without changing the loader, in whole sentences; may be empty.
 
     Raises:
         TypeError: if it is not one DataLoader over a map-style dataset.
@@ -66,7 +66,7 @@ def check_loader(loader: Any, what: str, remedy: str) -> DataLoader[Any]:
 
 
 def _wrong_kind(loader: Any) -> str | None:
-    """Say what is wrong if ``loader`` is not a DataLoader whose examples have rows, and what to do."""
+    """Return None for a DataLoader over a map-style dataset; else say what is wrong, and what to do."""
     if not isinstance(loader, DataLoader):
         several = (
             " Join several datasets with torch.utils.data.ConcatDataset."
@@ -82,8 +82,8 @@ def _wrong_kind(loader: Any) -> str | None:
         )
     if type(loader).__iter__ is not DataLoader.__iter__:
         return (
-            f"is {type(loader).__name__}, which overrides DataLoader.__iter__; what it does there would be left out."
-            " Do it in the dataset, the collate function or on_after_batch_transfer."
+            f"is {type(loader).__name__}, which overrides DataLoader.__iter__. That code would not run: move it to the"
+            " dataset, the collate function or on_after_batch_transfer."
         )
     if loader.batch_sampler is None:
         return (
@@ -100,10 +100,10 @@ def _check_sampler(loader: DataLoader[Any], what: str, remedy: str) -> None:
     kind = type(batches.sampler if type(batches) is BatchSampler else batches).__name__
     try:
         missing = never_read(loader)
-    except Exception as error:  # of a sampler of the user's own, that cannot be copied for example
+    except Exception as error:  # e.g. a user's own sampler that cannot be copied
         warn(
             f"Whether {what} reads every example cannot be told from its {kind}:"
-            f" {type(error).__name__}: {str(error).rstrip('.')}. If it leaves some out for good, use"
+            f" {type(error).__name__}: {str(error).rstrip('.')}. If it leaves some out in every epoch, use"
             " torch.utils.data.Subset(dataset, indices).",
             stacklevel=2,
         )
@@ -112,15 +112,15 @@ def _check_sampler(loader: DataLoader[Any], what: str, remedy: str) -> None:
         n = len(loader.dataset)  # type: ignore[arg-type]
         raise ValueError(
             f"{what} has a {kind} that reads {n - len(missing)} of the dataset's {n} examples, and never row"
-            f" {missing[0]}: rows would stand for examples never read. Let the loader read"
-            f" torch.utils.data.Subset(dataset, indices), and all of that. {remedy}".rstrip()
+            f" {missing[0]}: examples that are never read must not be attributed. Give the loader"
+            f" torch.utils.data.Subset(dataset, indices), and let it read every row of that. {remedy}".rstrip()
         )
 
 
 def numbered_loader(
     loader: DataLoader[Any], rows: Sequence[int], batch_size: int | None = None, num_workers: int | None = None
 ) -> DataLoader[tuple[list[int], Any]]:
-    """Read chosen rows of a loader's dataset in the order given, whatever the loader's own sampler.
+    """Return a loader that reads chosen rows of a loader's dataset, in the order given instead of its sampler's.
 
     Args:
         loader: supplies dataset, collate function and worker settings.
@@ -159,7 +159,7 @@ def read_batches(
     batch_size: int | None = None,
     num_workers: int | None = None,
 ) -> Iterator[tuple[list[int], Any]]:
-    """Yield (rows, batch), each batch passed through the trainer's precision and transfer hooks as in ``predict``."""
+    """Yield (rows, batch); every batch goes through the trainer's precision and transfer hooks, as in ``predict``."""
     for batch_rows, batch in numbered_loader(loader, rows, batch_size, num_workers):
         batch = trainer.precision_plugin.convert_input(batch)
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
@@ -167,11 +167,11 @@ def read_batches(
 
 
 def subset_loader(loader: DataLoader[Any], rows: Sequence[int], n: int) -> DataLoader[Any]:
-    """Return a loader like the one given, that knows only some rows of its dataset.
+    """Return a loader with the same settings that reads only some rows of the dataset.
 
     Args:
-        loader: shuffles, or not.
-        rows: which examples are left.
+        loader: with or without shuffling.
+        rows: which examples to read.
         n: how many the dataset should have.
 
     Raises:
@@ -212,5 +212,5 @@ def subset_loader(loader: DataLoader[Any], rows: Sequence[int], n: int) -> DataL
 
 
 def loader_batch_size(loader: DataLoader[Any]) -> int:
-    """Return the batch size of a loader, also of one with a batch sampler of its own."""
+    """Return the batch size of a loader, even if it has its own batch sampler."""
     return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1

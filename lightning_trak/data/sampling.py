@@ -1,4 +1,4 @@
-"""Which examples a loader's sampler never reads, found without disturbing it: pure torch."""
+"""Which examples a loader's sampler never reads, found without changing its state: pure torch."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from torch.utils.data import (
 
 from lightning_trak.isolation.random_states import kept_generators
 
-_PASSES = 8  # over a sampler that leaves rows out: does it leave out others every time?
-_LONGEST = 4  # a pass draws at most so many times the number of examples: a sampler need not end
+_PASSES = 8  # over a sampler that leaves rows out, to see whether it leaves out others in another epoch
+_LONGEST = 4  # times the number of examples: a pass stops there, since a sampler may be infinite
 
 
 def never_read(loader: DataLoader[Any]) -> list[int]:
     """Return the rows of a loader's dataset that its sampler leaves out in every epoch.
 
-    None are those that are left out by chance, as by sampling with replacement, or by ``drop_last``; nor those that
-    are read by other processes. A sampler of another kind than torch's is copied and iterated.
+    Rows that are left out by chance do not count, as with replacement or ``drop_last``. Nor do rows that other
+    processes read. If the sampler is not one of torch's, a copy of it is iterated.
 
     >>> never_read(DataLoader(range(6), batch_sampler=[[0, 1], [4, 3]]))
     [2, 5]
@@ -50,7 +50,7 @@ def never_read(loader: DataLoader[Any]) -> list[int]:
 
 
 def _known(sampler: Any) -> Iterable[int] | None:
-    """Return the rows that a sampler of torch may read; None for samplers of other kinds."""
+    """Return the rows that one of torch's samplers may read; None for any other sampler."""
     own = getattr(type(sampler), "__iter__", None)
     if own in (SequentialSampler.__iter__, RandomSampler.__iter__):
         return range(len(sampler.data_source))
@@ -62,7 +62,7 @@ def _known(sampler: Any) -> Iterable[int] | None:
 
 
 def _found(sampler: Any, dataset: Any, n: int, *, in_batches: bool) -> Iterable[int]:
-    """Return the rows that a sampler reads, or all if that is another set in every epoch."""
+    """Return the rows that a sampler reads; all rows if the set changes from epoch to epoch."""
     if max(getattr(part, "num_replicas", None) or 1 for part in (sampler, getattr(sampler, "sampler", None))) > 1:
         return range(n)
     with kept_generators(dataset), _kept_global_generators():
@@ -93,18 +93,18 @@ def _rows(sampler: Any, n: int, in_batches: bool) -> set[int]:
 
 
 def _no_epochs(_: int) -> None:
-    """Take the place of ``set_epoch`` where a sampler has none."""
+    """Stand in for ``set_epoch`` where a sampler has none."""
 
 
 def _drop_nothing(sampler: Any) -> None:
-    """Let a sampler read what is left over at the end of an epoch, if it can be told to."""
+    """Set a sampler's ``drop_last`` to False, if it has one, so that it reads the last, smaller batch too."""
     if getattr(sampler, "drop_last", False):
-        with suppress(AttributeError):  # a property
+        with suppress(AttributeError):  # a read-only property
             sampler.drop_last = False
 
 
 def _parts_of(dataset: Any) -> Iterator[Any]:
-    """Yield a dataset and what it holds: a sampler may hold it too, and data are not to be copied."""
+    """Yield a dataset and what it holds: a sampler may hold these too, and copying it must not copy data."""
     yield dataset
     for value in getattr(dataset, "__dict__", {}).values():
         if isinstance(value, Dataset):
@@ -115,7 +115,7 @@ def _parts_of(dataset: Any) -> Iterator[Any]:
 
 @contextmanager
 def _kept_global_generators() -> Iterator[None]:
-    """Put the states of the generators that samplers draw from by default back afterwards."""
+    """Afterwards, restore the generators that samplers draw from by default."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     try:
         yield

@@ -1,4 +1,4 @@
-"""What must not change: a module as it was, and random states as they were.
+"""Leave a module and random states as they were.
 
-Objects come in, and are put back. May import nothing of the package; pure torch.
+Objects come in, and are restored afterwards. May import nothing of the package; pure torch.
 """

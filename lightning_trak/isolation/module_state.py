@@ -1,4 +1,4 @@
-"""What a module is made of: noted before it is used, put back and compared after."""
+"""The state of a module: recorded before use, compared and restored afterwards."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from lightning_trak.isolation.reach import attributes_of, reached
 _CONTAINERS = (dict, list, set, deque)
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-_LARGEST = 2**26  # entries of a tensor or array that is copied: larger ones are data, unless they are buffers
-_HOOKS = "_hooks"  # how nn.Module's attributes that hold hooks end, or "_hooks_with_kwargs" and the like
+_LARGEST = 2**26  # entries: larger tensors and arrays are data and not copied, unless they are buffers
+_HOOKS = "_hooks"  # in the names of nn.Module's attributes that hold hooks, e.g. "_forward_hooks_with_kwargs"
 
 
 class ModuleChanged(RuntimeError):
-    """A module is not what it was before it was featurized.
+    """Featurizing changed the module.
 
     Attributes:
-        restored: whether all of it could be put back, so that training may go on.
+        restored: whether everything could be restored, so that training can go on.
     """
 
     def __init__(self, changes: list[str], restored: bool) -> None:
         super().__init__(
             f"Featurizing changed the module: {'; '.join(changes)}. "
             + (
-                "It is as it was again."
+                "The module has been restored."
                 if restored
                 else "That cannot be undone, so training from here on would differ from training without TRAKCallback."
             )
@@ -43,18 +43,18 @@ class ModuleChanged(RuntimeError):
 
 
 class ModuleState:
-    """A module at one moment: its structure, its attributes, and which tensors it holds.
+    """A snapshot of a module: its structure, its attributes, and which tensors it holds.
 
-    Covered are all submodules, and what they hold without registering it, be it in containers or in other objects:
+    It covers all submodules, and what they hold unregistered, in containers or in other objects:
 
-    - attributes, and what dictionaries, lists and sets hold: parameters, buffers, submodules, hooks, counts;
-    - the values of buffers, of other tensors that are no parameters, as the counts of a metric, and of arrays;
-    - of parameters ``requires_grad``, ``.grad``, hooks, and the version counter, by which torch notes changes in place.
-      Their values are not copied.
+    - attributes, and the entries of dictionaries, lists and sets: parameters, buffers, submodules, hooks, counts;
+    - the values of buffers, of arrays, and of other tensors that are not parameters, e.g. the counts of a metric;
+    - ``requires_grad``, ``.grad``, hooks and version counters of parameters. By the version counter, torch records
+      changes in place. The values of parameters are not copied.
 
     Args:
         module: any module.
-        optimizers: what must hold the same parameters afterwards. What they hold of other modules is covered, too.
+        optimizers: they must hold the same parameters afterwards. Their parameters of other modules are covered too.
 
     >>> layer = nn.Linear(1, 1)
     >>> state, weight = ModuleState(layer), layer.weight
@@ -86,12 +86,12 @@ class ModuleState:
         self.lost: list[str] = []
 
     def restore(self) -> list[str]:
-        """Put back what can be put back.
+        """Restore what can be restored.
 
         Returns:
-            What of the invariant did not hold: parameters, buffers, their gradients and hooks that were others. What a
-            forward pass may well leave behind, as an attribute that it sets, is put back without mention. In ``lost``
-            is what could not be put back.
+            What must not change but did: parameters, buffers, their gradients and hooks. A forward pass may change
+            other things, such as attributes; they are restored but not listed. What could not be restored is listed,
+            and also in ``lost``.
         """
         changes = [change for holder in self._holders for change in holder.restore()]
         changes += [change for tensor in self._tensors for change in tensor.restore()]
@@ -107,11 +107,11 @@ class ModuleState:
 
 @contextmanager
 def unchanged(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> Iterator[None]:
-    """Leave a module as it was.
+    """Restore a module afterwards.
 
     Raises:
-        ModuleChanged: if it was changed in what must not change; also where an error passes through that leaves it
-            changed for good.
+        ModuleChanged: if parameters, buffers, their gradients or hooks were changed. If the block itself raises an
+            error, only a change that cannot be undone raises this.
     """
     state = ModuleState(module, optimizers)
     try:
@@ -128,9 +128,9 @@ def unchanged(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = (
 
 @contextmanager
 def others_frozen(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> Iterator[None]:
-    """Keep a backward pass from reaching tensors that are trained and no parameters of a module.
+    """Keep a backward pass from reaching trained tensors that are not parameters of a module.
 
-    They are those that it holds without registering them, as one hides a teacher, and others of the optimizers.
+    The module may hold them unregistered, as some hide a teacher network, or the optimizers may hold them.
 
     >>> student = nn.Linear(1, 1)
     >>> student.teacher = [nn.Linear(1, 1)]
@@ -151,7 +151,7 @@ def others_frozen(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]
 
 
 def _found(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> list[tuple[str, Any]]:
-    """List what is reached from a module, and the parameters of optimizers that are not."""
+    """List what is reached from a module, then the optimizers' parameters that are not among it."""
     found = list(reached(module))
     known = {id(value) for _, value in found}
     held = [value for optimizer in optimizers for group in optimizer.param_groups for value in group["params"]]
@@ -160,7 +160,7 @@ def _found(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> li
 
 
 def _renormalised(values: Iterable[Any]) -> set[int]:
-    """Return the weights that a forward pass changes in place: of embeddings with ``max_norm``."""
+    """Return the ids of weights that a forward pass changes in place: those of embeddings with ``max_norm``."""
     kinds = (nn.Embedding, nn.EmbeddingBag)
     return {id(value.weight) for value in values if isinstance(value, kinds) and value.max_norm is not None}
 
@@ -179,7 +179,7 @@ class _Container:
 
 
 class _Object:
-    """An object that is no module: its attributes."""
+    """The attributes of an object that is not a module."""
 
     def __init__(self, owner: Any) -> None:
         self._attributes = _Container(vars(owner))
@@ -191,7 +191,8 @@ class _Object:
 class _Module:
     """A module: its attributes, and the parameters, buffers, submodules and hooks among them.
 
-    A forward pass may set buffers. Where they are registered it sets those of a `ModelFunction`.
+    A forward pass may replace buffers. In a registered module these are the buffers of a `ModelFunction`, so the
+    module's own buffers must stay. In an unregistered module its own may be replaced.
     """
 
     def __init__(self, name: str, module: nn.Module, registered: bool) -> None:
@@ -212,7 +213,7 @@ class _Module:
         return changes
 
     def _describe(self, key: str, held: Any, before: Any) -> list[str]:
-        """Say what of a container must not have changed."""
+        """List the changes of a container that must not happen."""
         if key in ("_parameters", "_buffers"):
             names = [name for name in {**before, **held} if held.get(name) is not before.get(name)]
             set_anew = key == "_buffers" and not self._registered and list(held) == list(before)
@@ -224,12 +225,12 @@ class _Module:
 
 
 class _TensorState:
-    """One tensor: of a parameter what must not change about it, of others their values, too."""
+    """One tensor: its gradient, hooks and version counter; a copy of its values if they are small, or may change."""
 
     def __init__(self, name: str, value: Tensor, copied: bool) -> None:
         self.name, self._value = name, value
         self._is_leaf, self._requires_grad = value.is_leaf, value.requires_grad
-        # Outside of inference mode, those made within it cannot change.
+        # Tensors made in inference mode cannot be changed outside of it.
         self._can_change = not is_lazy(value) and not value.is_inference()
         self._grad = value.grad if value.is_leaf else None
         self._versions = self._versions_now()
@@ -239,7 +240,7 @@ class _TensorState:
 
     def restore(self) -> list[str]:
         changes, value = [], self._value
-        if self._copy is not None and not torch.equal(value, self._copy):  # batch norm does not count its changes
+        if self._copy is not None and not torch.equal(value, self._copy):  # batch norm does not count versions
             with torch.no_grad():
                 value.copy_(self._copy)
         if self._is_leaf and value.is_leaf and value.requires_grad != self._requires_grad:
@@ -256,7 +257,7 @@ class _TensorState:
         return changes
 
     def has_other_values(self) -> bool:
-        """Whether values changed that are not copied."""
+        """Whether values changed of which there is no copy."""
         (value, grad), (own, its_grad) = self._versions, self._versions_now()
         return (self._copy is None and own != value) or its_grad != grad
 

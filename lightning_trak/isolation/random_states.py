@@ -1,4 +1,4 @@
-"""Random generators, the global ones and those that a module, a dataset or a function holds: found, and put back."""
+"""Restore random generators: the global ones, and those that a module, a dataset or a function holds."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rand
 
 @contextmanager
 def kept_random_states() -> Iterator[None]:
-    """Put the states of the global generators back afterwards: Python's, NumPy's, and torch's of every device.
+    """Afterwards, restore the global generators: Python's, NumPy's, and torch's on every device.
 
-    ``isolate_rng`` of Lightning does not do: it puts nothing back when an error passes through it, and leaves out the
-    generators of XPU and MPS.
+    Lightning's ``isolate_rng`` is not enough: it restores nothing after an error, and leaves out XPU and MPS.
 
     >>> with kept_random_states():
     ...     inside = random.random()
@@ -47,7 +46,7 @@ def kept_random_states() -> Iterator[None]:
 
 @contextmanager
 def kept_generators(*owners: Any) -> Iterator[None]:
-    """Put the states of all generators that some objects hold back afterwards.
+    """Afterwards, restore all generators that some objects hold.
 
     Global generators are not among them; see `kept_random_states`.
 
@@ -68,7 +67,7 @@ def kept_generators(*owners: Any) -> Iterator[None]:
 def generators_in(*owners: Any) -> list[Any]:
     """List the generators of torch, NumPy and ``random`` that are reached from some objects, each once.
 
-    See `reached` for where it is looked.
+    See `reached` for where they are searched.
     """
     return [value for _, value in reached(*owners) if isinstance(value, _GENERATORS)]
 
@@ -89,9 +88,9 @@ def _set_state(generator: Any, state: Any) -> None:
 
 
 def seed_all(seed: int) -> None:
-    """Seed the generators that datasets draw their augmentations from."""
+    """Seed the global generators, from which datasets draw their augmentations."""
     torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond, to format a stack trace
     if torch.cuda.is_initialized() or torch.backends.mps.is_available() or torch.xpu.is_available():
         torch.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - it is the global generator that augmentations use
+    np.random.seed(seed)  # noqa: NPY002 - augmentations use the global generator
     random.seed(seed)

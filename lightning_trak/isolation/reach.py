@@ -1,4 +1,4 @@
-"""What is reached from a module, a dataset or a function: through attributes, containers and closures."""
+"""Find what a module, a dataset or a function holds: in attributes, containers and closures."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_DEEPEST = 6  # steps from the nearest module, or from where the search begins
-_MOST = 1000  # entries of a container, and objects around a module: data are not searched
+_DEEPEST = 6  # steps from the nearest module, or from the start of the search
+_MOST = 1000  # entries of a container, and objects searched from one module: what is larger is data
 _PASSED_OVER = (str, bytes, int, float, complex, type(None), type, ModuleType)
-_ELSEWHERE = ("trainer", "_trainer", "_fabric")  # of a LightningModule: they lead to everything
+_ELSEWHERE = ("trainer", "_trainer", "_fabric")  # attributes that lead from a LightningModule to everything
 _COMPILER = ("torch._dynamo", "torch._inductor", "torch._functorch")
 _OF_THREADS = ("threading", "_thread", "queue", "_queue", "multiprocessing", "asyncio", "concurrent")
 
 
 def reached(*owners: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what some objects hold, and themselves, each once, by the way to it: the nearest first.
+    """Yield (path, object) for some objects and all that they hold: each once, the nearest first.
 
-    All modules are found, however deep they are registered, and what is around each of them. Numbers and strings are
-    left out. Objects of the standard library, of compilers, and those that several threads use are not entered.
+    All registered modules are found, at any depth, and what each of them holds. Numbers and strings are left out. The
+    search does not enter objects of the standard library, of compilers, or those that several threads use.
 
     >>> layer = nn.Linear(1, 1, bias=False)
     >>> layer.teachers = {"a": [nn.ReLU()]}
@@ -44,14 +44,14 @@ def reached(*owners: Any) -> Iterator[tuple[str, Any]]:
             left[0] -= 1
             if left[0] < 0:
                 continue
-        seen[id(value)] = value  # held, so that no other object gets its number
+        seen[id(value)] = value  # keeps it alive, so that no other object gets its id
         yield name, value
         steps = ((step, held) for step, held in _within(value) if not isinstance(held, _PASSED_OVER))
         waiting.extend((_joined(name, step), held, depth + 1, left) for step, held in steps)
 
 
 def attributes_of(value: Any) -> dict[str, Any] | None:
-    """Return the attributes of an object that may be entered; None for another."""
+    """Return the attributes of an object that the search may enter; None for any other."""
     attributes = getattr(value, "__dict__", None)
     if isinstance(value, nn.Module):
         return attributes
@@ -67,7 +67,7 @@ def attributes_of(value: Any) -> dict[str, Any] | None:
 
 
 def _begin(name: str, owner: Any) -> list[tuple[str, Any, int, list[int]]]:
-    """Return where to begin: at an object, and at all submodules."""
+    """Return where a search begins: at an object; for a module, also at all its submodules."""
     if not isinstance(owner, nn.Module):
         return [(name, owner, 0, [_MOST])]
     return [(_joined(name, f".{path}" if path else ""), part, 0, [_MOST]) for path, part in owner.named_modules()]
@@ -78,7 +78,7 @@ def _joined(name: str, step: str) -> str:
 
 
 def _within(value: Any) -> Iterable[tuple[str, Any]]:
-    """Yield the objects that an object holds, and the step to each."""
+    """Yield (step, object) for each object that an object holds."""
     if isinstance(value, nn.Module):
         yield from ((f".{key}", held) for key, held in value.named_parameters(recurse=False))
         yield from ((f".{key}", held) for key, held in value.named_buffers(recurse=False))

@@ -211,10 +211,10 @@ def changed(n, *rows, length=None):
 @pytest.mark.parametrize(
     ("now", "message"),
     [
-        (changed(40, 7), "as many examples as here, 40, with other content: 1 of 40 rows .* row 7"),
-        (changed(40, 0, 39), "as many examples as here, 40, with other content: 2 of 40 rows .* row 0"),
-        (changed(40, length=41), "40 examples, here 41; all 40 rows that were compared are the same"),
-        (changed(40, 12, length=33), "40 examples, here 33, with other content: 1 of 33 rows .* row 12"),
+        (changed(40, 7), "as many examples as here, 40, with other content: 1 of 40 compared rows .* row 7"),
+        (changed(40, 0, 39), "as many examples as here, 40, with other content: 2 of 40 compared rows .* row 0"),
+        (changed(40, length=41), "40 examples, here 41; all 40 compared rows are the same"),
+        (changed(40, 12, length=33), "40 examples, here 33, with other content: 1 of 33 compared rows .* row 12"),
         ({"n_train": 40, "data": "of a former version"}, "as many examples as here, 40, with other content"),
     ],
 )
@@ -229,12 +229,12 @@ def test_where_two_data_sets_differ(now, message):
 
 
 def test_where_two_large_data_sets_differ():
-    """Between two rows that were compared."""
+    """Between two compared rows."""
     rows = sampled_rows(5000)
     assert len(rows) == 1024
     found = difference(changed(5000), changed(5000, rows[300], rows[301]))
     assert found.endswith(
-        f"2 of 1024 rows that were compared, the first of them one of the rows {rows[299] + 1} to {rows[300]}"
+        f"2 of 1024 compared rows differ, the first of them one of the rows {rows[299] + 1} to {rows[300]}"
     )
 
 
@@ -243,6 +243,4 @@ def test_random_parts_make_no_difference_of_rows():
         return (row, os.urandom(4))
 
     other = fingerprint(Examples(20, lambda row: make(row + (row == 5))))
-    assert "1 of 20 rows that were compared, the first of them row 5" in difference(
-        fingerprint(Examples(20, make)), other
-    )
+    assert "1 of 20 compared rows differ, the first of them row 5" in difference(fingerprint(Examples(20, make)), other)

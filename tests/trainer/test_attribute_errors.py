@@ -95,7 +95,7 @@ def test_limits_that_truncate(run, limit):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (Blobs(n=41), r"another train set: 40 examples, here 41, .* 40 of 40 rows that were compared, .* row 0: "),
+        (Blobs(n=41), r"another train set: 40 examples, here 41, .* 40 of 40 compared rows differ, .* row 0: "),
         (
             Blobs(seed=9),
             "another train set: as many examples as here, 40, with other content: .* first of them row 0: ",
