@@ -54,11 +54,11 @@ class Featurizer:
         return Features(features, self.engine(self.function, batch, size, self._into(features)))
 
     def rehearsal(self, size: int) -> Sink:
-        """Return what takes the gradients of ``size`` examples, and as much memory as featurizing them."""
+        """Return a sink for the gradients of ``size`` examples that needs as much memory as featurizing them."""
         return self._into(self._zeros(size), self._projector.rehearsal())
 
     def _into(self, features: Tensor, projector: Projector | None = None) -> Sink:
-        """Return what adds projected gradients to ``features``, (b, k)."""
+        """Return a sink that adds projected gradients to ``features``, (b, k)."""
 
         def project(rows: slice, name: str, gradient: Gradient) -> None:
             (projector or self._projector).add_gradient_(features[rows], gradient, self._starts[name], self._key)

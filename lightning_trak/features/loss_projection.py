@@ -1,4 +1,4 @@
-"""Losses that are no function of the model output: Q by projecting their gradients on those of the output."""
+"""Q of losses that are not a function of the model output: ∇L is projected onto ∇f."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lightning_trak.features.featurizer import Features, Featurizer
 from lightning_trak.gradients import Selector, Trial
 
 PER_SAMPLE_LOSS = "per_sample_loss"
-_LITTLE = 0.5  # of the loss's gradients: if less is along the output's, it is doubtful
+_LITTLE = 0.5  # of ‖∇L‖²: if less lies along ∇f, the user is warned
 
 
 def project_loss(features: Tensor, loss_features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the multiple of each example's ∇f that is nearest to its −∇L, and what is left.
+    """Project each example's −∇L onto its ∇f; return the coefficient Q and the squared residual.
 
-    Q = −⟨∇L, ∇f⟩ / ‖∇f‖² minimises ‖∇L + Q ∇f‖; where L is a function of f, it is −∂L/∂f. Gradients may be replaced by
-    their features, whose products are those of the gradients in expectation.
+    Q = −⟨∇L, ∇f⟩ / ‖∇f‖² minimises ‖∇L + Q ∇f‖. Where L is a function of f, Q is −∂L/∂f. Features stand in for the
+    gradients: in expectation, they have the same inner products.
 
     Args:
         features: of f, (b, k).
@@ -39,12 +39,12 @@ def project_loss(features: Tensor, loss_features: Tensor) -> tuple[Tensor, Tenso
 
 
 def projected_curvature(loss_grad: Tensor, losses: Tensor) -> Tensor:
-    """Return w of losses that are taken for half the square of a number: Q² / (2 L).
+    """Return w = Q² / (2 L), which takes each loss for half a square.
 
-    With L = g² / 2 the Gauss-Newton curvature of L is ∇g ∇gᵀ = ∇L ∇Lᵀ / (2 L), and so Q² / (2 L) along ∇f. It is 2 for
-    squared errors L = (f − y)², as it should be; of cross-entropies, with Q = 1 − p, half of p (1 − p) for p near 1. A
-    loss on another scale has w on that scale. Of negative losses, logarithms of densities, it is Q²: the empirical
-    Fisher information.
+    For L = g² / 2, the Gauss–Newton matrix of L is ∇g ∇gᵀ = ∇L ∇Lᵀ / (2 L), and so Q² / (2 L) along ∇f. For squared
+    errors L = (f − y)² that is 2, the exact value. For cross-entropies, where Q = 1 − p, it is half of p (1 − p) for p
+    near 1. If the loss is rescaled, w is rescaled with it. Negative losses, such as those from log-densities, are no
+    squares: their w is Q², the empirical Fisher information.
 
     Args:
         loss_grad: Q, (b,).
@@ -54,12 +54,12 @@ def projected_curvature(loss_grad: Tensor, losses: Tensor) -> Tensor:
     >>> projected_curvature(-2 * residual, residual**2)
     tensor([2., 2.])
     """
-    halves = (2 * losses).clamp(min=torch.finfo(losses.dtype).eps)  # what rounding leaves of a loss of zero
+    halves = (2 * losses).clamp(min=torch.finfo(losses.dtype).eps)  # a loss of zero, up to rounding
     return loss_grad.square() / torch.where(losses < 0, 1, halves)
 
 
 class LossProjection:
-    """Q of the examples of a checkpoint whose module has a loss of its own for each, ``per_sample_loss``.
+    """Q of the examples at one checkpoint, for a module that defines ``per_sample_loss``.
 
     It costs a second forward and backward pass.
 
@@ -68,7 +68,7 @@ class LossProjection:
         read: returns a few examples, their number, and the first of them alone, to prepare an engine on.
 
     Attributes:
-        negative: whether w was taken of a negative loss.
+        negative: whether w was computed for a negative loss.
     """
 
     def __init__(self, gradients: str, read: Callable[[], tuple[Any, int, Any]]) -> None:
@@ -78,16 +78,16 @@ class LossProjection:
         self.negative = False
 
     def explained(self) -> float:
-        """Return the part of the squared norms of all ∇L so far that is along ∇f; 1 where all are zero."""
+        """Return which part of all ‖∇L‖² so far lies along ∇f; 1 if all ∇L are zero."""
         return 1 - self._left / self._whole if self._whole else 1.0
 
     def __call__(self, featurizer: Featurizer, batch: Any, result: Features) -> tuple[Tensor, Tensor]:
-        """Return Q and L, (b,) each, of a batch.
+        """Return Q and L of a batch, (b,) each.
 
         Args:
-            featurizer: what its features were computed by.
+            featurizer: the one that computed ``result``.
             batch: the batch.
-            result: its features, and outputs.
+            result: its features and outputs.
         """
         size = len(result.features)
         losses = self._featurized(featurizer, batch, size)
@@ -105,17 +105,17 @@ class LossProjection:
         return f"Q by projection, {self._selector}: {self._found()}"
 
     def doubts(self) -> dict[str, str]:
-        """Return what the user should be warned of, by its kind."""
+        """Return the warnings for the user, by kind."""
         doubts = {}
         if self.explained() < _LITTLE:
             doubts["little explained"] = (
-                f"Only {self._found()}; scores leave the rest out. Attribute an output that the loss is a function of,"
-                " as minus its square root, with output_to_loss(self, output, batch): output.square()."
+                f"Only {self._found()}; the scores leave out the rest. Attribute an output of which the loss is a"
+                " function, e.g. minus its square root, with output_to_loss(self, output, batch): output.square()."
             )
         if self.negative:
             doubts["negative losses"] = (
-                f"{PER_SAMPLE_LOSS} is negative for some examples; their curvature is taken for Q², as of logarithms of"
-                " densities. Define out_to_loss_curvature(self, batch) if you know it."
+                f"{PER_SAMPLE_LOSS} is negative for some examples. Their curvature is taken to be Q², as for"
+                " log-densities. If you know the curvature, define out_to_loss_curvature(self, batch)."
             )
         return doubts
 
@@ -124,7 +124,7 @@ class LossProjection:
         return f"{part} are along model_output's"
 
     def _featurized(self, featurizer: Featurizer, batch: Any, size: int) -> Features:
-        """Featurize the losses of a batch, with another engine if one turns out not to suit them."""
+        """Featurize the losses of a batch; if an engine turns out not to support them, use another."""
         function = featurizer.function.of(PER_SAMPLE_LOSS)
         return self._selector.attempt(
             function,

@@ -36,7 +36,7 @@ _CLASSES: dict[str, type[Projector]] = {
 
 
 def check_projector(projector: str | Projector, proj_dim: int) -> None:
-    """Raise a ValueError or TypeError if ``projector`` is neither a known name nor a `Projector`, or k not for it."""
+    """Raise a ValueError or TypeError unless ``projector`` is a known name or a `Projector`, and takes ``proj_dim``."""
     if projector == "fast_jl":
         FastJLProjector.check_proj_dim(proj_dim)
     if isinstance(projector, Projector) or projector == "auto" or projector in _BY_NAME:
@@ -63,14 +63,14 @@ def make_projector(projector: str | Projector, proj_dim: int, n_params: int) -> 
 
 
 def restore_projector(configuration: Mapping[str, Any], proj_dim: int) -> Projector:
-    """Build the projector with the `Projector.configuration` that a store has.
+    """Build the projector from the `Projector.configuration` in a store.
 
     Args:
-        configuration: of a projector that has a name for ``TRAKCallback(projector=...)``.
+        configuration: that of a projector that ``TRAKCallback(projector=...)`` knows by name.
         proj_dim: k.
 
     Raises:
-        ValueError: if the configuration is that of another one, which only the user can build.
+        ValueError: if it is that of a user's own projector, which only the user can build.
 
     >>> restore_projector(FactoredProjector(rank=8).configuration, proj_dim=16).rank
     8

@@ -1,4 +1,4 @@
-"""The factored projection: layers' inputs and output gradients are projected, and no per-sample gradient is formed."""
+"""The factored projection: it projects layers' inputs and output gradients, and forms no per-sample gradient."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ from lightning_trak.projection.philox import random_signs
 from lightning_trak.projection.projector import Drawn, Projector
 from lightning_trak.projection.sparse import SparseProjector
 
-_VOCABULARY = 8  # times as many rows as columns make a parameter the table of a vocabulary
-_MORE = 8  # times the rank that other axes are left with
+_VOCABULARY = 8  # a parameter with so many times more rows than columns is taken for an embedding table
+_MORE = 8  # times r: the columns of an embedding table's L
 _LEFT, _RIGHT = 2, 3  # fourth word of the Philox counter; the sparse projection has 1, the dense one 0
 
 
 class FactoredProjector(Projector):
-    """P = (L ⊗ R) S: every layer's gradient G becomes LᵀGR, and these go sparsely into one feature vector.
+    """P = (L ⊗ R) S: every layer's gradient G becomes LᵀGR, and S projects these into one feature vector.
 
-    L, (O, r), and R, (I, r), have entries ±1/√r, independent and equally likely; an axis no longer than r is left as it
-    is. Of the table of a vocabulary, with O ≥ 8 I, L is (O, 8 r) with entries ±1/√(8 r): a text is told by a few of its
-    rows. S is the `SparseProjector`'s matrix. As E[L Lᵀ] = I, E[R Rᵀ] = I and E[S Sᵀ] = I, and the three are
-    independent, E[P Pᵀ] = I. Where G = Σₜ gₜ aₜᵀ, LᵀGR = Σₜ (Lᵀgₜ)(Rᵀaₜ)ᵀ: the cost is that of two thin layers.
-    Parameters of one axis, those of fewer than r rows and those no larger than r² go into S as they are.
+    L, (O, r), and R, (I, r), have independent entries ±1/√r, equally likely. An axis of at most r entries stays as it
+    is. A parameter with O ≥ 8 I is taken for an embedding table. Its L is (O, 8 r) with entries ±1/√(8 r), since what
+    identifies a text is a few rows of the table. S is the matrix of the `SparseProjector`.
 
-    Row i of L is drawn from Philox at counter (start + i, j div 128, 2), start the parameter's place among all p, and
-    that of R at (start + i, j div 128, 3). The idea of projecting the factors is that of Choe et al., "What is your
-    data worth to GPT?", arXiv 2405.13954, Section 3.
+    The three are independent, with E[L Lᵀ] = I, E[R Rᵀ] = I and E[S Sᵀ] = I. Hence E[P Pᵀ] = I. For G = Σₜ gₜ aₜᵀ,
+    LᵀGR = Σₜ (Lᵀgₜ)(Rᵀaₜ)ᵀ, which costs as much as two layers of width r.
+
+    Some parameters go into S as they are: those of one axis, of fewer than r rows, or of at most r² entries.
+
+    Row i of L is drawn from Philox at counter (start + i, j div 128, 2), row i of R at (start + i, j div 128, 3), where
+    start is the index of the parameter's first entry among all p. Projecting the factors is the idea of Choe et al.,
+    "What is your data worth to GPT?", arXiv 2405.13954, Section 3.
 
     Args:
         proj_dim: k.
@@ -65,7 +68,7 @@ class FactoredProjector(Projector):
         self._sparse.add_(features, as_rows(gradient.sketch(left, right)).float(), start, key)
 
     def _matrix(self, start: int, rows: int, rank: int, side: int, key: int, device: torch.device) -> Tensor | None:
-        """Return L or R; those of one key are kept, since batch after batch needs them."""
+        """Return L or R, cached for the next batch; None where the axis stays as it is."""
         if rows <= rank:
             return None
         return self._drawn.get(
@@ -75,6 +78,6 @@ class FactoredProjector(Projector):
         )
 
     def forget(self) -> None:
-        """Let go of the matrices, and of the buckets."""
+        """Free the matrices and the buckets."""
         self._drawn.forget()
         self._sparse.forget()

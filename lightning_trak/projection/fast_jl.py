@@ -1,4 +1,4 @@
-"""The dense projection of the compiled extension fast_jl: optional, tried before it is trusted, never required."""
+"""The dense projection of the compiled extension fast_jl: optional, and tested before it is used."""
 
 from __future__ import annotations
 
@@ -15,30 +15,34 @@ from torch.nn.functional import pad
 from lightning_trak.projection.projector import Projector
 from lightning_trak.projection.rademacher import RademacherProjector
 
-_MULTIPLE = 512  # of which fast_jl wants both dimensions to be multiples
+_MULTIPLE = 512  # fast_jl takes multiples of it alone, for both dimensions
 _ROWS = 32  # the most samples that one of its kernels takes
 _MAX_ENTRIES = 2**31  # it indexes a call's gradients by 32 bits
 _MAX_COLUMNS = (_MAX_ENTRIES - 1) // _ROWS // _MULTIPLE * _MULTIPLE
-_TRIAL = 2**14  # parameters in the start-up test: the norm of a row is known to a few per cent
+_TRIAL = 2**14  # parameters in the test: a right projection keeps norms to a few per cent
 _TOLERANCE = 0.2
 
 _Kernel: TypeAlias = Callable[[Tensor, int, int, int], Tensor]
 
 
 class FastJLProjector(Projector):
-    """P[i, j] = ±1/√k drawn inside fast_jl's CUDA kernel, a matrix for every block of parameters.
+    """P[i, j] = ±1/√k, drawn inside fast_jl's CUDA kernel, with one matrix for each block of parameters.
 
-    Unlike the other projections, this one belongs to whole parameter blocks: fast_jl draws by its place in a block, so
-    each block has a matrix of its own, chosen by key and ``start``, and features agree only if the gradients are cut
-    into blocks in the same way. It also draws by the number of parts that it cuts a block into, one for each
-    multiprocessor, so another model of GPU means another matrix: the number is part of the configuration, and can be
-    given to go on with features that were made elsewhere. Within a kernel, gradients are float16: each sample is scaled
-    to a largest entry of 1 first, so that none overflows. Park, Georgiev, Ilyas, Leclerc, Madry, "TRAK: Attributing
-    Model Behavior at Scale", ICML 2023, for which it was written.
+    Unlike other projections, this one depends on how gradients are cut into blocks. fast_jl draws by the place within a
+    block, so each block has its own matrix, chosen by key and ``start``. Features agree only if the blocks are the
+    same.
+
+    The matrix also depends on the GPU: fast_jl cuts a block into one part for each multiprocessor, and draws by the
+    number of parts. That number is therefore part of the configuration. Pass it to go on with features that another
+    model of GPU computed.
+
+    Within the kernel, gradients are float16. Each sample is first scaled to a largest entry of 1, so that none
+    overflows. fast_jl was written for Park, Georgiev, Ilyas, Leclerc, Madry, "TRAK: Attributing Model Behavior at
+    Scale", ICML 2023.
 
     Args:
         proj_dim: k, a multiple of 512.
-        multiprocessors: of the GPU whose matrix is wanted; by default the current one.
+        multiprocessors: the number on the GPU whose matrix is wanted; by default, that of the current GPU.
 
     >>> FastJLProjector(proj_dim=1024, multiprocessors=132).configuration
     {'projector': 'fast_jl', 'drawing': 1, 'multiprocessors': 132}
@@ -61,9 +65,9 @@ class FastJLProjector(Projector):
             )
 
     def add_(self, features: Tensor, gradients: Tensor, start: int, key: int) -> None:
-        """Add a whole block's projection, at most 32 samples to a call; see `Projector.add_`.
+        """Add a whole block's projection, at most 32 samples a kernel call; see `Projector.add_`.
 
-        Columns are cut at a fixed number, whatever the batch, lest the matrix depend on it.
+        Columns are cut at a fixed number, so that the matrix does not depend on the batch size.
         """
         _require_cuda(gradients.device)
         for first in range(0, gradients.shape[1], _MAX_COLUMNS):
@@ -85,11 +89,11 @@ class FastJLProjector(Projector):
 
 
 def check_fast_jl(device: torch.device) -> None:
-    """Project random vectors, and raise a RuntimeError saying what is wrong if fast_jl does so badly.
+    """Test fast_jl on random vectors; raise a RuntimeError that says what is wrong, if anything is.
 
-    It has been seen to return zeros without a word, where it was built for another architecture. Norms must be kept to
-    20 %, which random signs miss with no chance worth counting, twice the same call must give the same result, and the
-    matrix must not depend on the number of samples.
+    Norms must be kept to 20 %, which random signs practically always do. The same call must give the same result twice.
+    The matrix must not depend on the number of samples. Built for another architecture, fast_jl has been seen to return
+    zeros without an error.
 
     Args:
         device: a CUDA device.
@@ -97,7 +101,7 @@ def check_fast_jl(device: torch.device) -> None:
     >>> check_fast_jl(torch.device("cpu"))
     Traceback (most recent call last):
         ...
-    RuntimeError: fast_jl works on CUDA devices alone, got device 'cpu'. Use projector='rademacher' there.
+    RuntimeError: fast_jl works only on CUDA devices, got device 'cpu'. Use projector='rademacher' there.
     """
     _require_cuda(device)
     projector = FastJLProjector(2048, _count_multiprocessors(device))
@@ -109,9 +113,9 @@ def check_fast_jl(device: torch.device) -> None:
     if not features.any():
         raise RuntimeError("fast_jl returns zeros: it was probably built for another GPU architecture.")
     low, high = (features.norm(dim=1) / vectors.norm(dim=1)).aminmax()
-    if not (low >= 1 - _TOLERANCE and high <= 1 + _TOLERANCE):  # so put that NaN fails
+    if not (low >= 1 - _TOLERANCE and high <= 1 + _TOLERANCE):  # written so that NaN fails
         raise RuntimeError(
-            f"fast_jl does not keep norms: random vectors' became {low:.3g} to {high:.3g} times as large."
+            f"fast_jl does not keep norms: those of random vectors became {low:.3g} to {high:.3g} times as large."
         )
     if not torch.allclose(features, _trial(projector, vectors), rtol=1e-3, atol=1e-3):
         raise RuntimeError("fast_jl is not deterministic: the same call with the same seed gave another result.")
@@ -123,7 +127,7 @@ def fast_jl_or_rademacher(proj_dim: int) -> Projector:
     """Return a `FastJLProjector` if fast_jl works here, else warn why not and return a `RademacherProjector`.
 
     >>> with warnings.catch_warnings():
-    ...     warnings.simplefilter("ignore")  # that fast_jl is missing, for one
+    ...     warnings.simplefilter("ignore")  # e.g. that fast_jl is missing
     ...     fast_jl_or_rademacher(1024).proj_dim
     1024
     """
@@ -140,7 +144,7 @@ def fast_jl_or_rademacher(proj_dim: int) -> Projector:
 
 
 def _problem() -> str | None:
-    """Return what keeps fast_jl from being used here, as a sentence."""
+    """Return why fast_jl cannot be used here, as a sentence; None if it can."""
     try:
         importlib.import_module("fast_jl")
     except ImportError as error:
@@ -162,7 +166,7 @@ def _trial(projector: FastJLProjector, vectors: Tensor) -> Tensor:
 
 
 def _seed(key: int, start: int) -> int:
-    """Hash a block to the 31 bits that fast_jl takes; equal in every process, unlike Python's own hash."""
+    """Hash key and block to the 31 bits that fast_jl takes: the same in every process, unlike Python's own hash."""
     digest = hashlib.blake2b(f"{key}:{start}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -170,7 +174,7 @@ def _seed(key: int, start: int) -> int:
 def _require_cuda(device: torch.device) -> None:
     if device.type != "cuda":
         raise RuntimeError(
-            f"fast_jl works on CUDA devices alone, got device '{device}'. Use projector='rademacher' there."
+            f"fast_jl works only on CUDA devices, got device '{device}'. Use projector='rademacher' there."
         )
 
 

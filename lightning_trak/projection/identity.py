@@ -10,7 +10,7 @@ from lightning_trak.projection.projector import Projector
 class IdentityProjector(Projector):
     """P = I: the features are the gradients themselves, so k = p whatever ``proj_dim`` says.
 
-    Exact, and the cheapest choice for a model of no more parameters than features.
+    It is exact, and the cheapest choice for a model that has no more parameters than features.
 
     >>> import torch
     >>> features = torch.zeros(1, 3)

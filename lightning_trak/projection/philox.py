@@ -18,7 +18,7 @@ _BITS = 128  # drawn by one counter
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10: four random 32-bit words that are a function of a counter and a key alone.
 
-    Any entry of a projection can so be drawn anywhere, in any order, on any device, with no state; integer arithmetic
+    So any entry of a projection can be drawn by itself: in any order, on any device, without state. Integer arithmetic
     makes it the same to the bit. Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
     Args:
@@ -43,7 +43,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tupl
 
 
 def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """Return the high and the low 32 bits of a product; it wraps in int64, hence the mask after the shift."""
+    """Return the high and low 32 bits of a product. It wraps around in int64, hence the mask after the shift."""
     product = word * multiplier
     return (product >> 32) & _MASK, product & _MASK
 
@@ -74,7 +74,7 @@ def random_signs(
 
 
 def random_words(start: int, stop: int, columns: int, key: int, stream: int, device: torch.device) -> Tensor:
-    """Draw what `signs_of` takes: 16 bits in each of 8 numbers for every counter, lowest first.
+    """Draw the bits for `signs_of`: for every counter 8 numbers of 16 bits, lowest first.
 
     Returns:
         (stop − start, ⌈columns / 128⌉, 8), int32.
@@ -96,7 +96,7 @@ def signs_of(words: Tensor, columns: int) -> Tensor:
 
 @functools.cache
 def _sign_table(device: torch.device) -> Tensor:
-    """Return row w: the 16 bits of w, lowest first, as ±1; a look-up is the fastest way from bits to floats."""
+    """Return the table for the fastest way from bits to floats: row w has the 16 bits of w as ±1, lowest first."""
     words = torch.arange(2**16, device=device, dtype=torch.int32)[:, None]
     bits = (words >> torch.arange(16, device=device, dtype=torch.int32)) & 1
     return (2 * bits - 1).float()

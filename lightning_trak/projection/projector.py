@@ -13,32 +13,32 @@ from torch import Tensor
 
 from lightning_trak.gradients.gradient import Gradient, as_rows
 
-_DENSE_BYTES = 2**30  # of one parameter's gradients, where they are needed themselves
+_DENSE_BYTES = 2**30  # of one parameter's per-sample gradients that are formed at once
 
 
 class Projector(ABC):
     """A family of random matrices P of shape (p, k) with E[P Pᵀ] = I, one for every key.
 
-    A projector holds no matrix. Gradients arrive as blocks of consecutive parameters, a layer at a time if the engine
-    yields them so, and are added into the features: ``features += gradients @ P[start:start + q]``. The result does
-    not depend on how the parameters are cut into blocks, so nothing of shape (b, p) need ever exist.
+    A projector holds no matrix. Gradients arrive in blocks of consecutive parameters, for example a layer at a time.
+    Each block is added to the features: ``features += gradients @ P[start:start + q]``. The result does not depend on
+    how the parameters are cut into blocks, so nothing of shape (b, p) is ever needed.
 
-    To write one, define `add_` and, where the dimension is not chosen freely, `dimension`.
+    To write your own, define `add_`. If k cannot be chosen freely, define `dimension` too.
 
     Args:
         proj_dim: k, the sketch dimension.
 
     Attributes:
         name: by default that of the class.
-        drawing: the version of how P is drawn. Count it up when the same arguments come to draw another P, so that
-            features of both cannot be mixed.
+        drawing: the version of the code that draws P. Increase it when the same arguments draw another P than before,
+            so that features of both are never mixed.
     """
 
     name: str
     drawing = 1
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Note the arguments: they are part of what tells one family of matrices from another."""
+        """Record the arguments: they are part of the `configuration`."""
         projector = super().__new__(cls)
         given = signature(cls.__init__).bind_partial(projector, *args, **kwargs)
         given.apply_defaults()
@@ -67,9 +67,9 @@ class Projector(ABC):
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """All that P depends on beside dimension, seed and checkpoint: name, version of the drawing, arguments.
+        """All that P depends on besides dimension, seed and checkpoint: ``name``, ``drawing``, and the arguments.
 
-        It is the projection's identity in the store. An attribute named as an argument counts in its place.
+        It identifies the projection in the store. If an attribute has an argument's name, its value counts.
 
         Raises:
             TypeError: if an argument cannot be written as JSON.
@@ -97,7 +97,7 @@ class Projector(ABC):
         """
 
     def add_gradient_(self, features: Tensor, gradient: Gradient, start: int, key: int) -> None:
-        """Add the projection of one parameter's gradients, in whatever form they are, to ``features``, in place.
+        """Add the projection of one parameter's gradients, in any form, to ``features``, in place.
 
         Args:
             features: (b, k), float32.
@@ -109,11 +109,11 @@ class Projector(ABC):
             self.add_(features[rows], as_rows(part.dense()).float(), start, key)
 
     def rehearsal(self) -> Projector:
-        """Return a projector that takes as much memory, and as little time as may be, to try a batch size with."""
+        """Return a faster projector that needs as much memory, for trying out a batch size; by default this one."""
         return self
 
     def forget(self) -> None:  # noqa: B027 - optional
-        """Let go of what is kept from batch to batch of one key; there need not be anything."""
+        """Free what is cached from batch to batch; by default nothing is."""
 
     def __repr__(self) -> str:
         arguments = {"proj_dim": self.proj_dim, **self.configuration}
@@ -122,14 +122,14 @@ class Projector(ABC):
 
 
 class Drawn:
-    """Random numbers of one key, kept since batch after batch needs them, until another key is asked for."""
+    """A cache of the random numbers of one key, since every batch needs them. Another key empties it."""
 
     def __init__(self) -> None:
         self._key: int | None = None
         self._values: dict[Hashable, Tensor] = {}
 
     def get(self, key: int, where: Hashable, draw: Callable[[], Tensor]) -> Tensor:
-        """Return what was drawn ``where``, or draw it."""
+        """Return what was drawn for ``where``, or draw it now."""
         if key != self._key:
             self.forget()
             self._key = key
@@ -138,7 +138,7 @@ class Drawn:
         return self._values[where]
 
     def forget(self) -> None:
-        """Let go of everything."""
+        """Empty the cache."""
         self._values.clear()
 
 

@@ -12,21 +12,21 @@ from lightning_trak.projection.projector import Projector
 from lightning_trak.projection.sparse import SparseProjector
 
 _STREAM = 0  # fourth word of the Philox counter
-_DRAWN = 2**24  # entries of P whose bits are drawn at once: enough for all cores to share in it
-_BLOCK_ENTRIES = 2**20  # entries of P that exist at once: 4 MiB of float32, so that they stay in the cache
+_DRAWN = 2**24  # entries of P whose bits are drawn at once: enough to keep all cores busy
+_BLOCK_ENTRIES = 2**20  # entries of P that exist at once: 4 MiB of float32, which stay in the cache
 
 
 class RademacherProjector(Projector):
     """P[i, j] = ±1/√k, independent and equally likely.
 
     Column j of row i is bit j mod 128 of Philox's four words at counter (i mod 2³², i div 2³², j div 128, 0), so P is
-    the same matrix for every chunking, batch and device. It is drawn in blocks of rows, once for all examples of a
-    batch, that are used and forgotten: the more examples at a time, the less does one cost. Achlioptas,
-    "Database-friendly random projections", PODS 2001.
+    the same matrix for every chunking, batch and device. Blocks of rows are drawn once for each batch, used, and
+    discarded: the larger the batch, the less an example costs. Achlioptas, "Database-friendly random projections",
+    PODS 2001.
 
-    Products are those of float32 on every machine: a row of features differs from the exact one by less than 1e-4 of
-    its norm. GPUs from Ampere on, with Triton, draw and multiply in one kernel, see `triton_kernel`. CPUs are not
-    asked for bfloat16, as they return products rounded to it.
+    Products have float32 precision on every machine: a row of features differs from the exact one by less than 1e-4 of
+    its norm. GPUs from Ampere on, with Triton, draw and multiply in one kernel; see `triton_kernel`. On CPUs bfloat16
+    is not used, since they would round the products to it.
 
     >>> projector, features = RademacherProjector(proj_dim=4), torch.zeros(1, 4)
     >>> projector.add_(features, torch.tensor([[2.0]]), start=7, key=0)
@@ -37,7 +37,7 @@ class RademacherProjector(Projector):
     name = "rademacher"
 
     def add_(self, features: Tensor, gradients: Tensor, start: int, key: int) -> None:
-        """Add the block's projection by one GEMM a block of rows; see `Projector.add_`."""
+        """Add the block's projection, with one GEMM for each block of rows of P; see `Projector.add_`."""
         if triton_kernel.available(features.device):
             triton_kernel.rademacher_add_(features, gradients, start, key, self.proj_dim)
             return
@@ -51,7 +51,7 @@ class RademacherProjector(Projector):
                     features.addmm_(block, signs_of(bits, self.proj_dim), alpha=self.proj_dim**-0.5)
 
     def rehearsal(self) -> Projector:
-        """Return the sparse projector: a batch size does not matter to the signs, but they take their time."""
+        """Return the sparse projector: drawing signs is slow, and their memory does not depend on the batch size."""
         return SparseProjector(self.proj_dim)
 
     def signs(

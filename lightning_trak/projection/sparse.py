@@ -1,4 +1,4 @@
-"""The sparse projection: every parameter goes with a random sign into one random bucket."""
+"""The sparse projection: every parameter is added to one random bucket, with a random sign."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ class SparseProjector(Projector):
         features += signed[:, : self.proj_dim] - signed[:, self.proj_dim :]
 
     def _signed_buckets(self, start: int, stop: int, key: int, device: torch.device) -> Tensor:
-        """Return the bucket of every parameter, (stop − start,); those of sign −1 are counted from ``proj_dim`` up.
+        """Return the bucket of every parameter, (stop − start,); ``proj_dim`` is added where the sign is −1.
 
-        Two halves for the two signs make the sketch one scatter, with no signed copy of the gradients. The buckets of
-        a model are as large as its weights twice over; those of one key are kept, since batch after batch needs them.
+        With separate buckets for the two signs, the sketch is one scatter, without a signed copy of the gradients. The
+        buckets of a model take twice the memory of its weights. They are cached, since every batch needs them.
         """
 
         def draw() -> Tensor:
-            blocks = range(start, max(stop, start + 1), _BLOCK)  # one at least, be it empty
+            blocks = range(start, max(stop, start + 1), _BLOCK)  # at least one, which may be empty
             return torch.cat([_draw(first, min(first + _BLOCK, stop), self.proj_dim, key, device) for first in blocks])
 
         return self._drawn.get(key, (start, stop, device), draw)
 
     def forget(self) -> None:
-        """Let go of the buckets."""
+        """Free the buckets."""
         self._drawn.forget()
 
 

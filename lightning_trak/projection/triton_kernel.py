@@ -1,4 +1,4 @@
-"""The dense projection as one GPU kernel that draws its signs in registers; optional, and never imported unasked."""
+"""The dense projection as one GPU kernel that draws its signs in registers; optional: Triton need not be installed."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:  # at run time `_compiled` puts the names here, on first use: 
     import triton.language as tl  # type: ignore[import-not-found,import-untyped]
     from triton.language import constexpr  # under this very name: older interpreters compare it
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # what Triton itself asks when it first meets a kernel
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is defined
 _BITS = 128  # columns drawn by one Philox counter
 _ROWS = 128  # of the batch in one program, at most
-_WAVES = 4  # programs for each multiprocessor: so many that a last, ragged round costs little
+_WAVES = 4  # programs for each multiprocessor: enough that an incomplete last round costs little
 _AMPERE = (8, 0)  # the first generation with bfloat16 matrix units
 
 
 def available(device: torch.device) -> bool:
     """Whether `rademacher_add_` can run on a device: Triton installed, and a GPU that multiplies bfloat16.
 
-    Under ``TRITON_INTERPRET=1``, set before this module is imported, any device will do: Triton then interprets the
-    kernel, slowly, on the CPU.
+    If ``TRITON_INTERPRET=1`` was set before this module was imported, any device will do: Triton then interprets the
+    kernel on the CPU, slowly.
 
     >>> _INTERPRETED or not available(torch.device("cpu"))
     True
@@ -44,10 +44,10 @@ def rademacher_add_(features: Tensor, gradients: Tensor, start: int, key: int, p
     """Add ``gradients @ P[start:start + q]`` to ``features``, in place, with P drawn inside the matrix product.
 
     P is the matrix of `RademacherProjector`, to the bit: column j of row i is bit j mod 128 of Philox's words at
-    counter (i mod 2³², i div 2³², j div 128, 0). Signs are exact in bfloat16. Each gradient is the sum of two bfloat16
-    numbers, itself rounded and what that leaves, and both are multiplied; sums are float32. At most 2⁻¹⁶ of an entry is
-    lost. The same call on the same device gives the same bits: the sum over parameters is made in parts, that are
-    written down and added in order.
+    counter (i mod 2³², i div 2³², j div 128, 0). Signs are exact in bfloat16. Each gradient entry is split into two
+    bfloat16 numbers, its rounded value and the remainder, and both are multiplied. Sums are float32. At most 2⁻¹⁶ of an
+    entry is lost. The same call on the same device gives the same bits: the sum over parameters is computed in parts,
+    which are stored and added in a fixed order.
 
     Args:
         features: (b, k), float32.
@@ -90,18 +90,22 @@ def rademacher_add_(features: Tensor, gradients: Tensor, start: int, key: int, p
 
 
 def _device(device: torch.device) -> tuple[int, bool]:
-    """Return the number of multiprocessors and whether they take wide tiles: asynchronous units, 227 KB of memory."""
+    """Return the number of multiprocessors, and whether they take wide tiles.
+
+    These need asynchronous units, and 227 KB of shared memory.
+    """
     if device.type == "cuda":
-        wide = torch.cuda.get_device_capability(device)[0] in (9, 10)  # 12 is smaller, though younger
+        wide = torch.cuda.get_device_capability(device)[0] in (9, 10)  # 12 has less memory, though it is newer
         return int(torch.cuda.get_device_properties(device).multi_processor_count), wide
-    return 2, True  # interpreted, where programs run in turn: enough for the sum to be split
+    return 2, True  # interpreted: programs run in turn, and 2 are enough to split the sum
 
 
 def _tile(b: int, k: int, wide: bool) -> tuple[int, int, int]:
-    """Choose a program's part of the batch, of the parameters at a time, and of the columns.
+    """Choose the size of a program's tile: rows of the batch, parameters at a time, and columns.
 
-    A sign is drawn once for all rows of a tile, and drawing costs more than multiplying: a tile takes as many rows as
-    there are, up to `_ROWS`, and as many columns as registers then hold sums for, so that gradients are read seldom.
+    Drawing a sign costs more than multiplying with it, and all rows of a tile share it. So a tile takes as many rows as
+    there are, up to `_ROWS`. It takes as many columns as registers then hold sums for, so that gradients are read
+    rarely.
 
     >>> _tile(256, 2048, wide=True), _tile(8, 2048, wide=False)
     ((128, 64, 256), (16, 32, 128))
@@ -115,8 +119,9 @@ def _split(blocks: int, tiles: int, processors: int) -> tuple[int, int]:
     """Cut the sum over ``blocks`` of parameters so that the programs of all ``tiles`` fill the GPU.
 
     Returns:
-        The number of parts, none empty, and the blocks in each. Parts take at most `_WAVES` tiles of 128 KB for each
-        processor, 70 MB on a GPU of 132, or as much as the features if those are more tiles.
+        The number of parts, none empty, and the blocks in each. All parts together take at most `_WAVES` tiles of
+        128 KB for each processor, which is 70 MB on a GPU with 132. If the features alone are more tiles than that,
+        they take as much as the features.
 
     >>> _split(1000, tiles=16, processors=132)
     (33, 31)
@@ -155,7 +160,7 @@ def _project(  # type: ignore[no-untyped-def]
     key = ((key_high.to(tl.int64) << 32) | (key_low.to(tl.int64) & 0xFFFFFFFF)).to(tl.uint64, bitcast=True)
     counter = (tl.program_id(0) * (BLOCK_K // 128) + tl.arange(0, BLOCK_K // 128)[None, :]).to(tl.uint32)
     bit = tl.arange(0, 16)[None, None, :].to(tl.uint32)
-    # scalars are 64 bits wide, as p and b·q must be, but the offsets in a tile 32 where they can: they fill registers
+    # scalars have 64 bits, which p and b·q need; offsets in a tile have 32 bits where possible, to save registers
     offsets = tl.arange(0, BLOCK_B)[:, None].to(tl.int64 if FAR else tl.int32) * stride + tl.arange(0, BLOCK_Q)[None, :]
     sums = tl.zeros((BLOCK_B, BLOCK_K), dtype=tl.float32)
     first = tl.program_id(2).to(tl.int64) * length * BLOCK_Q
@@ -172,7 +177,7 @@ def _project(  # type: ignore[no-untyped-def]
         # high halves follow one another, lowest column first
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
         halves = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCK_Q, BLOCK_K // 16, 1))
-        # the bit goes where bfloat16 has its sign, and there turns −1 = BF80₁₆ into +1
+        # the bit is moved to where bfloat16 has its sign; there it turns −1 = BF80₁₆ into +1
         signs = ((halves << (15 - bit)) & 0x8000) ^ 0xBF80
         signs = tl.reshape(signs.to(tl.uint16), (BLOCK_Q, BLOCK_K)).to(tl.bfloat16, bitcast=True)
         rounded = values.to(tl.bfloat16)

@@ -147,7 +147,7 @@ def test_proj_dim(fake, proj_dim, message):
 
 
 def test_cuda_only():
-    with pytest.raises(RuntimeError, match=r"CUDA devices alone, got device 'cpu'"):
+    with pytest.raises(RuntimeError, match=r"only on CUDA devices, got device 'cpu'"):
         FastJLProjector(512, multiprocessors=4).add_(torch.zeros(1, 512), torch.zeros(1, 3), 0, 0)
 
 
