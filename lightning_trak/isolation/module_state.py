@@ -225,7 +225,7 @@ class _Module:
 
 
 class _TensorState:
-    """One tensor: its gradient, hooks and version counter; a copy of its values if they are small, or may change."""
+    """One tensor: its gradient, hooks and version counter; its values if ``copied``, or if small and no parameter."""
 
     def __init__(self, name: str, value: Tensor, copied: bool) -> None:
         self.name, self._value = name, value
