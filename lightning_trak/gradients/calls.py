@@ -44,11 +44,11 @@ def layer_gradients(call: Call, grads: tuple[Tensor | None, ...], size: int) -> 
 
 
 class WrongRule(ValueError):
-    """A rule that is not one of ours fails, or returns what it should not."""
+    """A rule of the user's fails, or returns gradients of the wrong shape."""
 
 
 def _apply(layer: Layer, call: LayerCall) -> Any:
-    """Apply a rule; where one of ours fails the layer is none for it, and where another does it is to be mended."""
+    """Apply a rule. If one of ours fails, it does not support the layer; one of the user's must be corrected."""
     rule = layer.rule
     assert rule is not None
     try:
@@ -77,7 +77,7 @@ def _some(grads: tuple[Tensor | None, ...]) -> Tensor:
 
 
 def _checked(gradient: Gradient | Tensor, layer: Layer, local: str, size: int) -> Gradient:
-    """Fold rows of positions into examples, and see that a rule returned what it should."""
+    """Sum over an example's positions if they are separate rows, and check the shape that a rule returned."""
     gradient = DenseGradient(gradient) if isinstance(gradient, Tensor) else gradient
     if gradient.size != size and size and gradient.size % size == 0:
         gradient = gradient.fold(size)
@@ -93,13 +93,13 @@ def _checked(gradient: Gradient | Tensor, layer: Layer, local: str, size: int) -
 
 
 def move_batch_first(tensor: Tensor, axis: str, size: int) -> Tensor:
-    """Bring the examples to the front; see `Layer.batch_axis`."""
+    """Move the batch axis to the front; see `Layer.batch_axis`."""
     if axis == "second":
         if tensor.ndim < 2 or tensor.shape[1] != size:
-            raise EngineUnsuitable("the second axis of a layer's output is the batch, but not in every batch")
+            raise EngineUnsuitable("the second axis of a layer's output is the batch axis for some batches only")
         return tensor.movedim(1, 0)
     if axis == "minor":
         if size == 0 or len(tensor) % size:
-            raise EngineUnsuitable("the rows of a layer's output are no multiple of the examples in every batch")
+            raise EngineUnsuitable("the rows of a layer's output are a multiple of the examples for some batches only")
         return tensor.unflatten(0, (-1, size)).movedim(1, 0).flatten(0, 1)
     return tensor

@@ -11,7 +11,7 @@ from lightning_trak.gradients.function import ModelFunction
 from lightning_trak.gradients.gradient import Gradient
 from lightning_trak.gradients.loop import numbered_gradient
 
-_ROUNDING = 1e-2  # of the tolerance: gradients that cancel, as a bias's before a norm, are compared with all others
+_ROUNDING = 1e-2  # of the tolerance, relative to all gradients: those of a bias before a norm cancel, for example
 
 
 class GradientsDiffer(ValueError):
@@ -23,15 +23,15 @@ def check_gradients(
 ) -> None:
     """Compare an engine's gradients with autograd's, each example weighted with its number vᵢ = i.
 
-    Σᵢ vᵢ ∇θ f(zᵢ) must be ∇θ Σᵢ vᵢ f(zᵢ), for every parameter: then no use of it was missed, and every part of its
-    gradient went to the example that it belongs to.
+    For every parameter, Σᵢ vᵢ ∇θ f(zᵢ) must equal ∇θ Σᵢ vᵢ f(zᵢ). Then no use of the parameter was missed, and every
+    part of its gradient went to the right example.
 
     Args:
         function: the model at some weights.
-        engine: is prepared.
+        engine: a prepared engine.
         batch: a few examples.
         size: their number.
-        sink: takes the gradients, too.
+        sink: receives the gradients too.
 
     Raises:
         GradientsDiffer: if they differ; the parameter is named.
@@ -52,7 +52,7 @@ def check_gradients(
 
     outputs = engine(function, batch, size, compare)
     if not bool(torch.isfinite(outputs).all()) or not all(map(_is_finite, squares.values())):
-        return  # which examples are to blame is said when they are featurized
+        return  # featurization names the examples whose values are not finite
     rounding = _ROUNDING * function.tolerance * sum(squares.values()) ** 0.5
     for name, norm in norms.items():
         found = difference[name].norm().item()
@@ -60,7 +60,7 @@ def check_gradients(
             raise GradientsDiffer(
                 f"The per-sample gradients of {name} do not add up to its gradient over the batch: they differ by"
                 f" {found:.3g}, of {norm:.3g}, with gradients='{engine}'. A layer_rule is wrong, or {function.method}"
-                " depends on more than the example. Use gradients='vmap' or 'loop'."
+                " of an example depends on the rest of the batch. Use gradients='vmap' or 'loop'."
             )
 
 

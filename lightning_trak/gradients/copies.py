@@ -1,4 +1,4 @@
-"""Parameters that a model uses by itself, as a scale or a token: every example is given a copy of its own."""
+"""Parameters that a model uses directly, e.g. a scale or a class token: each example gets its own copy."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lightning_trak.gradients.function import ModelFunction
 from lightning_trak.gradients.loop import batch_gradient
 from lightning_trak.gradients.tracing import Layer
 
-_LARGEST = 2**20  # entries of a parameter: larger ones are no scales or tokens, and copies of them might not fit
-_MOST_AXES = 3  # between the examples and a parameter's own axes: channels or positions, height and width
+_LARGEST = 2**20  # entries: larger parameters are no scales or tokens, and their copies might not fit into memory
+_MOST_AXES = 3  # between the batch axis and a parameter's own axes: channels or positions, height and width
 
 _HARMLESS = {"abs", "clamp", "clone", "contiguous", "cos", "detach", "exp", "float", "log", "log1p", "neg", "positive"}
 _HARMLESS |= {"reciprocal", "relu", "sigmoid", "sin", "softplus", "sqrt", "square", "tanh", "to", "type", "type_as"}
@@ -27,13 +27,13 @@ _HARMLESS |= {"device", "dim", "dtype", "is_cuda", "ndim", "requires_grad", "req
 
 
 class _Unsuitable(Exception):
-    """A copy is put to a use in which its first axis might be taken for another."""
+    """An operation on a copy might confuse its batch axis with another axis."""
 
 
 class _Watch(TorchFunctionMode):
-    """Lets copies be used in those ways only that keep their examples apart, whatever the sizes: entry by entry.
+    """Allows only operations on copies that keep the examples apart, whatever the sizes: elementwise ones.
 
-    What is computed of copies alone is watched as they are; what is computed of them and the batch is the batch's.
+    What is computed from copies alone is watched like a copy. What is computed from copies and the batch is not.
 
     Args:
         copies: the leaves.
@@ -78,12 +78,15 @@ def _keeps_first_axis(name: str, own: list[Tensor], args: Any, kwargs: Any, resu
 
 
 class CopyTrial:
-    """Finds the parameters in whose place a model takes a copy for each example, as broadcasting has it.
+    """Finds the parameters that a model lets be replaced by one copy for each example, thanks to broadcasting.
 
-    The gradient of copy i is then that of example i, and it comes with the backward pass of the batch. It is found out
-    on a few examples: the outputs must stay what they are; where each is weighted, the gradient of an example's copy
-    must have grown by the example's weight, and all must add up to the parameter's; and nothing must be done to copies
-    but what keeps their examples apart in other batches, too.
+    The gradient of copy i is then that of example i, and the backward pass of the batch computes it. A few examples
+    show whether that works:
+
+    - with copies, the outputs must stay the same;
+    - when every example i is weighted with vᵢ, the gradient of copy i must be vᵢ times as large;
+    - the gradients of all copies must add up to the parameter's;
+    - copies may only be used in operations that keep the examples apart in every batch, see `_Watch`.
 
     Args:
         function: the model at some weights.
@@ -105,7 +108,7 @@ class CopyTrial:
         self._weights, self._outputs, self._reference = weights, outputs, reference
 
     def find(self, layers: Iterable[Layer]) -> dict[str, torch.Size]:
-        """Try the parameters of modules without a rule, alike in modules of one class; return the shapes of copies."""
+        """Try the parameters of modules without a rule, together for each class; return the shapes of copies."""
         groups: dict[tuple[type, str], list[str]] = {}
         for layer in layers:
             for local, name in layer.parameters.items():
@@ -118,7 +121,7 @@ class CopyTrial:
         return found
 
     def _ways(self, names: Sequence[str]) -> list[dict[str, torch.Size]]:
-        """List the shapes that copies may have: without a first axis of one, or with axes of one before all others."""
+        """List the shapes to try: without a leading axis of size one, or with such axes added in front."""
         shapes = {name: self._function.parameters[name].shape for name in names}
         ways = [
             {name: torch.Size([1] * axes + list(shape)) for name, shape in shapes.items()}
@@ -132,19 +135,19 @@ class CopyTrial:
         function = self._function.restrict(copies).with_copies(copies, len(self._weights))
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of shapes that do not go together
+                warnings.simplefilter("ignore")  # about shapes that do not match
                 outputs, plain = batch_gradient(function, self._batch, watch=_Watch)
                 _, weighted = batch_gradient(function, self._batch, self._weights)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # a model may do with an axis more whatever it likes
+        except Exception:  # with one more axis, a model may fail in any way
             return False
         pairs = zip(copies, plain, weighted, strict=True)
         same = close(outputs, self._outputs, function.tolerance)
         return same and all(self._scales(*pair) for pair in pairs)
 
     def _scales(self, name: str, plain: Tensor | None, weighted: Tensor | None) -> bool:
-        """Tell whether a gradient grows by the examples' weights; of none at all nothing can be told."""
+        """Tell whether a gradient scales with the examples' weights; False if it is zero, which shows nothing."""
         if plain is None or weighted is None or not bool(plain.any()):
             return False
         tolerance, reference = self._function.tolerance, self._reference[name]

@@ -1,4 +1,4 @@
-"""What every way of computing per-sample gradients has in common."""
+"""The interface of engines, which compute per-sample gradients."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ A parameter's gradients may come in parts, one for each use of it: what counts i
 class Engine(Protocol):
     """Computes per-sample gradients and hands them over as they appear: a layer, or a chunk of the batch, at a time.
 
-    The receiver projects and forgets them, so an engine that works layer by layer during one backward pass never
-    needs (b, p) memory.
+    The receiver projects and discards them. So an engine that works layer by layer, during one backward pass, never
+    holds (b, p) numbers.
     """
 
     @property
@@ -58,21 +58,21 @@ class Engine(Protocol):
 
 
 class EngineUnsuitable(RuntimeError):
-    """An engine met a model or a batch that it cannot differentiate example by example."""
+    """An engine cannot compute per-sample gradients of a model or a batch."""
 
 
 class NotPrepared(EngineUnsuitable):
-    """A batch shows what was not seen on the examples that the engine was prepared on: prepare it on this one too."""
+    """A batch differs from the examples that the engine was prepared on: prepare it on this batch too."""
 
 
 def check_same(alone: Tensor, together: Tensor, tolerance: float) -> None:
-    """Refuse a batch whose examples come out otherwise when alone, e.g. for a tensor shared by all."""
+    """Raise if an example's output depends on the rest of the batch, e.g. through a tensor shared by all."""
     if alone.shape != together.shape or not torch.allclose(alone, together, tolerance, tolerance, equal_nan=True):
         raise EngineUnsuitable("model_output of an example alone differs from its output within the batch")
 
 
 def close(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    """Tell whether two tensors are the same but for rounding, relative to the largest entry."""
-    finite, one = other[other.isfinite()], one.to(other.dtype)  # what is not is reported when it is featurized
+    """Tell whether two tensors are equal up to rounding, relative to the largest entry."""
+    finite, one = other[other.isfinite()], one.to(other.dtype)  # featurization reports what is not finite
     scale = finite.abs().max().item() if finite.numel() else 0.0
     return one.shape == other.shape and torch.allclose(one, other, 0, tolerance * scale + 1e-12, equal_nan=True)

@@ -16,11 +16,11 @@ from lightning_trak.gradients.substitution import placed_elsewhere, places_elsew
 
 _LISTS_OF_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
 _HALF = {torch.float16, torch.bfloat16}
-_EXACT, _COARSE = 1e-3, 0.05  # relative difference of numbers that should be the same, in float32 and in half of it
+_EXACT, _COARSE = 1e-3, 0.05  # relative difference of numbers that should be the same, in float32 and in 16 bits
 
 
 class _Dtypes(TorchFunctionMode):
-    """Notes the precision of everything that is computed."""
+    """Records the dtypes of all results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,16 +53,16 @@ class ModelFunction:
         weights: a state dict for ``module``; names and shapes must fit.
         parameters: names of the attributed parameters, as in ``module.named_parameters()``.
         device: where the weights are put.
-        convert: applied to the buffers that no state dict holds, e.g. to bring them to the weights' precision.
+        convert: applied to the buffers that are in no state dict, e.g. to cast them to the weights' precision.
 
     Attributes:
         parameters: the attributed parameters by name, detached, in the order given.
-        tolerance: relative difference between two ways to one number; see `observe`.
-        method: the module's method that it evaluates.
-        tried: the last batch that was differentiated to try something, and what came out; see `numbered_gradient`.
+        tolerance: the relative difference that is allowed between two ways to compute a number; see `observing`.
+        method: the name of the method that it evaluates.
+        tried: the last batch that was differentiated in a trial, and the result; see `numbered_gradient`.
 
     Raises:
-        ValueError: if ``weights`` do not fit ``module``; missing, unexpected and misshapen names are listed.
+        ValueError: if ``weights`` do not fit ``module``; missing, unexpected and wrongly shaped tensors are listed.
 
     >>> module = nn.Linear(2, 1)
     >>> module.model_output = lambda x: module(x).squeeze(1)
@@ -118,7 +118,7 @@ class ModelFunction:
         return other
 
     def with_copies(self, copies: Mapping[str, torch.Size], size: int) -> ModelFunction:
-        """Return the same function with ``size`` copies in the place of some parameters, each of the shape given."""
+        """Return the same function with some parameters replaced by ``size`` copies, each of the shape given."""
         other = self._copy()
         others = {name: self.parameters[name].reshape(shape).expand(size, *shape) for name, shape in copies.items()}
         other.parameters = {**self.parameters, **others}
@@ -129,17 +129,18 @@ class ModelFunction:
 
         Args:
             method: e.g. ``module.model_output``.
-            args: its arguments; it may take things out of them. Of a `NumberedBatch` it gets the batch.
-            parameters: put in the place of `parameters`, to differentiate by them.
+            args: its arguments. Their containers are copied, so the method may change them. Instead of a
+                `NumberedBatch` it gets the batch.
+            parameters: used instead of the attribute `parameters`, to differentiate with respect to them.
         """
         values = {**self._others, **(self.parameters if parameters is None else parameters)}
         with self._differentiable(), placed_elsewhere(self._elsewhere, values):
             return with_values(self._call, values, self._places, (method, *fresh(args)))
 
     def prepare(self, method: Callable[[], object]) -> None:
-        """Call a method without arguments, and keep the buffers that it sets for all later calls.
+        """Call a method without arguments, and use the buffers that it sets in all later calls.
 
-        Parameters that it adds are no leaves: no backward pass is to reach them.
+        Parameters that it adds are frozen, so that no backward pass reaches them.
         """
         buffers, parameters = dict(self.module.named_buffers()), dict(self.module.named_parameters())
 
@@ -155,9 +156,9 @@ class ModelFunction:
 
     @contextmanager
     def _differentiable(self) -> Iterator[None]:
-        """Keep recurrent layers from cuDNN, which refuses to differentiate them in eval mode, and from its weights."""
+        """Run recurrent layers without cuDNN, which cannot differentiate them in eval mode; restore their lists."""
         recurrent = [part for part in self.module.modules() if isinstance(part, nn.RNNBase)]
-        # Lists of weights, and of what these were made from: by it they tell whether the list is to be made anew.
+        # A list of weights, and one of what it was made from: if that is outdated, a layer makes both anew.
         own = [{key: vars(part).get(key) for key in _LISTS_OF_WEIGHTS} for part in recurrent]
         if not recurrent or next(iter(self.parameters.values())).device.type != "cuda":
             off: AbstractContextManager[Any] = nullcontext()
@@ -172,14 +173,14 @@ class ModelFunction:
 
     @contextmanager
     def observing(self) -> Iterator[None]:
-        """Note how exact its numbers are, while it is evaluated: a part in less than float32 sets the `tolerance`."""
+        """Raise the `tolerance` if the function, evaluated meanwhile, computes anything in 16 bits."""
         with _Dtypes() as seen:
             yield
         if seen.dtypes & _HALF:
             self.tolerance = _COARSE
 
     def observe(self, batch: Any) -> Tensor:
-        """Return the outputs, computed as where gradients are needed: modules have faster ways, not quite the same."""
+        """Return the outputs, with gradients enabled: without, some modules take a faster, slightly different path."""
         leaves = {name: value.detach().requires_grad_() for name, value in self.parameters.items()}
         with self.observing():
             return self.output(batch, leaves)
@@ -189,20 +190,20 @@ class ModelFunction:
         return self.call(self.model_output, batch, parameters=parameters)  # type: ignore[no-any-return]
 
     def model_output(self, batch: Any) -> Tensor:
-        """Return the module's own ``model_output(batch)``, its form checked; to be called through `call`."""
+        """Return the module's own ``model_output(batch)``, after checking its shape; to be called through `call`."""
         output = getattr(self.module, self.method)(fresh(batch))
         if not isinstance(output, Tensor) or output.ndim != 1:
             got = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
                 f"{type(self.module).__name__}.{self.method}(batch) returned {got}; expected one number for each"
-                " example of the batch, a tensor of shape (b,). Reduce it to one scalar an example, e.g. with"
+                " example of the batch, a tensor of shape (b,). Reduce it to one scalar for each, e.g. with"
                 " .squeeze(-1) or .sum(dim=...) over everything but the batch."
             )
         return output
 
 
 def _by_name(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights by the name of each parameter and buffer; of one with several the last, as it is loaded last."""
+    """Return weights by the name of each parameter and buffer; of several names the last counts: it is loaded last."""
     names = {id(value): name for name, value in (*module.named_parameters(), *module.named_buffers())}
     own = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
     return {names[id(value)]: weights[name] for name, value in own if name in weights}
@@ -228,7 +229,7 @@ def check_fit(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _remedy(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
-    """Say what to do about weights that do not fit: they may be those of a part of the module."""
+    """Say what to do about weights that do not fit. They may be those of a part of the module."""
     first = next(iter(weights), "")
     prefix = next((name[: -len(first)] for name in own if name.endswith(f".{first}")), None)
     if prefix is not None and set(own) >= {prefix + name for name in weights}:

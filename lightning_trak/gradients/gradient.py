@@ -1,4 +1,4 @@
-"""Per-sample gradients of one parameter, in the form in which a layer yields them: often as factors, not multiplied."""
+"""Per-sample gradients of one parameter, in the form that a layer yields: often two factors, not yet multiplied."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _SUMMED = 8  # examples of a convolution whose gradients are added up at once
 
 
 class Gradient(ABC):
-    """The gradients of one parameter for b examples: what it is, not yet computed.
+    """The gradients of one parameter for b examples, in a form from which they can be computed.
 
-    A parameter of shape (O, ...) is also read as a matrix of O rows and I columns, I the product of the other axes.
+    A parameter of shape (O, ...) is also read as a matrix of O rows and I columns, where I is the product of the other
+    axes.
 
     Attributes:
         size: b, the number of examples.
@@ -54,7 +55,7 @@ class Gradient(ABC):
         return total
 
     def split(self, max_bytes: int) -> Iterator[tuple[slice, Gradient]]:
-        """Yield (rows, their gradients) in parts of at most ``max_bytes`` when dense, one example at least."""
+        """Yield (rows, their gradients) in parts that take at most ``max_bytes`` when dense; one example at least."""
         rows = max(1, max_bytes // (4 * max(1, prod(self.shape))))
         if rows >= self.size:
             yield slice(0, self.size), self
@@ -74,7 +75,7 @@ def as_rows(values: Tensor) -> Tensor:
 
 
 class DenseGradient(Gradient):
-    """Gradients that are there, (b, *shape).
+    """Gradients as one tensor, (b, *shape).
 
     >>> DenseGradient(torch.ones(2, 3, 4)).sketch(None, torch.ones(4, 1)).shape
     torch.Size([2, 3, 1])
@@ -101,11 +102,11 @@ class DenseGradient(Gradient):
 
 
 class OuterGradient(Gradient):
-    """Gᵢ = Σₜ lᵢₜ rᵢₜᵀ: what a linear layer yields from its output's gradient l and its input r at every position t.
+    """Gᵢ = Σₜ lᵢₜ rᵢₜᵀ, e.g. of a linear layer: l is the gradient of its output, r its input, t a position.
 
     Args:
-        left: (b, ..., O); positions may take any axes.
-        right: (b, ..., I), of the same positions.
+        left: l, (b, ..., O), with any number of axes for positions.
+        right: r, (b, ..., I), at the same positions.
 
     >>> gradient = OuterGradient(torch.ones(2, 5, 3), torch.ones(2, 5, 4))
     >>> gradient.dense()[0, 0]
@@ -127,7 +128,7 @@ class OuterGradient(Gradient):
         return _times(self.left, left).mT @ _times(self.right, right)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        """Count examples as positions; see `Gradient.weighted_sum`."""
+        """Treat the examples as positions; see `Gradient.weighted_sum`."""
         left = self.left.to(weights) * weights[:, None, None]
         return left.flatten(0, 1).T @ self.right.to(weights).flatten(0, 1)
 
@@ -135,16 +136,16 @@ class OuterGradient(Gradient):
         return OuterGradient(self.left[rows], self.right[rows])
 
     def fold(self, size: int) -> OuterGradient:
-        """Count the rows of an example as positions."""
+        """Treat the rows of an example as positions."""
         return OuterGradient(*(factor.reshape(size, -1, factor.shape[-1]) for factor in (self.left, self.right)))
 
 
 class RowsGradient(Gradient):
-    """Gradients that touch a few rows of a table: Gᵢ = Σₜ e(indexᵢₜ) valueᵢₜᵀ, what an embedding yields.
+    """Gᵢ = Σₜ e(indexᵢₜ) valueᵢₜᵀ, e.g. of an embedding: a few rows of a table are not zero; e(j) is unit vector j.
 
     Args:
         indices: (b, ...), rows of the table.
-        values: (b, ..., I), what is added to them.
+        values: (b, ..., I), what is added to these rows.
         rows: O, the number of rows of the table.
 
     >>> RowsGradient(torch.tensor([[2, 2]]), torch.ones(1, 2, 1), rows=3).dense()
@@ -164,7 +165,7 @@ class RowsGradient(Gradient):
         return tables.scatter_add_(1, self.indices[:, :, None].expand_as(self.values), self.values)
 
     def sketch(self, left: Matrix, right: Matrix) -> Tensor:
-        """Look the rows of ``left`` up in place of a multiplication; see `Gradient.sketch`."""
+        """Look up the rows of ``left`` instead of multiplying by it; see `Gradient.sketch`."""
         if left is None:
             return _times(self.dense(), right)
         return left.to(self.values.dtype)[self.indices].mT @ _times(self.values, right)
@@ -178,7 +179,7 @@ class RowsGradient(Gradient):
         return RowsGradient(self.indices[rows], self.values[rows], self.shape[0])
 
     def fold(self, size: int) -> RowsGradient:
-        """Count the rows of an example as positions."""
+        """Treat the rows of an example as positions."""
         indices, values = self.indices.reshape(size, -1), self.values.reshape(size, -1, self.shape[1])
         return RowsGradient(indices, values, self.shape[0])
 
@@ -186,17 +187,17 @@ class RowsGradient(Gradient):
 class ConvGradient(Gradient):
     """Gᵢ[o, c, κ] = Σₛ gᵢ[o, s] aᵢ[c, stride·s + dilation·κ − padding]: the gradients of a convolution's weight.
 
-    ``sketch`` convolves the input with R in place of unfolding it, so that neither the unfolded input, larger than the
-    input by the size of the kernel, nor a per-sample gradient comes into being.
+    ``sketch`` convolves the input with R instead of unfolding it. So no per-sample gradient is formed, and no unfolded
+    input, which would be larger than the input by the size of the kernel.
 
     Args:
-        inputs: a, (b, C, *spatial), padded already if not with zeros on both sides alike.
+        inputs: a, (b, C, *spatial), already padded, unless with as many zeros on both sides.
         grads: g, (b, O, *positions).
         shape: of the weight, (O, C / groups, *kernel).
-        stride: one number an axis, as are the following two.
+        stride: one number for each axis; so are ``padding`` and ``dilation``.
         padding: zeros on both sides.
         dilation: distance of the kernel's taps.
-        groups: into how many independent groups the channels fall.
+        groups: number of independent groups of channels.
     """
 
     def __init__(
@@ -237,7 +238,7 @@ class ConvGradient(Gradient):
         return self._convolve(self.inputs, right.T.reshape(-1, *self.shape[1:])).flatten(2)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        """Let a convolution's own backward pass add up, of a few examples at a time; see `Gradient.weighted_sum`."""
+        """Add up in a convolution's own backward pass, a few examples at a time; see `Gradient.weighted_sum`."""
         kernel = weights.new_zeros(self.shape).requires_grad_()
         total, scaled = weights.new_zeros(self.shape), weights.view(-1, *[1] * (self.grads.ndim - 1))
         for start in range(0, self.size, _SUMMED):
@@ -248,7 +249,7 @@ class ConvGradient(Gradient):
         return total
 
     def _convolve(self, inputs: Tensor, kernel: Tensor) -> Tensor:
-        """Convolve, at the positions that have an output gradient."""
+        """Convolve, and return the positions that have an output gradient."""
         convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[len(self.stride) - 1]
         outputs = convolve(inputs, kernel.to(inputs), None, self.stride, self.padding, self.dilation, self.groups)
         return _leading(outputs, self.grads.shape[2:])
@@ -279,7 +280,7 @@ class ConvGradient(Gradient):
 
 
 class _Folded(Gradient):
-    """Sums over consecutive rows of gradients whose rows cannot be joined before they are computed."""
+    """Sums over consecutive rows, for gradients that must be computed before their rows can be added."""
 
     def __init__(self, rows: Gradient, size: int) -> None:
         self._rows, self.size, self.shape = rows, size, rows.shape
@@ -300,7 +301,7 @@ class _Folded(Gradient):
 
 
 def _same_dtype(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Under autocast within the model, a layer's input and output gradient may differ in precision."""
+    """Convert to a common dtype: under autocast, a layer's input and output gradient may differ in precision."""
     dtype = torch.promote_types(one.dtype, other.dtype)
     return one.to(dtype), other.to(dtype)
 

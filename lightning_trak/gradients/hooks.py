@@ -20,16 +20,15 @@ from lightning_trak.gradients.vmap import VmapEngine
 
 
 class HooksEngine:
-    """One batched forward and backward; every layer's input and output gradient yield its per-sample gradients.
+    """One batched forward and backward pass; per-sample gradients follow from layers' inputs and output gradients.
 
-    Each attributed parameter is dealt with by the first of these ways that is right for it, found out by `prepare` on a
-    few examples:
+    For each attributed parameter, `prepare` finds the first of these methods that is right on a few examples:
 
-    1. its layer has a rule (`layer_rule`): the rule;
-    2. the model takes a copy of it for each example, as of a scale or a token (`CopyTrial`): the copies' gradients;
-    3. its module is called on the batch: the module's own forward is differentiated example by example;
-    4. otherwise (it is used outside its module; its use mixes axes): the whole model is differentiated example by
-       example for just these parameters, by `vmap` if it can, else one after the other.
+    1. A rule, if its layer has one (`layer_rule`).
+    2. A copy for each example, if the model accepts copies, as of a scale or a class token (`CopyTrial`).
+    3. Running its module again, per sample, if the module is called on the batch (`module_gradients`).
+    4. Differentiating the whole model, per sample, with respect to such parameters only: by `vmap`, else in a loop.
+       Parameters that are used outside their modules need this, and those whose use mixes axes.
 
     Goodfellow, "Efficient per-example gradient computations", arXiv 1510.01799; Rochette, Manoel, Tramel, "Efficient
     per-example gradient computations in convolutional neural networks", arXiv 1912.06015.
@@ -48,7 +47,7 @@ class HooksEngine:
         self._reasons: dict[str, str] = {}
 
     def prepare(self, function: ModelFunction, batch: Any, size: int) -> None:
-        """Find a way for every parameter; see `Engine.prepare`. What another batch told before is kept."""
+        """Find a method for every parameter; see `Engine.prepare`. What an earlier batch showed is kept."""
         known = {layer.name: layer for layer in self._layers if layer.known}
         layers, self._copies, self._reasons = plan_layers(function, batch, size, copying=self._copying)
         self._layers = [layer if layer.known else known.get(layer.name, layer) for layer in layers]
@@ -74,14 +73,14 @@ class HooksEngine:
         outputs, arrived = self._run(Tracer(self._layers, receive), function, batch, size)
         for name, gradient in arrived.items():
             if name not in self._copies:
-                raise EngineUnsuitable(f"{name} is used outside its layers, but not on the first examples")
+                raise EngineUnsuitable(f"{name} is used outside its layers, but was not on the first examples")
             sink(slice(0, size), name, DenseGradient(gradient.reshape(size, *function.parameters[name].shape)))
         if self._others is not None:
             self._others(function.restrict(self._other_names), batch, size, sink)
         return outputs
 
     def _run(self, tracer: Tracer, function: ModelFunction, batch: Any, size: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run it with copies; where they do not fit a batch, they are not to be used any more."""
+        """Run both passes with copies. If copies do not fit a batch, none are used from then on."""
         try:
             return tracer.run(function.with_copies(self._copies, size), batch, size, names=self._handled)
         except (torch.OutOfMemoryError, EngineUnsuitable, WrongRule):
@@ -96,7 +95,7 @@ class HooksEngine:
         said = [self.name]
         own = [layer for layer in self._layers if layer.rule is None]
         if own:
-            said.append(f"{len(own)} modules without a rule by themselves (e.g. {own[0].name})")
+            said.append(f"{len(own)} modules without a rule run again (e.g. {own[0].name})")
         if self._others is not None:
             total = len(self._other_names) + len(self._handled)
             by = f"{self._others.name} for {len(self._other_names)} of {total} parameters"
@@ -105,17 +104,17 @@ class HooksEngine:
 
 
 def _is_known(layer: Layer, grads: Sequence[Tensor | None]) -> bool:
-    """Tell whether a layer is understood; if not, no gradient may reach it."""
+    """Tell whether a gradient reached a layer in the trial; if not, raise if one reaches it now."""
     if not layer.known and any(grad is not None and bool(grad.any()) for grad in grads):
         raise NotPrepared(f"no gradient reached {layer.name} on the first examples, but one does now")
     return layer.known
 
 
 class _Lengths:
-    """Sees that the rows of layers' outputs are those of whole examples, as they were when the layers were tried.
+    """Checks that the rows of layers' outputs are still those of whole examples, as in the trial.
 
-    Rows may be examples × positions, and a batch have more positions than another; but so it is then for all layers.
-    Rows that were sent to a layer by their values, as to an expert, give themselves away by another number.
+    Rows may be examples × positions, and batches may differ in the number of positions. Then it changes by the same
+    ratio in all layers. Data-dependent routing, as to experts, shows as a changed number of rows.
     """
 
     def __init__(self, size: int) -> None:

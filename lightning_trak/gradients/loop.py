@@ -1,4 +1,4 @@
-"""Per-sample gradients one example at a time: slow, and right for every model that autograd can differentiate."""
+"""Per-sample gradients, one example at a time: slow, but right for every model that autograd can differentiate."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lightning_trak.tasks.checks import check_size
 
 
 class LoopEngine:
-    """One backward pass for each example, which is read as a batch of its own."""
+    """One backward pass for each example, which is read as a batch of one."""
 
     name = "loop"
     batch_size: int | None = 1
 
     def prepare(self, function: ModelFunction, batch: Any, size: int) -> None:
-        """Do nothing: it suits every model."""
+        """Do nothing: every model is supported."""
 
     def __call__(self, function: ModelFunction, batch: Any, size: int, sink: Sink) -> Tensor:
         """Send the gradients example by example; a larger batch is cut into its rows. See `Engine`."""
@@ -63,7 +63,7 @@ def batch_gradient(
         function: the model at some weights.
         batch: what ``model_output`` takes.
         weights: v, (b,); None for ones.
-        watch: takes the parameters that are differentiated by, and returns what surrounds the forward pass.
+        watch: takes the parameters with respect to which f is differentiated; returns a context for the forward pass.
 
     Returns:
         The outputs (b,), detached, and for each parameter Σᵢ vᵢ ∇θ f(zᵢ), None where f does not depend on it.
@@ -71,8 +71,8 @@ def batch_gradient(
     parameters = {name: value.detach().requires_grad_() for name, value in function.parameters.items()}
 
     def differentiate(batch: Any) -> Tensor:
-        # within the call, where the checkpoint's weights are in place: activation checkpointing runs forward again,
-        # and for it ``backward`` is right where ``autograd.grad`` is not. The leaves are ours, not the module's.
+        # Backward runs within the call, where the checkpoint's weights are in place: activation checkpointing runs
+        # forward again. It supports ``backward``, not ``autograd.grad``. The leaves are ours, not the module's.
         with watch(parameters.values()):
             output = function.model_output(batch)
         if weights is not None:
@@ -87,10 +87,10 @@ def batch_gradient(
 
 
 def numbered_gradient(function: ModelFunction, batch: Any, size: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Differentiate the sum of a batch's outputs, each weighted with its number from 1; the last result is kept.
+    """Differentiate Σᵢ i f(zᵢ), the sum of a batch's outputs with weights 1 to b; the last result is cached.
 
-    No two examples have the same weight, so the gradient tells them apart. Preparing an engine and checking it both ask
-    for it, of the same few examples.
+    No two examples have the same weight, so the gradient tells them apart. It is cached because preparing an engine and
+    checking it both need it, for the same few examples.
 
     Returns:
         The weights v = (1, …, b), the outputs (b,), and Σᵢ vᵢ ∇θ f(zᵢ) by parameter, where f depends on it.

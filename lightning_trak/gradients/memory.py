@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_SHARE = 0.5  # of what is free: other processes, and what operations need inside, want some too
+_SHARE = 0.5  # of the free memory: other processes, and the workspaces of operations, need some too
 
 
 def fitting_batch_size(run: Callable[[int], object], largest: int, device: torch.device, tried: int = 4) -> int:
     """Return the largest batch size, up to ``largest``, for which the free memory is enough.
 
     Args:
-        run: does the work for a small batch, of 1 example or of ``tried``.
+        run: does the work for a batch of 1 or of ``tried`` examples.
         largest: the upper bound.
         device: where the work is done.
         tried: how many examples are tried.
@@ -30,7 +30,7 @@ def fitting_batch_size(run: Callable[[int], object], largest: int, device: torch
     if largest <= tried or free_bytes(device) is None:
         return largest
     try:
-        run(tried)  # what is kept from batch to batch is there from now on
+        run(tried)  # allocates what is kept from batch to batch, so that it is not measured
         one, more = (peak_bytes(lambda size=size: run(size), device) for size in (1, tried))  # type: ignore[misc]
     except torch.OutOfMemoryError:
         return max(1, tried // 2)
@@ -39,7 +39,7 @@ def fitting_batch_size(run: Callable[[int], object], largest: int, device: torch
 
 
 def surely_fits(n_bytes: float, device: torch.device) -> bool:
-    """Say whether there is room for so much, as far as is known.
+    """Say whether ``n_bytes`` fit into the free memory; True if that is not known.
 
     >>> surely_fits(1, torch.device("cpu"))
     True
@@ -49,7 +49,7 @@ def surely_fits(n_bytes: float, device: torch.device) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error tells that a device ran out of memory, by its type or in words.
+    """Say whether an error means that a device ran out of memory, by its type or its text.
 
     >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 TB"))
     True
@@ -59,7 +59,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Run something, and return by how much the memory of its tensors grew at most.
+    """Run something, and return the largest growth of its tensors' memory meanwhile.
 
     >>> peak_bytes(lambda: torch.ones(1000).sum(), torch.device("cpu")) >= 4000
     True
@@ -87,7 +87,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def _left_in_cgroups() -> Iterator[int]:
-    """Yield what is left within every limit that a container or a batch system has set; file caches can be dropped."""
+    """Yield what is left within each limit of a container or a batch system; file caches count as free."""
     for line in _read("/proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -98,7 +98,7 @@ def _left_in_cgroups() -> Iterator[int]:
         else:
             continue
         parts = path.strip("/").split("/")
-        for depth in range(len(parts) + 1):  # limits hold for groups within; a container sees itself as the root
+        for depth in range(len(parts) + 1):  # a limit holds for all groups below; a container sees itself as the root
             folder = "/".join([root, *parts[:depth]]).rstrip("/")
             most, taken = (_number(f"{folder}/{name}") for name in (limit, used))
             if most is not None and taken is not None:
@@ -127,7 +127,7 @@ class _LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
-        self._sizes: dict[int, int] = {}  # of the storages that are known, without what they had before
+        self._sizes: dict[int, int] = {}  # by storage, without the bytes that it had before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {storage._cdata: storage.nbytes() for storage in _storages((args, kwargs))}

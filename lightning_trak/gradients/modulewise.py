@@ -1,4 +1,4 @@
-"""The rule for modules without a rule: differentiate the module's own forward by its parameters, example by example."""
+"""Gradients for modules without a rule: the module's own forward is run again and differentiated per sample."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def module_gradients(
     size: int,
     batched: Sequence[bool] | None = None,
 ) -> dict[str, Tensor]:
-    """Run a module again on each example of the batch that it was called with, by `vmap`, else one after the other.
+    """Run a module again on each example of its batch, by `vmap`; if that fails, one after the other.
 
     Args:
-        module: any module whose output has the batch first; arguments without it are the same for all examples.
-        parameters: names of the parameters to differentiate by.
+        module: any module whose outputs have the batch axis first. Arguments without one are shared by all examples.
+        parameters: names of the parameters to differentiate with respect to.
         args: its positional arguments.
         kwargs: its keyword arguments.
         grads: ∂f/∂output, each (b, ...), of all its outputs that are floating-point tensors; None where not used.
         size: b.
-        batched: which of the tensors among the arguments have the batch first; None for those of b rows.
+        batched: which tensors among the arguments have the batch axis first; None for those of b rows.
 
     Returns:
         The gradients, (b, *shape) for each parameter.
 
     Raises:
-        EngineUnsuitable: if an output does not have the batch first, or the module cannot be run again.
+        EngineUnsuitable: if an output does not have the batch axis first, or the module cannot be run again.
 
     >>> layer = nn.Linear(3, 2)
     >>> module_gradients(layer, ["bias"], (torch.ones(4, 3),), {}, [torch.ones(4, 2)], size=4)["bias"].shape
@@ -53,7 +53,7 @@ def module_gradients(
     if [own for own, tensor in zip(batched, tensors, strict=False) if own and not _has_rows(tensor, size)] or (
         len(batched) != len(tensors)
     ):
-        raise EngineUnsuitable(f"{type(module).__name__} is called otherwise than on the first examples")
+        raise EngineUnsuitable(f"{type(module).__name__} is called with other arguments than on the first examples")
     values = dict(module.named_parameters())
     chosen = {name: values[name].detach() for name in parameters}
     places = places_of_tensors(module)
@@ -91,7 +91,7 @@ def _has_rows(tensor: Tensor, size: int) -> bool:
 
 
 def _one_by_one(gradients: Any, examples: list[Tensor], used: list[Tensor], size: int) -> dict[str, Tensor]:
-    """Do what vmap cannot: a custom autograd function, control flow that depends on values."""
+    """Loop over the examples, for what `vmap` does not support: custom autograd functions, data-dependent branches."""
     try:
         rows = [gradients([tensor[row] for tensor in examples], [grad[row] for grad in used]) for row in range(size)]
     except torch.OutOfMemoryError:

@@ -18,8 +18,8 @@ def select_parameters(module: nn.Module, parameters: str | Sequence[str] | None)
         parameters: None for all that require a gradient; else names or glob patterns, frozen parameters included.
 
     Raises:
-        ValueError: if a pattern matches nothing, or nothing is left; or if complex parameters or lazy ones without a
-            shape are among them.
+        ValueError: if a pattern matches nothing, if no parameter is left, or if one is complex or lazy (without a
+            shape).
 
     >>> select_parameters(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), "1.*")
     ['1.weight', '1.bias']
@@ -27,7 +27,7 @@ def select_parameters(module: nn.Module, parameters: str | Sequence[str] | None)
     lazy = [name for name, value in (*module.named_parameters(), *module.named_buffers()) if is_lazy(value)]
     if lazy:
         raise ValueError(
-            f"{type(module).__name__}.{lazy[0]} has no shape yet: it is of a lazy module. Pass a batch through the"
+            f"{type(module).__name__}.{lazy[0]} has no shape yet: its module is lazy. Pass a batch through the"
             " model in __init__ or configure_model, or give its size."
         )
     own = dict(module.named_parameters())
@@ -42,7 +42,7 @@ def select_parameters(module: nn.Module, parameters: str | Sequence[str] | None)
         return _real(module, chosen)
     patterns = [parameters] if isinstance(parameters, str) else list(parameters)
     if not patterns:
-        raise ValueError("parameters names none; leave it at None for all that require a gradient.")
+        raise ValueError("parameters names none; leave it at None for all parameters that require a gradient.")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in own):
             near = difflib.get_close_matches(pattern, own, n=3, cutoff=0.4) or list(own)[:3]
@@ -60,8 +60,8 @@ def _real(module: nn.Module, names: list[str]) -> list[str]:
     if found:
         raise ValueError(
             f"{len(found)} of the {len(names)} parameters of {type(module).__name__} to attribute are complex, e.g."
-            f" {found[0]!r} ({own[found[0]].dtype}); only real ones can be. Hold them as real parameters,"
-            " torch.view_as_real(value), and use torch.view_as_complex(self.weight) in forward. Or leave what they"
-            " learn out of the scores: name the others with TRAKCallback(parameters=[...])."
+            f" {found[0]!r} ({own[found[0]].dtype}); only real parameters can be attributed. Store them as"
+            " torch.view_as_real(value), and use torch.view_as_complex(self.weight) in forward. Or leave them out of"
+            " the scores: name only the others with TRAKCallback(parameters=[...])."
         )
     return names

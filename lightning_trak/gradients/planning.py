@@ -1,4 +1,4 @@
-"""Which layers can be left to hooks, and where their examples are: found out on a few examples, by experiment."""
+"""Which layers can be left to hooks, and which axis of their outputs is the batch: tried on a few examples."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _AXES = ("first", "second", "minor")
 def plan_layers(
     function: ModelFunction, batch: Any, size: int, copying: bool = True
 ) -> tuple[list[Layer], dict[str, Size], dict[str, str]]:
-    """Find the layers whose parameters' gradients follow from hooks, and parameters that can be copied instead.
+    """Find the layers that hooks can differentiate, and parameters that can be copied instead.
 
-    Every example is given a weight of its own, and the weighted sum of outputs differentiated. Where a gradient has
-    grown by the weight of example i, there example i is: that tells the batch axis of every layer's output whatever
-    its shape, and a layer whose output is shared by all examples.
+    Every example i gets its own weight vᵢ, and the weighted sum of the outputs is differentiated. The batch axis of a
+    layer's output is the axis along which the entries of its gradient scale with vᵢ. This works for every shape. It
+    also shows a layer whose output is shared by all examples.
 
     Args:
         function: the model at some weights.
-        batch: a few examples, two at least if there are so many.
+        batch: a few examples: at least two, if there are as many.
         size: their number.
         copying: whether copies may be used.
 
     Returns:
-        The layers, the shapes of copies, and for each parameter that is left to neither the reason.
+        The layers; the shapes of copies; and for each parameter that is left to neither, the reason.
     """
     weights, outputs, reference = numbered_gradient(function, batch, size)
     reasons: dict[str, str] = {}
@@ -57,14 +57,14 @@ def plan_layers(
         if name in outside:
             reasons[name] = "used outside its module"
         elif name not in seen:
-            reasons[name] = refused.get(name, "its module is not called in the backward pass, or cannot be run again")
+            reasons[name] = refused.get(name, "no gradient passes through its module, or it cannot be run again")
         elif name in sums and not close(sums[name], gradient, function.tolerance):
-            reasons[name] = "its module's output is no function of one example"
+            reasons[name] = "its module mixes examples"
     return _without(layers, reasons), copies, reasons
 
 
 def _without(layers: list[Layer], names: Container[str]) -> list[Layer]:
-    """Leave some parameters out, and layers of which nothing is left."""
+    """Remove some parameters, and layers that have none left."""
     for layer in layers:
         layer.parameters = {local: name for local, name in layer.parameters.items() if name not in names}
     return [layer for layer in layers if layer.parameters]
@@ -83,7 +83,7 @@ def find_layers(function: ModelFunction) -> list[Layer]:
         if whole:
             covered.update(module.modules())
         own = module.named_parameters(recurse=whole, remove_duplicate=False)
-        firsts: dict[str, str] = {}  # one parameter may have several places in a module
+        firsts: dict[str, str] = {}  # one parameter may be registered several times
         for local, value in own:
             firsts.setdefault(canonical[id(value)], local)
         names = {local: name for name, local in firsts.items() if name in function.parameters}
@@ -101,7 +101,7 @@ class _Trial:
         self._weights, self._outputs = weights, outputs
 
     def with_axes(self, layers: list[Layer]) -> list[Layer | dict[str, str]]:
-        """Set every layer's batch axis; in the place of those that have none, give their parameters a reason."""
+        """Set every layer's batch axis; replace a layer that has none by the reason, for each of its parameters."""
         plain, weighted = self._gradients(layers, None), self._gradients(layers, self._weights)
         found: list[Layer | dict[str, str]] = []
         shared: list[Layer] = []
@@ -126,15 +126,16 @@ class _Trial:
         return found
 
     def _can_be_repeated(self, layer: Layer, gradients: Sequence[Tensor], others: list[Layer]) -> bool:
-        """Try to repeat a layer's output for every example, as for position embeddings; keeps it so if that works.
+        """Try to repeat a layer's output for every example, as for position embeddings; keep that if it works.
 
-        Not where one of the ``others``, repeated already, comes before it: then the batch is there.
+        If some ``others`` are repeated already, try first without. One of them may come before this layer, whose output
+        then has a batch axis.
         """
         ways = [None] if others else []
         for layer.shared in (*ways, "leading" if all(len(gradient) == 1 for gradient in gradients) else "missing"):
             try:
                 plain, weighted = (self._gradients([*others, layer], weights) for weights in (None, self._weights))
-            except Exception:  # a model may do with the axis that was added whatever it likes
+            except Exception:  # with one more axis, a model may fail in any way
                 continue
             pairs = list(zip(plain[id(layer)], weighted[id(layer)], strict=True))
             if all(len(gradient) == self._size and self._scales(gradient, other, "first") for gradient, other in pairs):
@@ -152,7 +153,7 @@ class _Trial:
         def note(call: Call, grads: tuple[Tensor | None, ...]) -> None:
             found[id(call.layer)] += [grad for grad in grads if grad is not None][:1]
 
-        watched = {name for layer in layers for name in layer.parameters.values()}  # those are detached, and so cheap
+        watched = {name for layer in layers for name in layer.parameters.values()}  # detached, and so cheap
         names = [*watched] if watched >= self._function.parameters.keys() else []
         outputs, _ = Tracer(layers, note).run(self._function, self._batch, self._size, weights, names)
         if not self._close(outputs, self._outputs):
@@ -163,7 +164,7 @@ class _Trial:
         return close(one, other, self._function.tolerance)
 
     def _scales(self, plain: Tensor, weighted: Tensor, axis: str) -> bool:
-        """Tell whether a gradient grows by the examples' weights along an axis."""
+        """Tell whether a gradient's entries scale with the examples' weights along an axis."""
         if plain.ndim == 0 or (axis == "second" and (plain.ndim < 2 or plain.shape[1] != self._size)):
             return False
         if axis != "second" and len(plain) % self._size:
@@ -172,10 +173,10 @@ class _Trial:
         return self._close(first * self._weights[:, None].to(first), second)
 
     def weighted_sums(self, layers: list[Layer]) -> tuple[dict[str, Tensor], set[str], set[str], dict[str, str]]:
-        """Return Σᵢ vᵢ gᵢ of the parameters whose way is to be doubted.
+        """Return Σᵢ vᵢ gᵢ of the parameters whose gradients have to be checked.
 
-        Then the parameters that were seen at all, those used elsewhere, and those that were refused, with the reason.
-        A layer whose rule refuses it is dealt with as one without a rule from here on.
+        Also return the parameters that were seen at all, those used elsewhere, and those that were refused, with the
+        reason. A layer whose rule refuses it is treated as one without a rule from here on.
         """
         sums: dict[str, Tensor] = {}
         seen: set[str] = set()
@@ -207,6 +208,6 @@ class _Trial:
             layer.rule = None
         if with_rule:
             return self.weighted_sums(layers)
-        # Of those that another layer has too, a part is missing.
+        # If another layer has such a parameter too, a part of its gradient is missing.
         missed = {name: why for layer, why in refused for name in layer.parameters.values()}
         return sums, seen - missed.keys(), set(outside), missed

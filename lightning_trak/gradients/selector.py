@@ -1,4 +1,4 @@
-"""Which engine differentiates a model, and how many examples at a time: chosen, tried, and mended on the way."""
+"""Choose which engine differentiates a model, and how many examples at a time; fall back to others on failure."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ T = TypeVar("T")
 
 
 class Trial(NamedTuple):
-    """A few examples to try things on.
+    """A few examples to try an engine on.
 
     Attributes:
         function: the model at the weights of a checkpoint.
         batch: the examples.
         size: their number.
         first: the first of them alone.
-        sink: takes their gradients, as those of all examples will be taken; for measuring memory.
+        sink: takes a number of examples; returns a sink that needs as much memory for them as the real one.
     """
 
     function: ModelFunction
@@ -45,22 +45,22 @@ class Trial(NamedTuple):
 
 
 class Selector:
-    """Chooses engine and batch size, and goes on with others when they fail.
+    """Chooses engine and batch size, and falls back to others when they fail.
 
     ::
 
         no engine ──choose──▶ prepared ──check──▶ checked at this checkpoint ──▶ in use
         in use or checked, NotPrepared ─────────▶ prepared, on the examples that it was not prepared for
         in use or checked, EngineUnsuitable ────▶ no engine; this one is never chosen again
-        checked wrong, prepared at another one ─▶ no engine
+        wrong, prepared at another checkpoint ──▶ no engine
         in use, out of memory ──────────────────▶ in use, with half as many examples at a time
 
-    What was chosen is kept from checkpoint to checkpoint; each is checked on a few examples.
+    The choice is kept from checkpoint to checkpoint. At each of them, the gradients of a few examples are checked.
 
     Args:
         gradients: ``"auto"`` or the name of the one engine that may be taken.
         batch_size: how many examples at a time; None for as many as the caller has and the memory allows.
-        tell: takes what the user should know.
+        tell: called with messages for the user.
 
     Attributes:
         gradients: as given.
@@ -80,7 +80,7 @@ class Selector:
         self._engine: Engine | None = None
         self._checked: set[str] = set()
         self._tolerance: float | None = None
-        self._fits: int | None = None  # as far as is known
+        self._fits: int | None = None  # the batch size that the memory allows, once that is known
         self._told = ""
 
     def choose(self, function: ModelFunction, batch: Any, size: int) -> Engine:
@@ -118,9 +118,9 @@ class Selector:
 
         Args:
             function: the model at the weights of the checkpoint.
-            checkpoint: tells one set of weights from another.
+            checkpoint: identifies the weights.
             trial: returns a few examples.
-            largest: how many examples at a time, at most; None where batches are given.
+            largest: how many examples at a time, at most; None if the batch size is not the selector's to choose.
         """
         if self._tolerance is not None:
             function.tolerance = self._tolerance
@@ -141,7 +141,7 @@ class Selector:
             except GradientsDiffer:
                 if fresh:
                     raise
-                self._engine = None  # at other weights it may have to be prepared in another way
+                self._engine = None  # prepared at other weights; prepare it anew at these
             else:
                 self._checked.add(checkpoint)
                 self._report(engine)
@@ -157,12 +157,12 @@ class Selector:
         work: Callable[[Engine, Sequence[int], Any], object],
         function: ModelFunction,
     ) -> None:
-        """Work on all rows, batch by batch, whatever fails on the way; what is done is not done again.
+        """Work on all rows, batch by batch. After a failure, go on with the rows that are not yet done.
 
         Args:
             rows: which examples.
             largest: how many of them at a time, at most.
-            read: returns batches of some rows, with the rows of each.
+            read: takes rows and a batch size; returns (rows, batch) for each batch.
             prepare: calls `prepare`.
             work: takes engine, rows and batch.
             function: the model at the weights of the checkpoint.
@@ -185,13 +185,13 @@ class Selector:
                 if not is_out_of_memory(error) or alone:
                     raise
                 full = True
-            if full:  # only now that nothing holds on to the batch
+            if full:  # not in the handler, where the exception still holds the batch's tensors
                 self._shrink(self.batch_size(largest) // 2)
 
     def attempt(
         self, function: ModelFunction, trial: Callable[[], Trial], batch: Any, size: int, compute: Callable[[Engine], T]
     ) -> T:
-        """Compute something of one batch as it is, with the first engine that can."""
+        """Compute something from one whole batch, with the first engine that can."""
         while True:
             engine = self.prepare(function, "", trial)
             try:
@@ -200,14 +200,14 @@ class Selector:
                 self._mend(engine, error, Trial(function, batch, size))
 
     def batch_size(self, largest: int) -> int:
-        """Return how many examples there are at a time, as things stand."""
+        """Return the current batch size."""
         return max(1, min(size for size in (largest, self.given, self._fits) if size is not None))
 
     def __str__(self) -> str:
         return "; ".join([f"gradients by {self._engine}", *self._rejected, *self._unprepared])
 
     def _check(self, engine: Engine, trial: Trial, largest: int | None) -> None:
-        """Check the gradients; the first time, see how much memory they take."""
+        """Check the gradients; the first time, also measure how much memory they take."""
         function, device = trial.function, next(iter(trial.function.parameters.values())).device
 
         def run(size: int) -> None:
@@ -235,7 +235,7 @@ class Selector:
             self._tell(f"batches of {self._fits} examples, as many as the free memory allows.")
 
     def _mend(self, engine: Engine, error: EngineUnsuitable, trial: Trial) -> None:
-        """Prepare an engine on the examples that it was not prepared for; reject it if that is not what it lacks."""
+        """Prepare an engine on the examples that it was not prepared for; reject it if that is impossible."""
         try:
             if isinstance(error, NotPrepared):
                 engine.prepare(trial.function, trial.batch, trial.size)
@@ -252,7 +252,7 @@ class Selector:
         self._tell(f"out of memory; going on with batches of {self._fits} examples.")
 
     def _report(self, engine: Engine) -> None:
-        """Say which engine was chosen, if it is another one than before."""
+        """Say which engine was chosen, if it changed."""
         if engine.name != self._told:
             self._tell(f"{self}.")
             self._told = engine.name

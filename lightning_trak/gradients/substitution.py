@@ -1,4 +1,4 @@
-"""Calling a module with other tensors in the places of its parameters and buffers."""
+"""Call a module with other tensors in place of its parameters and buffers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lightning_trak.isolation.reach import attributes_of, reached
 
 
 def places_of_tensors(module: nn.Module) -> dict[str, str]:
-    """Return every place of a parameter or buffer, and the name by which the module lists what is there.
+    """Return every place of a parameter or buffer, and the name under which the module lists that tensor.
 
-    A tensor in two modules has two places and one name, the first, as in ``module.named_parameters()``. A module under
-    two names is one module: its tensors have one place each.
+    A tensor in two modules has two places but one name: the first, as in ``module.named_parameters()``. A module under
+    two names is one module, so each of its tensors has one place.
 
     >>> layer = nn.Linear(2, 2, bias=False)
     >>> places_of_tensors(nn.ModuleDict({"a": layer, "b": nn.Sequential(layer)}))  # one module under two names
@@ -42,15 +42,15 @@ def with_values(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Call ``module(*args, **kwargs)`` with ``values`` in the places of its tensors.
+    """Call ``module(*args, **kwargs)`` with ``values`` in place of its tensors.
 
-    Every place is named once. `torch.func.functional_call` with its default ``tie_weights=True`` names the tensors of a
-    module that is registered twice twice; it then takes the first replacement for the original, and never puts the
-    module's own parameter back.
+    Every place is replaced once. With its default ``tie_weights=True``, `torch.func.functional_call` would replace the
+    tensors of a module that is registered twice two times. It would then take the first replacement for the original,
+    and never restore the module's own parameter.
 
     Args:
         module: any module.
-        values: tensors by name; what they do not name stays as it is.
+        values: tensors by name; tensors that they do not name stay.
         places: see `places_of_tensors`.
         args: positional arguments.
         kwargs: keyword arguments.
@@ -60,12 +60,12 @@ def with_values(
 
 
 class Elsewhere(NamedTuple):
-    """A place of a module's tensor that is none of its modules: a list, or a module that it holds unregistered.
+    """A place of a module's tensor outside of its registered modules, e.g. in a list or in an unregistered module.
 
     Attributes:
-        holder: a list, or a dictionary as that of an object's attributes.
-        key: where in it.
-        name: the name by which the module lists what is there.
+        holder: a list, or a dictionary, which may be that of an object's attributes.
+        key: index or key in it.
+        name: the name under which the module lists the tensor.
     """
 
     holder: Any
@@ -74,7 +74,7 @@ class Elsewhere(NamedTuple):
 
 
 def places_elsewhere(module: nn.Module) -> list[Elsewhere]:
-    """List where a module's parameters and buffers are held besides.
+    """List where else a module's parameters and buffers are held, besides its registered modules.
 
     >>> layer = nn.Linear(2, 2, bias=False)
     >>> layer.again = [layer.weight]
@@ -95,7 +95,7 @@ def places_elsewhere(module: nn.Module) -> list[Elsewhere]:
 
 @contextmanager
 def placed_elsewhere(places: Sequence[Elsewhere], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put ``values`` there for a while."""
+    """Put ``values`` in these places; restore what was there afterwards."""
     before = [(place, place.holder[place.key]) for place in places if place.name in values]
     for place, _ in before:
         place.holder[place.key] = values[place.name]

@@ -1,4 +1,4 @@
-"""One forward and one backward pass, in which every call of a layer is seen with input and output gradient."""
+"""One forward and one backward pass that yields every call of a layer, with its inputs and output gradients."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from lightning_trak.gradients.rules import Rule
 
 @dataclass
 class Layer:
-    """A module that is watched, and what was found out about it.
+    """A module that is watched, and what the trial showed about it.
 
     Attributes:
         module: the module.
         name: its name in the model.
         parameters: attributed parameters that it uses: name in the module → name in the model.
-        rule: yields their gradients; None for differentiating the module's own forward example by example.
+        rule: computes their gradients; None if the module's own forward is differentiated per sample.
         whole: whether the rule takes the call as it is; see `layer_rule`.
-        batch_axis: ``"first"``, ``"second"``, or ``"minor"``: one axis of positions × examples. On ``"first"`` rows may
-            also be examples × positions.
-        shared: whether it is called once for all examples, and its output must be repeated for each: ``"leading"`` if
-            a batch axis of one is there, ``"missing"`` if none is; else None.
-        known: whether a gradient reached it when it was tried; else nothing was found out.
-        positions: how many rows an example had in the calls that were tried, where rows are examples × positions.
-        batched: of a module without a rule, which tensors among the arguments of each call had the batch first.
+        batch_axis: of its output. ``"first"``: the first axis is the batch, or examples × positions. ``"second"``: the
+            second. ``"minor"``: the first axis is positions × examples.
+        shared: set if it is called once for all examples, so that its output must be repeated for each: ``"leading"``
+            if the output has a batch axis of size one, ``"missing"`` if it has none. None for any other layer.
+        known: whether a gradient reached it in the trial; if none did, the trial showed nothing.
+        positions: the numbers of rows that an example had in the trial, where rows are examples × positions.
+        batched: for a module without a rule: which tensor arguments had the batch axis first, by number of the call.
     """
 
     module: nn.Module
@@ -51,14 +51,14 @@ class Layer:
 
 @dataclass
 class Call:
-    """One call of a layer: what went in, to be read when the gradients of what came out are there.
+    """One call of a layer: its arguments, kept until the gradients of its outputs are known.
 
     Attributes:
         layer: which one.
         args: positional arguments.
         kwargs: keyword arguments.
         number: how often the layer was called before, in this forward pass.
-        versions: of the tensors among the arguments.
+        versions: version counters of the tensors among the arguments.
     """
 
     layer: Layer
@@ -86,8 +86,8 @@ Receive = Callable[[Call, tuple[Tensor | None, ...]], None]
 class Tracer:
     """Watches the calls of layers during a forward pass, and hands each over when the backward pass reaches it.
 
-    Within a watched layer its parameters are detached: no time is spent on their gradients summed over the batch. A
-    gradient that still arrives at a parameter tells that it is used outside the layers that are watched for it.
+    Within a watched layer its parameters are detached, so no time is spent on gradients summed over the batch. If a
+    gradient still arrives at a parameter, it is also used outside the layers that are watched for it.
 
     Args:
         layers: what to watch.
@@ -112,11 +112,10 @@ class Tracer:
             batch: what ``model_output`` takes.
             size: b, the number of its examples.
             weights: v, (b,); None for ones.
-            names: the parameters that the layers are watched for, and others to differentiate by.
+            names: the parameters for which the layers are watched, and others to differentiate with respect to.
 
         Returns:
-            The outputs (b,), and the gradients that arrived at parameters of ``names``: what uses they have outside
-            the layers.
+            The outputs (b,), and the gradients that arrived at parameters of ``names``, from uses outside the layers.
         """
         self._size, self._calls = size, {}
         own = {name: value.detach() for name, value in function.parameters.items()}
@@ -188,10 +187,10 @@ class Tracer:
 
 
 def hookable(tensor: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Return a tensor to go on with, and the one whose gradient to wait for: of as many entries, in the same order.
+    """Return the output to go on with, and the tensor to hook, with the same entries in the same order.
 
-    An in-place operation on a view, as the output of a linear layer is one, bypasses hooks of the view. Those of its
-    base are called.
+    The output of a layer may be a view, as that of a linear layer. In-place operations on it bypass the hooks of the
+    view, but not those of its base.
     """
     base = tensor._base
     if base is None:
@@ -200,11 +199,11 @@ def hookable(tensor: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     if whole and base.requires_grad and all(other is not base and other._base is not base for other in call.tensors()):
         return tensor, base
     tensor = tensor.clone()
-    return tensor, tensor if tensor._base is None else tensor._base  # a class of its own may copy to a view
+    return tensor, tensor if tensor._base is None else tensor._base  # the copy of a tensor subclass may be a view
 
 
 def repeated(tensor: Tensor, layer: Layer, size: int) -> Tensor:
-    """Repeat what a layer shares among all examples for each of them."""
+    """Repeat for each example what a layer computed once for all."""
     if layer.shared is None:
         return tensor
     tensor = tensor if layer.shared == "leading" else tensor.unsqueeze(0)
@@ -212,7 +211,7 @@ def repeated(tensor: Tensor, layer: Layer, size: int) -> Tensor:
 
 
 class _Start(torch.autograd.Function):
-    """A copy at which the backward pass ends, where nothing before it is attributed."""
+    """A copy that requires a gradient, and at which the backward pass ends: nothing before it is attributed."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, tensor: Tensor) -> Tensor:
@@ -238,7 +237,7 @@ def _replaced_forward(module: nn.Module, replacement: Callable[..., Any]) -> Ite
 
 @contextmanager
 def _detached(layer: Layer) -> Iterator[None]:
-    """Detach, for a while, the attributed parameters that a layer uses."""
+    """Detach the attributed parameters that a layer uses; restore them afterwards."""
     found = [
         (layer.module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in layer.parameters
     ]
@@ -258,6 +257,6 @@ def _put(module: nn.Module, places: Sequence[tuple[nn.Module, str]], values: Seq
 
 
 def detached_arguments(call: Call) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Return the arguments of a call without their history."""
+    """Return the arguments of a call, detached."""
     args, kwargs = map_tensors((call.args, call.kwargs), Tensor.detach)
     return args, kwargs

@@ -21,7 +21,7 @@ _CHUNK_BYTES = 2**28  # per-sample gradients that exist at once
 
 @contextmanager
 def without_advice() -> Iterator[None]:
-    """Keep back vmap's remark that an operation is run example by example: that is not the user's to mend."""
+    """Suppress vmap's performance warning about an operation without a batching rule: users cannot act on it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
         yield
@@ -63,7 +63,7 @@ class VmapEngine:
             return function.output(one, parameters).squeeze(0)
 
         try:
-            # Randomness is let through here, to be told apart from what vmap cannot do: it shows as a changed output.
+            # Randomness is allowed, lest it look like something that vmap cannot do. It shows as a changed output.
             with without_advice():
                 return vmap(grad_and_value(output_of_one), in_dims=(None, 0), randomness="different")(
                     function.parameters, tensors

@@ -295,7 +295,7 @@ def test_an_input_overwritten_later_is_noticed():
 
 def test_another_use_of_a_parameter_that_shows_later_is_noticed():
     model = Model(lambda m, x: m.one(x) + (m.one.weight[0] if len(x) > 4 else 0), one=linear(3, 3)).eval()
-    with pytest.raises(EngineUnsuitable, match=r"one\.weight is used outside its layers, but not on the first"):
+    with pytest.raises(EngineUnsuitable, match=r"one\.weight is used outside its layers, but was not on the first"):
         run(model, torch.randn(6, 3))
 
 

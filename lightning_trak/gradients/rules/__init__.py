@@ -1,4 +1,4 @@
-"""One rule for each type of layer: its parameters' per-sample gradients from its input and its output's gradient."""
+"""One rule for each type of layer: its parameters' per-sample gradients from its input and output gradient."""
 
 from __future__ import annotations
 

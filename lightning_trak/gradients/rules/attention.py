@@ -1,4 +1,4 @@
-"""The rule for `torch.nn.MultiheadAttention`, which projects with weights of its own before and after attending."""
+"""The rule for `torch.nn.MultiheadAttention`, which has linear layers of its own before and after the attention."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DEFAULTS = {"key_padding_mask": None, "attn_mask": None, "is_causal": False}
 
 @layer_rule(nn.MultiheadAttention, whole=True)
 def multihead_attention(layer: nn.MultiheadAttention, call: LayerCall) -> dict[str, Gradient | Tensor]:
-    """Attention between two linear layers: it is run again between them, and both follow the linear rule."""
+    """Linear rules for the projections before and after the attention, which is run again between them."""
     given = {**_DEFAULTS, **dict(zip(_NAMES, call.args, strict=False)), **(call.kwargs or {})}
     if layer.bias_k is not None or call.grads[0] is None or any(grad is not None for grad in call.grads[1:]):
         raise EngineUnsuitable("nn.MultiheadAttention with add_bias_kv, or whose attention weights enter the output")
@@ -98,7 +98,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 
 
 def _joined(grads: tuple[Tensor, ...], inputs: list[Tensor]) -> Gradient:
-    """Gradients of the three projections stacked: for three inputs, three times as many positions."""
+    """Return the gradients of the three stacked projections; three inputs make three times as many positions."""
     if all(_is_same(inputs[0], other) for other in inputs[1:]):
         return OuterGradient(torch.cat(grads, dim=-1), inputs[0])
     size = grads[0].shape[-1]

@@ -1,4 +1,4 @@
-"""Rules for layers that multiply with a matrix, or look up its rows, at every position."""
+"""Rules for layers that multiply by a matrix, or look up its rows, at every position."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def transposed_linear(layer: Any, call: LayerCall) -> dict[str, Gradient | Tenso
 
 @layer_rule(nn.Embedding)
 def embedding(layer: nn.Embedding, call: LayerCall) -> dict[str, Gradient | Tensor]:
-    """y = W[index]: the gradients of the rows looked up; none for that of ``padding_idx``."""
+    """y = W[index]: only the rows that are looked up have gradients, except that of ``padding_idx``."""
     if layer.scale_grad_by_freq or layer.max_norm is not None:
-        raise EngineUnsuitable("nn.Embedding with scale_grad_by_freq or max_norm is no function of one example")
+        raise EngineUnsuitable("nn.Embedding with scale_grad_by_freq or max_norm depends on the whole batch")
     values = call.grad
     if layer.padding_idx is not None:
         values = values.masked_fill((call.input == layer.padding_idx).unsqueeze(-1), 0)

@@ -52,7 +52,7 @@ def batch_norm(layer: Any, call: LayerCall) -> Gradients:
 
 @layer_rule(nn.PReLU)
 def prelu(layer: nn.PReLU, call: LayerCall) -> Gradients:
-    """y = max(0, x) + a min(0, x), one a in all or one a channel."""
+    """y = max(0, x) + a min(0, x), with one a in all or one for each channel."""
     grads = call.grad * call.input.clamp(max=0)
     if layer.num_parameters == 1:
         return {"weight": grads.flatten(1).sum(1, keepdim=True)}

@@ -15,9 +15,9 @@ from lightning_trak.gradients.rules.registry import LayerCall, layer_rule
 
 @layer_rule(nn.LSTM, nn.GRU, nn.RNN, whole=True)
 def recurrent(layer: Any, call: LayerCall) -> dict[str, Gradient | Tensor]:
-    """Run again, step by step, and differentiate by the gates before their nonlinearity.
+    """Run the layer again, step by step, and differentiate with respect to the gates' pre-activations.
 
-    With a gate's pre-activations Wᵢ xₜ + bᵢ and Wₕ hₜ₋₁ + bₕ, the rule for linear layers applies to both.
+    These are Wᵢ xₜ + bᵢ and Wₕ hₜ₋₁ + bₕ, so the rule for linear layers applies to both.
     """
     inputs = call.args[0] if call.args else (call.kwargs or {})["input"]
     if not isinstance(inputs, Tensor) or inputs.ndim != 3 or layer.proj_size:
@@ -61,7 +61,7 @@ def _initial(layer: Any, inputs: Tensor, states: Any) -> list[Tensor]:
 def _run(
     layer: Any, inputs: Tensor, initial: list[Tensor], steps: dict[str, list[tuple[Tensor, Tensor]]]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Run all layers and directions; returns the outputs (T, b, ·) and the last states, as the layer does."""
+    """Run all layers and directions; return the outputs (T, b, ·) and the last states, as the layer does."""
     last = []
     for number in range(layer.num_layers):
         directions = []
@@ -83,7 +83,7 @@ def _scan(
     reverse: bool,
     steps: dict[str, list[tuple[Tensor, Tensor]]],
 ) -> tuple[Tensor, list[Tensor]]:
-    """Run one direction of one layer over time, and note (value, gates) of each of its two linear layers."""
+    """Run one direction of one layer over time; record (input, pre-activations) of each of its two linear layers."""
     weights = [getattr(layer, f"weight_{side}_{suffix}").detach() for side in ("ih", "hh")]
     biases = [getattr(layer, f"bias_{side}_{suffix}").detach() if layer.bias else None for side in ("ih", "hh")]
     outputs: list[Any] = [None] * len(inputs)

@@ -1,4 +1,4 @@
-"""The registry of rules: how the per-sample gradients of a layer's parameters follow from one call of it."""
+"""The registry of rules. A rule computes the per-sample gradients of a layer's parameters from one call of it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from lightning_trak.gradients.gradient import Gradient
 
 @dataclass
 class LayerCall:
-    """One call of a layer, seen after the backward pass; everything detached, the batch axis first.
+    """One call of a layer, after the backward pass. Tensors are detached.
+
+    In ``input`` and ``grad`` the batch axis is first; the others are as the layer got and returned them.
 
     Attributes:
         input: the first argument, (b, ...).
         grad: ∂(Σf)/∂output, (b, ...), of the first output.
-        args: all positional arguments, as the layer got them.
-        kwargs: all keyword arguments, as the layer got them.
-        grads: the gradients of all outputs that are tensors, in the order of a flattened structure, as the layer
-            returned them; None where an output was not used.
+        args: all positional arguments.
+        kwargs: all keyword arguments.
+        grads: the gradients of all floating-point tensors in the output, in the order of the flattened structure; None
+            for those that were not used.
     """
 
     input: Tensor
@@ -33,7 +35,7 @@ class LayerCall:
 
 Rule = Callable[[Any, LayerCall], Mapping[str, Gradient | Tensor]]
 """Takes (layer, call); returns the gradients of its parameters by their names in the layer: a `Gradient`, or a tensor
-of shape (b, *parameter.shape). Names that nobody asked for may be among them."""
+of shape (b, *parameter.shape). It may return more names than are needed."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,15 @@ _RULES: dict[type[nn.Module] | str, Registered] = {}
 
 
 def layer_rule(*layers: type[nn.Module] | str, whole: bool = False) -> Callable[[Rule], Rule]:
-    """Register, as a decorator, the rule for one or several types of layers; a later one takes the place of a former.
+    """Return a decorator that registers a rule for one or several types of layers. It replaces an earlier rule.
 
-    It holds for layers whose ``forward`` is the type's own: a subclass with another ``forward`` needs another rule.
+    The rule holds for layers whose ``forward`` is the type's own. A subclass with another ``forward`` needs its own
+    rule.
 
     Args:
-        layers: the types, or their qualified names where the library that defines them need not be installed.
-        whole: the rule takes ``args``, ``kwargs`` and ``grads`` as they are, wherever the batch is in them; and it
-            yields the parameters of submodules too, which the layer uses without calling these.
+        layers: the types, or their qualified names if the library that defines them may be missing.
+        whole: the rule takes ``args``, ``kwargs`` and ``grads`` as they are, with the batch on any axis. It also
+            returns gradients of submodules' parameters, which the layer uses without calling the submodules.
 
     >>> class Scale(nn.Module):
     ...     def __init__(self):
