@@ -247,8 +247,8 @@ def traker_scores(path, model, states, train, targets, lambda_reg=0.0):
 
         traker = TRAKer(
             model=model, task="image_classification", train_set_size=len(train[0]), save_dir=str(path), device="cpu",
-            projector=NoOpProjector(device="cpu"), proj_dim=sum(p.numel() for p in model.parameters()), lambda_reg=lambda_reg,
-            use_half_precision=False,
+            projector=NoOpProjector(device="cpu"), proj_dim=sum(p.numel() for p in model.parameters()),
+            lambda_reg=lambda_reg, use_half_precision=False,
         )  # fmt: skip
         for number, state in enumerate(states):
             traker.load_checkpoint(state, model_id=number)
