@@ -44,11 +44,11 @@ def layer_gradients(call: Call, grads: tuple[Tensor | None, ...], size: int) -> 
 
 
 class WrongRule(ValueError):
-    """A rule of the user's fails, or returns gradients of the wrong shape."""
+    """A user's rule fails, or returns gradients of the wrong shape."""
 
 
 def _apply(layer: Layer, call: LayerCall) -> Any:
-    """Apply a rule. If one of ours fails, it does not support the layer; one of the user's must be corrected."""
+    """Apply a rule. If one of ours fails, it does not support the layer; a user's own must be corrected."""
     rule = layer.rule
     assert rule is not None
     try:

@@ -59,8 +59,8 @@ def check_gradients(
         if not found <= function.tolerance * (squares[name] ** 0.5 + norm) + rounding:
             raise GradientsDiffer(
                 f"The per-sample gradients of {name} do not add up to its gradient over the batch: they differ by"
-                f" {found:.3g}, of {norm:.3g}, with gradients='{engine}'. A layer_rule is wrong, or {function.method}"
-                " of an example depends on the rest of the batch. Use gradients='vmap' or 'loop'."
+                f" {found:.3g}, where its norm is {norm:.3g}, with gradients='{engine}'. A layer_rule is wrong, or"
+                f" {function.method} of an example depends on the rest of the batch. Use gradients='vmap' or 'loop'."
             )
 
 

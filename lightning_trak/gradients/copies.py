@@ -78,7 +78,7 @@ def _keeps_first_axis(name: str, own: list[Tensor], args: Any, kwargs: Any, resu
 
 
 class CopyTrial:
-    """Finds the parameters that a model lets be replaced by one copy for each example, thanks to broadcasting.
+    """Finds the parameters that can be replaced by one copy for each example, thanks to broadcasting.
 
     The gradient of copy i is then that of example i, and the backward pass of the batch computes it. A few examples
     show whether that works:

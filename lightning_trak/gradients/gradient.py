@@ -191,7 +191,7 @@ class ConvGradient(Gradient):
     input, which would be larger than the input by the size of the kernel.
 
     Args:
-        inputs: a, (b, C, *spatial), already padded, unless with as many zeros on both sides.
+        inputs: a, (b, C, *spatial), already padded, unless with equally many zeros on both sides.
         grads: g, (b, O, *positions).
         shape: of the weight, (O, C / groups, *kernel).
         stride: one number for each axis; so are ``padding`` and ``dilation``.

@@ -67,7 +67,7 @@ class Selector:
         given: the batch size, as given.
 
     Raises:
-        ValueError: from all methods, when no engine is left; `GradientsDiffer`, when gradients are wrong.
+        ValueError: if no engine is left; as `GradientsDiffer`, if gradients are wrong. All methods may raise it.
     """
 
     def __init__(

@@ -44,9 +44,9 @@ def with_values(
 ) -> Any:
     """Call ``module(*args, **kwargs)`` with ``values`` in place of its tensors.
 
-    Every place is replaced once. With its default ``tie_weights=True``, `torch.func.functional_call` would replace the
-    tensors of a module that is registered twice two times. It would then take the first replacement for the original,
-    and never restore the module's own parameter.
+    Every place is replaced once. If a module is registered twice, `torch.func.functional_call` with its default
+    ``tie_weights=True`` would replace the tensors twice. It would then take the first replacement for the original, and
+    never restore the module's own parameter.
 
     Args:
         module: any module.

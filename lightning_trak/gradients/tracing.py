@@ -30,8 +30,8 @@ class Layer:
         whole: whether the rule takes the call as it is; see `layer_rule`.
         batch_axis: of its output. ``"first"``: the first axis is the batch, or examples × positions. ``"second"``: the
             second. ``"minor"``: the first axis is positions × examples.
-        shared: set if it is called once for all examples, so that its output must be repeated for each: ``"leading"``
-            if the output has a batch axis of size one, ``"missing"`` if it has none. None for any other layer.
+        shared: set if it is called once for all examples, so that its output must be repeated for each. ``"leading"``:
+            the output has a batch axis of size one. ``"missing"``: it has none. None for any other layer.
         known: whether a gradient reached it in the trial; if none did, the trial showed nothing.
         positions: the numbers of rows that an example had in the trial, where rows are examples × positions.
         batched: for a module without a rule: which tensor arguments had the batch axis first, by number of the call.

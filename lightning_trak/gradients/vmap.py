@@ -63,7 +63,7 @@ class VmapEngine:
             return function.output(one, parameters).squeeze(0)
 
         try:
-            # Randomness is allowed, lest it look like something that vmap cannot do. It shows as a changed output.
+            # Randomness is allowed here: vmap supports it. It shows as a changed output, which is refused later.
             with without_advice():
                 return vmap(grad_and_value(output_of_one), in_dims=(None, 0), randomness="different")(
                     function.parameters, tensors

@@ -29,7 +29,7 @@ class FactoredProjector(Projector):
 
     Some parameters go into S as they are: those of one axis, of fewer than r rows, or of at most r² entries.
 
-    Row i of L is drawn from Philox at counter (start + i, j div 128, 2), row i of R at (start + i, j div 128, 3), where
+    Row i of L is drawn from Philox at counter (start + i, j div 128, 2), row i of R at (start + i, j div 128, 3). Here,
     start is the index of the parameter's first entry among all p. Projecting the factors is the idea of Choe et al.,
     "What is your data worth to GPT?", arXiv 2405.13954, Section 3.
 

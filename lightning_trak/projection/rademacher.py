@@ -19,7 +19,7 @@ _BLOCK_ENTRIES = 2**20  # entries of P that exist at once: 4 MiB of float32, whi
 class RademacherProjector(Projector):
     """P[i, j] = ±1/√k, independent and equally likely.
 
-    Column j of row i is bit j mod 128 of Philox's four words at counter (i mod 2³², i div 2³², j div 128, 0), so P is
+    Column j of row i is bit j mod 128 of Philox's four words at counter (i mod 2³², i div 2³², j div 128, 0). So P is
     the same matrix for every chunking, batch and device. Blocks of rows are drawn once for each batch, used, and
     discarded: the larger the batch, the less an example costs. Achlioptas, "Database-friendly random projections",
     PODS 2001.

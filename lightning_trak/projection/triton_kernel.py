@@ -43,7 +43,7 @@ def _installed() -> bool:
 def rademacher_add_(features: Tensor, gradients: Tensor, start: int, key: int, proj_dim: int) -> None:
     """Add ``gradients @ P[start:start + q]`` to ``features``, in place, with P drawn inside the matrix product.
 
-    P is the matrix of `RademacherProjector`, to the bit: column j of row i is bit j mod 128 of Philox's words at
+    P is the matrix of `RademacherProjector`, to the bit. Column j of row i is bit j mod 128 of Philox's words at
     counter (i mod 2³², i div 2³², j div 128, 0). Signs are exact in bfloat16. Each gradient entry is split into two
     bfloat16 numbers, its rounded value and the remainder, and both are multiplied. Sums are float32. At most 2⁻¹⁶ of an
     entry is lost. The same call on the same device gives the same bits: the sum over parameters is computed in parts,

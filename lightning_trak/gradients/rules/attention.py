@@ -1,4 +1,4 @@
-"""The rule for `torch.nn.MultiheadAttention`, which has linear layers of its own before and after the attention."""
+"""The rule for `torch.nn.MultiheadAttention`, which has linear projections before and after the attention."""
 
 from __future__ import annotations
 
