@@ -117,7 +117,7 @@ def _rows(n_subsets: int, repeats: int, root: Path, epochs: int) -> Iterator[lis
     best = max(kernels, key=lambda kernel: evaluate(kernel, truth).lds)
     yield _row("Gaussian kernel of the pictures, best width", best, truth)
     ceiling = truth.noise_ceiling()
-    yield ["perfect scores", "–" if ceiling is None else f"{ceiling:.2f}", "–"]
+    yield ["noise ceiling", "–" if ceiling is None else f"{ceiling:.2f}", "–"]
 
 
 def _row(name: str, scores: Tensor, truth: Any) -> list[str]:

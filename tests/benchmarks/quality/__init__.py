@@ -86,7 +86,7 @@ def run(
 ) -> None:
     """Print the table and draw the figure; trainings and the peers' results are kept in ``root`` for another time."""
     tables: dict[str, Table] = {}
-    header = ["task", "checkpoints", *METHODS, "slope of ours", "perfect scores"]
+    header = ["task", "checkpoints", *METHODS, "slope of ours", "noise ceiling"]
     note = (
         "In brackets half the width of the bootstrap confidence interval of 95 %. 'traker' is that with its defaults,"
         f" λ = 0 and k = 2048 > n. 'best λ' is that of {len(methods.LAMBDAS)} with the highest LDS in the cell."

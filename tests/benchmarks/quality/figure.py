@@ -24,6 +24,6 @@ def draw(tables: dict[str, Table], path: Path) -> None:
         if table.ceiling is not None:
             panel.axhline(table.ceiling, color="0.7", linewidth=1)
         panel.set(title=TASKS[key].name, xscale="log", xlabel="seconds of training and attribution", ylim=(0, None))
-    panels[0].set_ylabel("LDS (grey: perfect scores)")
+    panels[0].set_ylabel("LDS (grey: noise ceiling)")
     panels[-1].legend(fontsize=7)
     figure.savefig(path, dpi=110)
