@@ -187,7 +187,8 @@ def test_one_example_that_does_not_fit(tmp_path, run, wrap, said, engine):
     wrap(engine, full_above(0))
     with pytest.raises(torch.OutOfMemoryError, match="1 examples do not fit"):
         featurize(run[0], tmp_path, gradients=engine, batch_size=4)
-    assert [message for message in said() if "memory" in message] == messages_of_halving(2)
+    halvings = [] if engine == "loop" else [2]
+    assert [message for message in said() if "memory" in message] == messages_of_halving(*halvings)
     assert not any(entry.complete for entry in FeatureStore(tmp_path / "store"))
 
 
