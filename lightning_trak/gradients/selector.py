@@ -137,7 +137,7 @@ class Selector:
             try:
                 self._check(engine, tried, largest)
             except EngineUnsuitable as error:
-                self._mend(engine, error, tried)
+                self.reject(engine, error)
             except GradientsDiffer:
                 if fresh:
                     raise
@@ -211,8 +211,7 @@ class Selector:
         function, device = trial.function, next(iter(trial.function.parameters.values())).device
 
         def run(size: int) -> None:
-            batch = trial.batch if size == trial.size else trial.first
-            check_gradients(function, engine, batch, size, trial.sink(size))
+            self.check(function, engine, trial.batch if size == trial.size else trial.first, size, trial.sink(size))
 
         # One example at a time may be all that an engine can take: the graphs of a batch do not come apart.
         at_a_time = engine.batch_size or (trial.size if largest is None else self.batch_size(largest))
@@ -234,11 +233,26 @@ class Selector:
         if self.batch_size(largest) < largest:
             self._tell(f"batches of {self._fits} examples, as many as the free memory allows.")
 
+    def check(
+        self, function: ModelFunction, engine: Engine, batch: Any, size: int, sink: Sink = lambda *_: None
+    ) -> None:
+        """Check the gradients of a batch, and prepare the engine on it if it was not prepared for it.
+
+        Raises:
+            EngineUnsuitable: if it cannot be prepared for it.
+        """
+        try:
+            check_gradients(function, engine, batch, size, sink)
+        except NotPrepared:
+            engine.prepare(function, batch, size)
+            check_gradients(function, engine, batch, size, sink)
+
     def _mend(self, engine: Engine, error: EngineUnsuitable, trial: Trial) -> None:
-        """Prepare an engine on the examples that it was not prepared for; reject it if that is impossible."""
+        """Prepare an engine on the examples that it was not prepared for; reject it if that is not what it lacks."""
         try:
             if isinstance(error, NotPrepared):
                 engine.prepare(trial.function, trial.batch, trial.size)
+                check_gradients(trial.function, engine, trial.batch, trial.size)
                 return
         except EngineUnsuitable as another:
             error = another

@@ -5,13 +5,14 @@ May import nothing of the package but `precision`. `Estimator` works on features
 
 from lightning_trak.influence.damping import Damping
 from lightning_trak.influence.estimator import Estimator, Options, Solved
-from lightning_trak.influence.gauss_newton import GaussNewton
+from lightning_trak.influence.gauss_newton import SUMS_VERSION, GaussNewton
 from lightning_trak.influence.scores import Extremes, Ranked, Scores, Spread, rank
 from lightning_trak.influence.temperature import is_logistic
 from lightning_trak.influence.train_features import TrainFeatures, n_blocks
 from lightning_trak.influence.training_time import TrainingTime
 
 __all__ = [
+    "SUMS_VERSION",
     "Damping",
     "Estimator",
     "Extremes",

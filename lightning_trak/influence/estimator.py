@@ -34,7 +34,6 @@ from lightning_trak.influence.scores import (
 )
 from lightning_trak.influence.temperature import choose_temperature, tempered
 from lightning_trak.influence.train_features import CPU, TrainFeatures
-from lightning_trak.influence.training_time import TrainingTime
 
 
 class Solved(NamedTuple):
@@ -103,7 +102,9 @@ class Estimator:
             trains = [tempered(train, self.temperature) for train in trains]
         self.trains = with_mean_loss_grad(trains) if options.estimator == "trak" else list(trains)
         times = [train.training_time for train in trains]
-        self._known = [time for time in times if time is not None and time.time > 0]
+        known = [time for time in times if time is not None and time.time > 0]
+        # One rule for all checkpoints: the two differ by orders of magnitude, and scores are averaged.
+        self._trainings = [] if None in times else known
 
     def accumulate(self, train: TrainFeatures) -> GaussNewton:
         """Accumulate H at one checkpoint, and what damping depends on; the train features are read once."""
@@ -117,7 +118,7 @@ class Estimator:
 
     def suffices(self, train: TrainFeatures, sums: GaussNewton) -> bool:
         """Say whether stored sums contain all that the options need."""
-        by_rule = self.options.damping != "auto" or not needs_cross_validation(sums, self._trainings(train))
+        by_rule = self.options.damping != "auto" or not needs_cross_validation(sums, self._trainings)
         return by_rule or sums.cross_validated is not None
 
     def __call__(self, targets: Sequence[Tensor]) -> Scores:
@@ -170,10 +171,7 @@ class Estimator:
     def _damping(self, train: TrainFeatures, sums: GaussNewton) -> Damping:
         if not isinstance(self.options.damping, str):
             return Damping(self.options.damping, "as given")
-        return damping_of(sums, self._trainings(train))
-
-    def _trainings(self, train: TrainFeatures) -> list[TrainingTime]:
-        return self._known if train.training_time is not None else []
+        return damping_of(sums, self._trainings)
 
 
 def _check_rank(sums: GaussNewton, damping: float) -> None:

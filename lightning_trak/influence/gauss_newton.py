@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_trak.influence.train_features import CPU, TrainFeatures
 from lightning_trak.precision import full_precision
 
+SUMS_VERSION = 1  # count it up when the same features come to other sums, or to another damping of cross-validation
 _PANEL = 512  # columns of H per product
 
 

@@ -75,9 +75,7 @@ def restore_projector(configuration: Mapping[str, Any], proj_dim: int) -> Projec
     >>> restore_projector(FactoredProjector(rank=8).configuration, proj_dim=16).rank
     8
     """
-    name, arguments = configuration["projector"], {**configuration}
-    for other in ("projector", "drawing"):
-        arguments.pop(other, None)
+    name, arguments = configuration["projector"], configuration["arguments"]
     if name not in _CLASSES:
         raise ValueError(
             f"The store was made with the projector {name!r} and its arguments {arguments}. Pass the same one with"

@@ -45,7 +45,7 @@ class FastJLProjector(Projector):
         multiprocessors: the number on the GPU whose matrix is wanted; by default, that of the current GPU.
 
     >>> FastJLProjector(proj_dim=1024, multiprocessors=132).configuration
-    {'projector': 'fast_jl', 'drawing': 1, 'multiprocessors': 132}
+    {'projector': 'fast_jl', 'drawing': 1, 'arguments': {'multiprocessors': 132}}
     """
 
     name = "fast_jl"

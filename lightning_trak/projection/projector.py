@@ -74,7 +74,10 @@ class Projector(ABC):
         Raises:
             TypeError: if an argument cannot be written as JSON.
         """
-        arguments = {name: getattr(self, name, value) for name, value in self._arguments.items() if name != "proj_dim"}
+        inherited = [name for kind in type(self).__mro__[1:-1] for name in _parameters_of(kind)]
+        given = {name: getattr(self, name) for name in inherited if hasattr(self, name)}
+        given |= {name: getattr(self, name, value) for name, value in self._arguments.items()}
+        arguments = {name: value for name, value in given.items() if name != "proj_dim"}
         for name, value in arguments.items():
             try:
                 json.dumps(value)
@@ -83,7 +86,7 @@ class Projector(ABC):
                     f"The argument {name} of {type(self).__name__} is {type(value).__name__}, which the feature store"
                     " cannot write as JSON. Pass numbers, strings or lists, or override configuration."
                 ) from error
-        return {"projector": self.name, "drawing": self.drawing, **arguments}
+        return {"projector": self.name, "drawing": self.drawing, "arguments": arguments}
 
     @abstractmethod
     def add_(self, features: Tensor, gradients: Tensor, start: int, key: int) -> None:
@@ -116,9 +119,14 @@ class Projector(ABC):
         """Free what is cached from batch to batch; by default nothing is."""
 
     def __repr__(self) -> str:
-        arguments = {"proj_dim": self.proj_dim, **self.configuration}
-        shown = [f"{name}={value!r}" for name, value in arguments.items() if name not in ("projector", "drawing")]
+        arguments = {"proj_dim": self.proj_dim, **self.configuration["arguments"]}
+        shown = [f"{name}={value!r}" for name, value in arguments.items()]
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _parameters_of(kind: type) -> list[str]:
+    """Return the names of a class's arguments."""
+    return [name for name in signature(kind.__init__).parameters if name != "self"]  # type: ignore[misc]
 
 
 class Drawn:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,6 +71,19 @@ class CheckpointEntry:
             return np.arange(self.n_train)
         return np.flatnonzero(~self._array("written"))
 
+    def written_rows(self) -> npt.NDArray[np.int64]:
+        """Return the training examples whose features are there, in order."""
+        return np.setdiff1d(np.arange(self.n_train), self.missing_rows())
+
+    def rows(self, name: str, rows: Sequence[int]) -> Array:
+        """Return some rows that are written, also of an entry that is not complete.
+
+        Args:
+            name: ``"features"``, ``"loss_grad"`` or ``"curvature"``.
+            rows: which.
+        """
+        return self._array(name, mode="c")[list(rows)]
+
     def write(self, rows: Sequence[int], features: Array, loss_grad: Array, curvature: Array) -> None:
         """Write the features (r, k), Q (r,) and w (r,) of the training examples ``rows``."""
         written = self._array("written")
@@ -131,7 +143,7 @@ class CheckpointEntry:
         try:
             with open(self._sums_path(key), "rb") as opened, np.load(opened, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-        except (OSError, ValueError, zipfile.BadZipFile, KeyError, EOFError):
+        except Exception:  # There is none, or it is damaged, of which zip files tell in many ways.
             return None
         return arrays if arrays.pop("checksum", None) == checksum_of(arrays) else None
 

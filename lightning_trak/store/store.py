@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from lightning_trak.data.identity import difference
 from lightning_trak.store.checkpoint import CheckpointEntry
@@ -87,9 +88,12 @@ class FeatureStore:
         path = Path(dirpath)
         if not (path / "manifest.json").is_file():
             return
-        (path / "manifest.json").unlink()  # first: without it the directory is no store
-        for folder in ("checkpoints", "scores"):
-            shutil.rmtree(path / folder, ignore_errors=True)
+        removed = path / f"removed-{uuid4().hex}"
+        removed.mkdir()
+        for name in ("checkpoints", "scores", "manifest.json"):  # moved first: a new store must not take them over
+            if (path / name).exists():
+                os.replace(path / name, removed / name)
+        shutil.rmtree(removed, ignore_errors=True)
 
     def check(self, manifest: Mapping[str, Any]) -> None:
         """Raise a ValueError that names the first field in which ``manifest`` differs from the store's own."""
@@ -102,8 +106,8 @@ class FeatureStore:
                     what, former = self._difference(field, stored.get(field), given.get(field), manifest)
                     raise ValueError(
                         f"The store '{self.dirpath}' was made with {what}: features of the two cannot be mixed. Use"
-                        f" another dirpath for TRAKCallback, restore the former {former}, or delete the store to start"
-                        " anew."
+                        f" another dirpath for TRAKCallback, restore the former {former}, or start"
+                        " anew with TRAKCallback(overwrite=True)."
                     )
 
             if list(_flat({name: value})) != list(_flat({name: self.manifest.get(name)})):

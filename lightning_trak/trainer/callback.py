@@ -224,20 +224,26 @@ class TRAKCallback(Callback):
         """Featurize what is left, or with ``featurize_on="fit_end"`` all that the run kept."""
         if self._store is None:
             return
+        self._check_trained(pl_module)
         if not self._saved and trainer.global_step:
             weights = copy_of_weights(pl_module)
             self._add(weights, weights_digest(weights), trainer.current_epoch, trainer.global_step, "none was saved")
         if self._pending:
             with attached(trainer, pl_module, trainer.datamodule):
                 self._featurize_pending()
-        if len(self._store):
+        with self._training_goes_on("The feature store could not be read"):
+            self._tell_of_store()
+        if self._failed:
+            rank_zero_info(f"TRAKCallback: {self._failed} checkpoints could not be featurized. {_FINISH_LATER}")
+
+    def _tell_of_store(self) -> None:
+        """Say how many checkpoints there are."""
+        if self._store is not None and len(self._store):
             others = "" if self._alone() else " (those of earlier runs too; TRAKCallback(overwrite=True) starts anew)"
             rank_zero_info(
                 f"TRAKCallback: {self._featurized} checkpoints featurized. trainer.attribute() will average over"
                 f" {pool_of(self._store)}{others}."
             )
-        if self._failed:
-            rank_zero_info(f"TRAKCallback: {self._failed} checkpoints could not be featurized. {_FINISH_LATER}")
 
     def store_path(self, trainer: Trainer) -> Path:
         """Return the directory of the feature store."""
@@ -245,8 +251,8 @@ class TRAKCallback(Callback):
 
     def file_saved(self, path: str, checkpoint: dict[str, Any]) -> None:
         """Note the weights that a checkpoint file was written with, and put them into the store."""
-        if self._store is None:
-            return
+        if self._store is None or not {"state_dict", "epoch", "global_step"} <= checkpoint.keys():
+            return  # a file of something else
         self._saved = True
         weights = tensors_in(checkpoint["state_dict"])
         digest = self.last_saved = weights_digest(weights)
@@ -262,7 +268,8 @@ class TRAKCallback(Callback):
         if digest is None or digest in self._files.values() or self._store is None:
             return
         if self._pending.pop(digest, False):
-            self._store.discard(digest)
+            with self._training_goes_on("The weights of a deleted checkpoint could not be removed"):
+                self._store.discard(digest)
 
     def _add(self, weights: Weights, digest: str, epoch: int, step: int, file: str) -> None:
         """Put weights into the store, to be featurized."""
@@ -300,10 +307,10 @@ class TRAKCallback(Callback):
             if isinstance(error, ModuleChanged) and not error.restored:
                 raise
             self._failed += 1
-            if self._failed == 1:
-                rank_zero_warn(
-                    f"{what}: {type(error).__name__}: {str(error).rstrip('.')}. Training goes on. {_FINISH_LATER}"
-                )
+            kind = type(error).__name__
+            self.reports.warn(
+                f"{what}: {kind}: {str(error).rstrip('.')}. Training goes on. {_FINISH_LATER}", about=f"{what} {kind}"
+            )
 
     def _parameters_to_be(self, trainer: Trainer, module: LightningModule) -> str | None:
         """Return a pattern of the parameters to attribute by default, where more will be trained than are now."""

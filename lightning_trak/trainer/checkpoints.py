@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_trak.influence import Estimator, GaussNewton, TrainFeatures, TrainingTime
+from lightning_trak.influence import SUMS_VERSION, Estimator, GaussNewton, TrainFeatures, TrainingTime
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.files import explained_os_errors
 from lightning_trak.store.store import FeatureStore
@@ -73,16 +73,17 @@ def featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number
 
 
 def check_features(loop: FeaturizationLoop, entry: CheckpointEntry) -> None:
-    """Recompute a few rows of a complete entry: the store cannot know whether ``model_output`` or the data changed.
+    """Recompute a few rows that are stored: the store cannot know whether ``model_output`` or the data changed.
 
     Raises:
         ValueError: if they are not what is stored.
     """
-    rows = np.unique(np.linspace(0, loop.size - 1, 8).round().astype(int)).tolist()
+    written = entry.written_rows()
+    rows = written[np.unique(np.linspace(0, len(written) - 1, min(8, len(written))).round().astype(int))].tolist()
 
     def compare(batch_rows: Sequence[int], *arrays: Array) -> None:
         for name, new in zip(("features", "loss_grad", "curvature"), arrays, strict=True):
-            stored = getattr(entry, name)[batch_rows]
+            stored = entry.rows(name, batch_rows)
             if np.linalg.norm(new - stored) > 0.05 * np.linalg.norm(stored) + 1e-3:
                 raise ValueError(
                     f"The stored {name} of train rows {batch_rows} are not those that the model and the data give now:"
@@ -110,7 +111,8 @@ def train_features(entry: CheckpointEntry) -> TrainFeatures:
 def sums_of(entry: CheckpointEntry, estimator: Estimator, train: TrainFeatures) -> GaussNewton:
     """Return what the estimator sums over the train set at a checkpoint; it is kept in the store for the next time."""
     options = estimator.options
-    key = {"kind": options.estimator, "curvature": options.curvature, "temperature": estimator.temperature}
+    key: dict[str, Any] = {"version": SUMS_VERSION, "estimator": options.estimator, "curvature": options.curvature}
+    key["temperature"] = estimator.temperature
     kept = entry.read_sums(key)
     sums = None if kept is None else GaussNewton.from_arrays(kept, estimator.device)
     if sums is None or not estimator.suffices(train, sums):

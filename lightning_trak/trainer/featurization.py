@@ -27,7 +27,6 @@ from lightning_trak.gradients import (
     ModelFunction,
     Selector,
     Trial,
-    check_gradients,
     numbered_gradient,
 )
 from lightning_trak.influence import is_logistic
@@ -152,7 +151,7 @@ class FeaturizationLoop:
             stack.enter_context(prepared(self._module, function.prepare, self._find_train_loader))
             few = _FEW if self._examples == "train" else _FEWER
             rows = range(min(self._largest, _TRIED if thorough else few))
-            alone = rows if thorough else rows[-1:]
+            alone = rows if thorough else sorted({rows[0], rows[-1]})
             batch = self._read_once(rows, seed=0)
             self.repeatable = self._is_repeatable(batch, self._read_once(rows, seed=1))
             versions = versions_of(batch)
@@ -169,11 +168,18 @@ class FeaturizationLoop:
                 self._check_loss(outputs, *self._loss_terms(function.call, batch, outputs), rows)
             engine = self._prepare(function, digest, projection_key(self._seed, digest), batch)
             if thorough:
-                rows = range(engine.batch_size or self._selector.batch_size(self._largest))
-                with suppress(torch.OutOfMemoryError, EngineUnsuitable):  # the selector will see to it
-                    batch = self._read_once(rows, seed=0)
-                    check_finite("model_output", function.output(batch).detach(), self._examples, rows)
-                    check_gradients(function, engine, batch, len(rows))
+                self._try_whole_batch(function, engine)
+
+    def _try_whole_batch(self, function: ModelFunction, engine: Engine) -> None:
+        """Look at all outputs of the first batch, and check its gradients, as far as memory allows."""
+        rows = range(engine.batch_size or self._selector.batch_size(self._largest))
+        with suppress(torch.OutOfMemoryError):
+            batch = self._read_once(rows, seed=0)
+            check_finite("model_output", function.output(batch).detach(), self._examples, rows)
+            try:
+                self._selector.check(function, engine, batch, len(rows))
+            except EngineUnsuitable as error:
+                self._selector.reject(engine, error)
 
     def _try(self, function: ModelFunction, batch: Any, alone: Sequence[int], size: int) -> Tensor:
         """Evaluate a method on a batch and see whether it can be attributed; return what it gives.

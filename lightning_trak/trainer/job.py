@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_trak.gradients.function import check_fit
 from lightning_trak.influence import Estimator, Options, TrainingTime
@@ -85,14 +86,9 @@ def featurized(
 ) -> Iterator[Job]:
     """Open the store, and featurize the train set wherever that is still to be done."""
     callback = find_callback(trainer)
-    if is_datamodule(model):
-        if datamodule is not None:
-            raise TypeError("Two datamodules were passed, one in the place of the model. Pass datamodule=... alone.")
-        model, datamodule = None, model
+    model, dataloaders, datamodule = _sorted_out(model, dataloaders, datamodule)
     model = _model(trainer, model)
     check_supported(trainer, model)
-    if is_datamodule(dataloaders):
-        dataloaders, datamodule = None, dataloaders
     fitted = callback.train_loader if datamodule in (None, trainer.datamodule) else None
     datamodule = datamodule or trainer.datamodule
     if datamodule is not None:
@@ -108,6 +104,17 @@ def featurized(
         rank_zero_info(f"TRAKCallback: averaging over {pool_of(store, digests)}.")
         options = Options(callback.damping, callback.temperature, callback.curvature, callback.estimator)
         yield Job(trainer, model, store, plan, [store[digest] for digest in digests], data, options)
+
+
+def _sorted_out(model: Any, dataloaders: Any, datamodule: Any) -> tuple[Any, Any, Any]:
+    """Return model, dataloaders and datamodule; a datamodule may be in the place of either of the others."""
+    if isinstance(model, DataLoader):
+        raise TypeError("A DataLoader is in the place of the model. Pass targets with dataloaders=....")
+    datamodules = [value for value in (model, dataloaders, datamodule) if is_datamodule(value)]
+    if len(datamodules) > 1:
+        raise TypeError("Several datamodules were passed, not all as datamodule=.... Pass datamodule=... alone.")
+    model, dataloaders = (None if is_datamodule(value) else value for value in (model, dataloaders))
+    return model, dataloaders, datamodules[0] if datamodules else datamodule
 
 
 def _model(trainer: Trainer, model: Any) -> Any:
@@ -203,13 +210,14 @@ def _featurize_missing(
     """Featurize the train set where that is still to be done, after a look whether what is done still holds."""
     missing = [digest for digest in digests if not store[digest].complete]
     complete = [digest for digest in digests if digest not in missing]
+    begun = [digest for digest in missing if len(store[digest].written_rows())]
     loader = data.train() if missing else data.train_if_defined()
     if loader is None:
         return
     loop = plan.loop(trainer, model, loader, data.train, "train")
     loop.preflight(load_weights(store[digests[0]].weights_path, digests[0]), digests[0])
     if loop.repeatable:
-        for digest in {*complete[:1], *complete[-1:]}:
+        for digest in dict.fromkeys([*complete[:1], *complete[-1:], *begun]):
             check_features(loop, store[digest])
     for number, digest in enumerate(missing, 1):
         featurize_checkpoint(loop, store[digest], f"{number}/{len(missing)}")

@@ -82,7 +82,7 @@ CASES = {
     ),
     "a batch shows what was not prepared": (
         {"hooks": [OK, OK, OK, UNPREPARED]},
-        "hp3 hc3 hc8 hc8 hp8 hc8 hc4",
+        "hp3 hc3 hc8 hc8 hp8 hc8 hc8 hc4",
     ),
     "what was not prepared cannot be": (
         {"hooks": [OK, OK, UNPREPARED, UNSUITABLE], "vmap": []},

@@ -102,7 +102,7 @@ def test_key_block_and_processors_choose_the_matrix(fake):
     assert not torch.equal(one, project(FastJLProjector(512), eye, start=1, key=3))
     other = FastJLProjector(512, multiprocessors=5)
     assert not torch.equal(one, project(other, eye, start=1, key=2))
-    assert [p.configuration["multiprocessors"] for p in (FastJLProjector(512), other)] == [4, 5]
+    assert [p.configuration["arguments"]["multiprocessors"] for p in (FastJLProjector(512), other)] == [4, 5]
 
 
 def test_seeds_fit_and_do_not_change():

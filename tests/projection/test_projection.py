@@ -307,8 +307,8 @@ def test_the_drawing_is_that_of_its_version(projector, expected):
 
 
 def test_the_configuration_has_all_arguments():
-    assert SparseProjector(8).configuration == {"projector": "sparse", "drawing": 1}
-    assert FactoredProjector(8, 4).configuration == {"projector": "factored", "drawing": 1, "rank": 4}
+    assert SparseProjector(8).configuration == {"projector": "sparse", "drawing": 1, "arguments": {}}
+    assert FactoredProjector(8, 4).configuration == {"projector": "factored", "drawing": 1, "arguments": {"rank": 4}}
     for projector in (FactoredProjector(8, rank=3), SparseProjector(8), IdentityProjector(8)):
         for other in (projector, copy.deepcopy(projector), pickle.loads(pickle.dumps(projector))):
             assert restore_projector(other.configuration, 8).configuration == projector.configuration
@@ -324,8 +324,15 @@ def test_the_configuration_has_all_arguments():
             raise NotImplementedError
 
     own = Own(4, "a", scale=2.0, deep=True)
-    expected = {"projector": "Own", "drawing": 2, "names": ("a",), "scale": 2.0, "options": {"deep": True}}
-    assert own.configuration == expected
+    arguments = {"names": ("a",), "scale": 2.0, "options": {"deep": True}}
+    assert own.configuration == {"projector": "Own", "drawing": 2, "arguments": arguments}
+
+    class Narrow(FactoredProjector):
+        def __init__(self, seed=3):
+            super().__init__(16, rank=2)
+            self.seed = seed
+
+    assert Narrow().configuration["arguments"] == {"rank": 2, "seed": 3}
     with pytest.raises(ValueError, match=r"projector 'Own' and its arguments .*Pass the same one with"):
         restore_projector(own.configuration, 4)
     with pytest.raises(TypeError, match="argument scale of Own is Tensor, which the feature store cannot write"):

@@ -221,7 +221,7 @@ def test_a_datamodule_in_the_first_place_is_the_datamodule(run):
     assert torch.equal(trainer.attribute(data).scores, by_name)
     assert torch.equal(trainer.attribute(data, DataLoader(make_data(7, 2), 3)).scores, by_name)
     assert torch.equal(trainer.attribute_self(data), trainer.attribute_self(datamodule=data))
-    with pytest.raises(TypeError, match="Two datamodules were passed"):
+    with pytest.raises(TypeError, match="Several datamodules were passed"):
         trainer.attribute(data, datamodule=data)
 
 

@@ -115,8 +115,9 @@ def test_a_training_time_beside_unknown_ones(tmp_path, run):
         return trainer.attribute(Classifier(), datamodule=data, ckpt_path=files).info
 
     both, alone = dampings("both", files), [dampings(f"{number}", file) for number, file in enumerate(files)]
-    assert both.dampings == alone[0].dampings + alone[1].dampings
-    assert both.damping_rules == ("from the training time", "by cross-validation")
+    assert alone[0].damping_rules == ("from the training time",)
+    assert both.damping_rules == ("by cross-validation",) * 2  # one rule for all that is averaged
+    assert both.dampings[1:] == alone[1].dampings
 
 
 def test_a_training_time_that_comes_later_is_noted(tmp_path, run):

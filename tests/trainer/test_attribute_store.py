@@ -78,7 +78,7 @@ def test_the_whole_projection_is_its_identity(tmp_path):
     expected = trainer.attribute().scores
     torch.testing.assert_close(fresh(tmp_path).attribute(Classifier(), datamodule=Blobs()).scores, expected)
     for other in ("factored", FactoredProjector(16, rank=3)):
-        with pytest.raises(ValueError, match=r"made with projection.rank=2, but here projection.rank="):
+        with pytest.raises(ValueError, match=r"made with projection.arguments.rank=2, but here"):
             fresh(tmp_path, projector=other).attribute(Classifier(), datamodule=Blobs())
     drawn_anew = FactoredProjector(16, rank=2)
     drawn_anew.drawing = 2
