@@ -1,4 +1,18 @@
-"""Per-sample gradients of the model output, ∇θ f(z; θ): pure torch, no Lightning."""
+"""Per-sample gradients of the model output, ∇θ f(z; θ): pure torch, no Lightning.
+
+``gradients="auto"`` takes the first engine that suits the model:
+
+- ``"hooks"``: one forward and one backward pass of the whole batch. The gradients of a layer's parameters follow from
+  its inputs and the gradients of its outputs, by a rule for each type of layer (`layer_rule`): linear layers,
+  convolutions and transposed ones, embeddings, normalisations, PReLU, multi-head attention, LSTM, GRU and RNN. What has
+  no rule is differentiated per sample; see `HooksEngine`.
+- ``"vmap"``: ``torch.func.vmap`` over the whole model.
+- ``"loop"``: one backward pass for each example.
+
+Which engine was chosen, and for which parameters another one and why, is reported once. On a few examples of every
+checkpoint the per-sample gradients, with random weights, must add up to autograd's gradient of the batch, for each
+parameter. If they do not, that is an error (`GradientsDiffer`).
+"""
 
 from __future__ import annotations
 

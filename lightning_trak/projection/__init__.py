@@ -1,4 +1,9 @@
-"""Random projections of per-sample gradients: pure torch, drawn from a counter-based generator, never stored."""
+"""Random projections of per-sample gradients: pure torch, drawn from a counter-based generator, never stored.
+
+All projections are unbiased: E⟨φ(x), φ(y)⟩ = ⟨∇f(x), ∇f(y)⟩. ``"factored"`` projects a layer's inputs and output
+gradients before they are multiplied, so no per-sample gradient is formed. ``"sparse"`` and ``"rademacher"`` form the
+exact gradients, one layer at a time.
+"""
 
 from __future__ import annotations
 

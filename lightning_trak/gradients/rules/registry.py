@@ -52,6 +52,10 @@ _RULES: dict[type[nn.Module] | str, Registered] = {}
 def layer_rule(*layers: type[nn.Module] | str, whole: bool = False) -> Callable[[Rule], Rule]:
     """Return a decorator that registers a rule for one or several types of layers. It replaces an earlier rule.
 
+    A layer without a rule is differentiated per sample, which is as exact and slower. The rule gets the layer and a
+    `LayerCall` with its ``input`` (b, ..., width) and ``grad``, the gradient of its output, whose first axis is the
+    batch. It returns the gradients of the parameters by name, each (b, ...).
+
     The rule holds for layers whose ``forward`` is the type's own. A subclass with another ``forward`` needs its own
     rule.
 
@@ -63,13 +67,14 @@ def layer_rule(*layers: type[nn.Module] | str, whole: bool = False) -> Callable[
     >>> class Scale(nn.Module):
     ...     def __init__(self):
     ...         super().__init__()
-    ...         self.factor = nn.Parameter(torch.ones(()))
+    ...         self.factor = nn.Parameter(torch.ones(3))
     ...     def forward(self, x):
     ...         return self.factor * x
     >>> import torch
     >>> @layer_rule(Scale)
     ... def scale(layer, call):
-    ...     return {"factor": (call.grad * call.input).flatten(1).sum(1)}
+    ...     products = call.grad * call.input  # (b, ..., 3)
+    ...     return {"factor": products.reshape(len(products), -1, 3).sum(1)}
     >>> find_rule(Scale()).rule is scale
     True
     """
