@@ -26,6 +26,9 @@ class TRAKMixin:
 
     Where the loss is no function of f alone, define ``per_sample_loss`` instead of these three.
 
+    If an example's loss L is not negative, f = −√L always works, with L = f² as ``output_to_loss``. If L = −log p is of
+    the order of 1, `log_odds` of it works too, with the default ``output_to_loss``. Both make ∇L exactly −Q ∇f.
+
     A module that defines ``model_output`` works without the mixin too. Park et al., "TRAK: Attributing Model
     Behavior at Scale", ICML 2023, arXiv 2303.14186.
 

@@ -39,6 +39,16 @@ def attribute(
 
     Also a method: ``trainer.attribute(...)``. Model, trainer, callbacks and random states are left as they were.
 
+    A score predicts how much training on the example raises the target's output, by one Newton step on the linearised
+    model. A positive score means that the example is helpful. For a convex model at its optimum and ``damping=0``, the
+    score is the change of the output when the example is left out; damping makes scores smaller. Where one output
+    stands for many parts (pixels, tokens, labels), the sizes of scores are less exact than their ranks.
+
+    Row i is example i of the train dataset, and column j is example j of the target dataset, however the loaders
+    shuffle. The datasets are read in order and nothing is dropped. If the loader of the train set augments at random,
+    define ``featurize_dataloader()``, which returns the same examples without augmentation. If ``setup(stage)`` splits
+    the data at random, let it use a seed, so that the split is always the same.
+
     Args:
         trainer: a Trainer, of ``lightning`` or of ``pytorch_lightning``, with one `TRAKCallback`. Model and datamodule
             are of the same package.
@@ -47,7 +57,7 @@ def attribute(
         dataloaders: the targets, in the order of their dataset; else ``datamodule.attribute_dataloader()``,
             ``predict_dataloader()`` or ``test_dataloader()``, whichever is defined first, else those of the model.
         datamodule: also supplies the train set, from ``featurize_dataloader()`` or ``train_dataloader()``, where
-            checkpoints are still to be featurized.
+            checkpoints are still to be featurized. Otherwise the store alone is enough.
         ckpt_path: None for every checkpoint in the store; ``"best"`` or ``"last"``; or a path or list of paths of
             Lightning ``.ckpt`` or state-dict files. What is not featurized yet is featurized first.
         name: saves the result in the store too, in ``scores/<name>``, for `Attribution.load`.

@@ -54,7 +54,7 @@ class TRAKCallback(Callback):
     Args:
         dirpath: the feature store; default ``<trainer.default_root_dir>/trak``. Several runs may share it: that is how
             ensembles are made.
-        proj_dim: k, the number of features.
+        proj_dim: k, the number of features. Take fewer than there are training examples.
         projector: ``"factored"`` (of layers' inputs and output gradients), ``"sparse"``, ``"rademacher"`` (dense),
             ``"fast_jl"`` (dense, by the library of that name), ``"identity"`` (k = p) or a `Projector`; ``"auto"`` is
             ``"identity"`` for models of at most ``proj_dim`` parameters, else ``"factored"``.
@@ -63,10 +63,12 @@ class TRAKCallback(Callback):
         featurize_on: ``"save"``: every distinct set of weights as it is saved, also those that are deleted later;
             ``"fit_end"``: once per run, the checkpoints that the run kept.
         parameters: the attributed parameters: None for all that are trainable when training begins, and with a
-            callback for finetuning, which unfreezes some later, for all; else names or glob patterns.
+            callback for finetuning, which unfreezes some later, for all; else names or glob patterns, e.g. ``"*lora*"``
+            for adapters or ``["head.*"]``. The others are neither differentiated nor projected.
         damping: λ, added to H relative to its mean diagonal; ``"auto"``: from learning rate and steps where the
             optimizer is SGD, so that a Newton step goes as far as training did, on the mean of ``output_to_loss`` over
-            the batch; else chosen at every checkpoint by leave-one-out cross-validation on the linearised model.
+            the batch; else chosen at every checkpoint by leave-one-out cross-validation on the linearised model, from
+            0.3 to 10; less near an optimum.
         temperature: for classification, divides the outputs f in Q and w, which stand for models that were not trained
             on all of the examples and are less certain; ``"auto"``: 1.3 with ``damping="auto"`` and no fewer
             trainable parameters than examples, else 1.
@@ -83,6 +85,23 @@ class TRAKCallback(Callback):
 
     Examples count alike, however often a sampler draws them: weights of a `WeightedRandomSampler` do not count, those
     of the loss do (``output_to_loss``).
+
+    The defaults predict retraining best. Their scores reflect the whole class or cluster of a target. To find
+    near-duplicates of a target, leaks for example, damp less: with ``damping=0.1`` what sets an example apart from its
+    class counts more.
+
+    A checkpoint takes ``4 · n · proj_dim`` bytes for its features, and its weights are kept beside them. An interrupted
+    run goes on with the rows that are missing. ``damping``, ``temperature``, ``curvature`` and ``estimator`` may be
+    changed afterwards without featurizing again. The other settings belong to the store: to change one, take another
+    ``dirpath``. `Attribution.info` has the values that ``"auto"`` came to.
+
+    Before stored features are used, a few are computed again, and data, parameters and settings are compared with those
+    of the store. What has changed is an error. Of a large train set only 1024 examples are compared, so give a run on
+    corrected data its own ``dirpath``.
+
+    The training time of SGD is recorded as training goes on, in the store and in checkpoint files. For files of runs
+    without the callback it is the learning rate times the steps, if there was no schedule; a learning rate that was
+    changed by hand cannot be seen. With clipped gradients it is unknown.
 
     Raises:
         ValueError, TypeError: for arguments out of range.
