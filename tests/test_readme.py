@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -12,6 +12,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+
+from lightning_trak.gradients import HooksEngine, ModelFunction, VmapEngine
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*val_dataloader.*", "ignore:.*`test_step`.*")
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -46,14 +50,26 @@ def as_dictionaries(subset):
     return [{"image": image, "label": label} for image, label in subset]
 
 
-@pytest.mark.filterwarnings("ignore:.*val_dataloader.*", "ignore:.*`test_step`.*")
-def test_python_blocks_of_the_readme_run(tmp_path, monkeypatch):
-    """In their order, as one program; what they define does what the text says."""
-    monkeypatch.chdir(tmp_path)
-    found, names = blocks(README, "python"), {"TheirTask": TheirTask}
-    assert len(found) == 4
-    for block in found:
-        exec(compile(block, str(README), "exec"), names)
+def run(path, names):
+    """Run the Python blocks of a document in their order, as one program."""
+    for block in blocks(path, "python"):
+        exec(compile(block, str(path), "exec"), names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def readme(tmp_path_factory):
+    """What the README's blocks define, and the folder that they wrote into."""
+    folder = tmp_path_factory.mktemp("readme")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return run(README, {"TheirTask": TheirTask}), folder
+
+
+def test_python_blocks_of_the_readme_run(readme, tmp_path):
+    """What they define does what the text says."""
+    names, _ = readme
+    assert len(blocks(README, "python")) == 4
     assert names["attribution"].top(10).indices.shape == (50, 10)
     assert sorted(names["suspects"].tolist()) == list(range(250))
     check_someone_elses_module(names, tmp_path)
@@ -79,11 +95,41 @@ def check_vae(vae):
 
 
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if path != README], ids=lambda path: path.parent.name)
-def test_python_blocks_of_other_documents_run(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    for block in blocks(path, "python"):
-        exec(compile(block, str(path), "exec"), names)
+def test_python_blocks_of_other_documents_run(path, readme, monkeypatch):
+    """They go on from those of the README."""
+    names, folder = readme
+    monkeypatch.chdir(folder)
+    run(path, {**names})
+
+
+def test_the_rule_of_the_examples_is_right():
+    """Against vmap, with positions and without."""
+    names = {"torch": torch}
+    (block,) = (block for block in blocks(ROOT / "examples" / "README.md", "python") if "@layer_rule" in block)
+    exec(block, names)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = names["Scale"](3)
+
+        def model_output(self, x):
+            return self.scale(x).flatten(1).cos().sum(1)
+
+    model = Model()
+    for shape in ((4, 3), (4, 5, 3)):
+        batch, found = torch.randn(shape), {}
+        function = ModelFunction(model, model.state_dict(), ["scale.factor"])
+        for kind in (HooksEngine, VmapEngine):
+            engine = kind()
+            engine.prepare(function, batch, 4)
+            assert "modules" not in str(engine)
+            engine(function, batch, 4, partial(_note, found, kind))
+        torch.testing.assert_close(found[HooksEngine], found[VmapEngine])
+
+
+def _note(found, kind, rows, name, gradient):
+    found[kind] = gradient.dense()
 
 
 def test_there_are_exactly_two_commands():
@@ -147,14 +193,10 @@ def test_broken_links_are_seen(tmp_path):
     assert list(broken(document)) == ["other.md#not-here", "no.md", "#none"]
 
 
-def test_the_pictures_are_small_and_in_the_repository():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
-    pictures = [path.parent / link for path in DOCUMENTS for link in links(path) if link.endswith((".png", ".svg"))]
-    assert ROOT / "examples" / "digits.png" in pictures
-    for picture in pictures:
-        assert picture.stat().st_size < 400_000
-        assert not tracked or str(picture.resolve().relative_to(ROOT.resolve())) in tracked
-    assert (ROOT / "examples" / "digits.png").stat().st_size < 100_000
+def test_the_readme_shows_one_small_picture():
+    pictures = [link for link in links(README) if link.endswith((".png", ".svg"))]
+    assert pictures == ["examples/digits.png"]
+    assert (ROOT / pictures[0]).stat().st_size < 100_000
 
 
 # --------------------------------------------------------------------------------------------------- messages
