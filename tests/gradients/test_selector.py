@@ -198,3 +198,16 @@ def test_it_says_what_it_chose_and_why_once(scripted):
     scripted({"hooks": [OK, OK, OK, UNSUITABLE], "vmap": []})
     run(Selector("auto", 8, said.append), model())
     assert said == ["gradients by hooks.", "gradients by vmap; not hooks, as it is tired."]
+
+
+def test_what_comes_up_late_is_checked_too(scripted):
+    """A layer that no example of the trial reaches, with a wrong rule."""
+    scripted({"hooks": [OK, OK, OK, UNPREPARED, OK, 2.0]})
+    with pytest.raises(GradientsDiffer, match="gradients of weight do not add up"):
+        run(Selector("auto", batch_size=8), model())
+
+
+def test_examples_that_can_never_be_prepared_for_end_in_another_engine(scripted):
+    log = scripted({"hooks": [OK, UNPREPARED, OK, UNPREPARED], "vmap": []})
+    assert run(Selector("auto", batch_size=8), model()) == list(range(N))
+    assert log[:5] == ["hp3", "hc3", "hp3", "hc3", "vp3"]

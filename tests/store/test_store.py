@@ -294,3 +294,24 @@ def test_without_posix_fallocate(tmp_path, monkeypatch):
 def test_names_of_scores(tmp_path, name):
     with pytest.raises(ValueError, match="usable as a folder name"):
         FeatureStore.create(tmp_path, MANIFEST).scores_dir(name)
+
+
+def test_a_store_that_was_removed_is_not_taken_over_by_another(tmp_path, monkeypatch):
+    """Also where removing it was interrupted before anything was deleted."""
+    complete_entry(FeatureStore.create(tmp_path, MANIFEST))
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+    FeatureStore.remove(tmp_path)
+    assert FeatureStore.create(tmp_path, {**MANIFEST, "n_train": 7}).digests == []
+
+
+@pytest.mark.parametrize("place", range(0, 600, 7))
+def test_damaged_sums_are_none(tmp_path, place):
+    entry = complete_entry(FeatureStore.create(tmp_path, MANIFEST))
+    entry.write_sums({}, {"upper": np.eye(4), "numbers": np.arange(3.0)})
+    (path,) = entry.path.glob("sums-*.npz")
+    content = bytearray(path.read_bytes())
+    content[place % len(content)] ^= 255
+    path.write_bytes(content)
+    found = entry.read_sums({})
+    if found is not None:  # what was damaged was not read
+        np.testing.assert_array_equal(found["upper"], np.eye(4))

@@ -305,3 +305,22 @@ def test_targets_without_a_gradient_of_some_parameters_are_no_matter_of_a_warnin
     assert 0 < zero.sum() < 7
     (line,) = [line for line in said() if "so all of their scores are" in line]
     assert f"is zero for {zero.sum()} targets" in line
+
+
+class LooksAhead(Classifier):
+    """Each example depends on the next; of the last nothing is to be seen."""
+
+    def model_output(self, batch):
+        x, y = batch
+        return super().model_output((x + torch.cat([x[1:], x[-1:]]), y))
+
+
+def test_outputs_that_depend_on_the_next_example_are_refused_without_fit(tmp_path, run):
+    files = sorted((run[0] / "files").iterdir())
+    with pytest.raises(ValueError, match="for train row 0 in a batch"):
+        fresh(tmp_path).attribute(LooksAhead(), datamodule=run[3], ckpt_path=files[:1])
+
+
+def test_a_loader_in_the_place_of_the_model_is_told_its_place(run):
+    with pytest.raises(TypeError, match=r"Pass targets with dataloaders=\.\.\."):
+        run[1].attribute(DataLoader(make_data(7, 2), 3))

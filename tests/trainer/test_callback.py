@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from types import SimpleNamespace
@@ -828,3 +829,55 @@ def test_parameters_that_are_unfrozen_one_after_the_other_are_told_of_once(tmp_p
     ) as caught:
         fit(tmp_path, TRAKCallback(tmp_path / "store"), module=Gradually(), max_epochs=4)
     assert sum("trained by now" in str(warning.message) for warning in caught) == 1
+
+
+class SavesSomethingElse(L.Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        for number, content in enumerate(({"state_dict": {}}, {"notes": "of my own"})):
+            trainer.strategy.checkpoint_io.save_checkpoint(content, f"{trainer.default_root_dir}/{number}.ckpt")
+
+
+def test_files_that_are_no_checkpoints_are_passed_over(tmp_path):
+    trainer, _ = fit(tmp_path, TRAKCallback(tmp_path / "store"), every_epoch(tmp_path), SavesSomethingElse())
+    assert trainer.state.finished
+    assert len(FeatureStore(tmp_path / "store")) == trainer.max_epochs
+
+
+class UnfreezesLate(L.Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 1:
+            pl_module.requires_grad_(True)
+
+
+def test_parameters_that_are_unfrozen_within_the_only_epoch_are_told_of(tmp_path):
+    module = Classifier()
+    module.net[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match="parameters are trained by now that were frozen"):
+        fit(tmp_path, TRAKCallback(tmp_path / "store"), UnfreezesLate(), module=module, max_epochs=1)
+
+
+class ScaledOutput(Classifier):
+    scale = 1.0
+
+    def model_output(self, batch):
+        return self.scale * super().model_output(batch)
+
+
+def test_half_of_the_features_of_one_model_are_not_completed_by_another(tmp_path):
+    module, data = ScaledOutput(), Blobs()
+    trak = TRAKCallback(tmp_path / "store", batch_size=8)
+    trainer, _ = fit(tmp_path, trak, every_epoch(tmp_path), module=module, data=Blobs(), max_epochs=1)
+    (entry,) = FeatureStore(tmp_path / "store")
+    written = np.load(entry.path / "written.npy")
+    written[16:] = False
+    np.save(entry.path / "written.npy", written)
+    meta = json.loads((entry.path / "meta.json").read_text())
+    del meta["checksums"]
+    (entry.path / "meta.json").write_text(json.dumps(meta))
+    assert len(FeatureStore(tmp_path / "store")[entry.digest].missing_rows()) == 24
+    module.scale = 10.0
+    with pytest.raises(ValueError, match="stored features of train rows .* are not those that the model"):
+        trainer.attribute(module, datamodule=data)
+    module.scale = 1.0
+    trainer.attribute(module, datamodule=data)
+    assert FeatureStore(tmp_path / "store")[entry.digest].complete
