@@ -213,6 +213,7 @@ class TRAKCallback(Callback):
         """Featurize what was saved since the last training step; of an epoch's first batch, find its loss."""
         if self.featurize_on == "save":
             self._featurize_pending()
+        self._loss_check.watch(batch)
         if batch_idx == 0 and self.train_loader is not None:
             self._check_trained(pl_module)
             self._loss_check.before_step(trainer, pl_module, batch, self.train_loader)
@@ -220,7 +221,7 @@ class TRAKCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        """Compare the loss of the first batch of the first two epochs."""
+        """See whether the batch was changed; compare the loss of the first of the first two epochs."""
         self._loss_check.after_step(trainer, pl_module, batch, outputs)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import DataLoader
@@ -18,6 +18,7 @@ from lightning_trak.gradients import ModelFunction
 from lightning_trak.isolation.module_state import ModuleChanged
 from lightning_trak.store.weights import copy_of_weights
 from lightning_trak.tasks.base import prepared
+from lightning_trak.tasks.checks import versions_of
 from lightning_trak.tasks.loss_terms import LossTerms
 from lightning_trak.trainer.attachment import undisturbed
 from lightning_trak.trainer.framework import LightningModule, Trainer, rank_zero_warn
@@ -65,6 +66,8 @@ class LossCheck:
         self._batch: Any = None
         self._expected: float | None = None
         self._warned: set[str] = set()
+        self._tensors: list[Tensor] = []
+        self._versions: list[int | None] = []
 
     def before_step(self, trainer: Trainer, module: LightningModule, batch: Any, train_loader: DataLoader[Any]) -> None:
         """Note the batch and its loss, just before ``training_step`` gets it; to be called once an epoch."""
@@ -87,9 +90,16 @@ class LossCheck:
         if modes is not None and modes.differ:
             self._warn("modes", _other_mode(module, modes))
 
+    def watch(self, batch: Any) -> None:
+        """Note which tensors a batch has, and their versions, before anything else sees it; at every step."""
+        self._tensors = tensors_of(batch)
+        self._versions = versions_of(batch)
+
     def after_step(self, trainer: Trainer, module: LightningModule, batch: Any, outputs: Any) -> None:
         """Compare with what ``training_step`` returned, and with the batch that it left."""
         (seen, expected), self._batch, self._expected = (self._batch, self._expected), None, None
+        if self._has_other_tensors(batch):
+            self._warn("batch", _other_batch(module))
         if seen is None:
             return
         if not _same_batch(seen, batch):
@@ -98,6 +108,13 @@ class LossCheck:
             trained = outputs["loss"].item() * trainer.accumulate_grad_batches
             if _differ(trained, expected):
                 self._warn("loss", _other_loss(module, trained, expected))
+
+    def _has_other_tensors(self, batch: Any) -> bool:
+        """Say whether a batch has other tensors than `watch` noted, or the same with other values."""
+        before, versions, after = self._tensors, self._versions, tensors_of(batch)
+        self._tensors, self._versions = [], []
+        same = len(before) == len(after) and all(one is other for one, other in zip(before, after, strict=True))
+        return not same or versions_of(batch) != versions
 
     def _warn(self, what: str, message: str) -> None:
         if what not in self._warned:
@@ -190,7 +207,7 @@ def _other_mode(module: Any, modes: Modes) -> str:
 
 def _other_batch(module: Any) -> str:
     return (
-        "The first batch was changed between the loader and the end of training_step, by on_train_batch_start of a"
+        "A batch was changed between the loader and the end of training_step, by on_train_batch_start of a"
         f" callback or of {type(module).__name__}, or in training_step itself. Features are those of the unchanged"
         " examples. If that is augmentation, ignore this; else do it in the dataset, the collate function or"
         " on_after_batch_transfer, which featurization passes through too."

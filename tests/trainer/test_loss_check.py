@@ -241,9 +241,34 @@ def test_batches_that_another_callback_changes_are_told_of_in_either_order(tmp_p
         default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False, max_epochs=3,
         enable_model_summary=False, callbacks=[trak, Mixes()] if first else [Mixes(), trak],
     )  # fmt: skip
-    with pytest.warns(UserWarning, match="The first batch was changed between the loader and") as caught:
+    with pytest.warns(UserWarning, match="A batch was changed between the loader and") as caught:
         trainer.fit(Classifier(), DataLoader(DATA, 8, shuffle=True))
-    assert sum("first batch" in str(warning.message) for warning in caught) == 1  # once, though of two epochs
+    assert sum("batch was changed" in str(warning.message) for warning in caught) == 1  # once, though of two epochs
+
+
+class MixesLate(L.Callback):
+    """Changes batches in place, or puts others in their place, but not the first."""
+
+    def __init__(self, in_place):
+        self.in_place = in_place
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step > 3:
+            if self.in_place:
+                batch[0].mul_(2)
+            else:
+                batch[0] = 2 * batch[0]
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_batches_that_are_changed_later_are_told_of_too(tmp_path, in_place):
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False, max_epochs=3,
+        enable_model_summary=False, callbacks=[TRAKCallback(tmp_path / "trak"), MixesLate(in_place)],
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="A batch was changed between the loader and") as caught:
+        trainer.fit(Classifier(), DataLoader(DATA, 4, shuffle=True))
+    assert sum("batch was changed" in str(warning.message) for warning in caught) == 1
 
 
 def test_a_model_output_that_changes_its_batch_is_named(tmp_path):
