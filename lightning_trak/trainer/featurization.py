@@ -149,9 +149,9 @@ class FeaturizationLoop:
         with self._undisturbed(), ExitStack() as stack:
             function = self._function(weights)
             stack.enter_context(prepared(self._module, function.prepare, self._find_train_loader))
-            few = _FEW if self._examples == "train" else _FEWER
-            rows = range(min(self._largest, _TRIED if thorough else few))
-            alone = rows if thorough else sorted({rows[0], rows[-1]})
+            train = self._examples == "train"
+            rows = range(min(self._largest, _TRIED if thorough else _FEW if train else _FEWER))
+            alone = rows if thorough else sorted({rows[0], rows[-1]}) if train else rows[-1:]
             batch = self._read_once(rows, seed=0)
             self.repeatable = self._is_repeatable(batch, self._read_once(rows, seed=1))
             versions = versions_of(batch)
