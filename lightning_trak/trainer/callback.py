@@ -329,7 +329,8 @@ class TRAKCallback(Callback):
             self._failed += 1
             kind = type(error).__name__
             self.reports.warn(
-                f"{what}: {kind}: {str(error).rstrip('.')}. Training goes on. {_FINISH_LATER}", about=f"{what} {kind}"
+                f"{what}: {kind}: {str(error).rstrip('.')}. Training goes on. {_FINISH_LATER}",
+                about=f"a failure of kind {kind}",
             )
 
     def _parameters_to_be(self, trainer: Trainer, module: LightningModule) -> str | None:
