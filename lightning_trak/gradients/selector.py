@@ -244,15 +244,13 @@ class Selector:
         try:
             check_gradients(function, engine, batch, size, sink)
         except NotPrepared:
-            engine.prepare(function, batch, size)
-            check_gradients(function, engine, batch, size, sink)
+            _prepare_anew(engine, function, batch, size, sink)
 
     def _mend(self, engine: Engine, error: EngineUnsuitable, trial: Trial) -> None:
         """Prepare an engine on the examples that it was not prepared for; reject it if that is not what it lacks."""
         try:
             if isinstance(error, NotPrepared):
-                engine.prepare(trial.function, trial.batch, trial.size)
-                check_gradients(trial.function, engine, trial.batch, trial.size)
+                _prepare_anew(engine, trial.function, trial.batch, trial.size)
                 return
         except EngineUnsuitable as another:
             error = another
@@ -274,6 +272,12 @@ class Selector:
     def _none_left(self, why: str) -> ValueError:
         others = "" if self.gradients in ("auto", "loop") else " Use gradients='auto' or 'loop'."
         return ValueError(f"gradients={self.gradients!r} cannot differentiate this model: {why.rstrip('.')}.{others}")
+
+
+def _prepare_anew(engine: Engine, function: ModelFunction, batch: Any, size: int, sink: Sink = lambda *_: None) -> None:
+    """Prepare an engine on examples that it was not prepared for, and check it on them."""
+    engine.prepare(function, batch, size)
+    check_gradients(function, engine, batch, size, sink)
 
 
 def _short(why: str) -> str:
