@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from warnings import warn
 
@@ -149,21 +149,6 @@ def numbered_loader(
         multiprocessing_context=loader.multiprocessing_context if workers else None,
         prefetch_factor=loader.prefetch_factor if workers and loader.num_workers else None,
     )
-
-
-def read_batches(
-    trainer: Any,
-    module: Any,
-    loader: DataLoader[Any],
-    rows: Sequence[int],
-    batch_size: int | None = None,
-    num_workers: int | None = None,
-) -> Iterator[tuple[list[int], Any]]:
-    """Yield (rows, batch); every batch goes through the trainer's precision and transfer hooks, as in ``predict``."""
-    for batch_rows, batch in numbered_loader(loader, rows, batch_size, num_workers):
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-        yield batch_rows, trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def subset_loader(loader: DataLoader[Any], rows: Sequence[int], n: int) -> DataLoader[Any]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import islice
 from operator import index
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import (
     BatchSampler,
@@ -22,7 +20,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_trak.isolation.random_states import kept_generators
+from lightning_trak.isolation.random_states import kept_generators, kept_random_states
 
 _PASSES = 8  # over a sampler that leaves rows out, to see whether it leaves out others in another epoch
 _LONGEST = 4  # times the number of examples: a pass stops there, since a sampler may be infinite
@@ -65,7 +63,7 @@ def _found(sampler: Any, dataset: Any, n: int, *, in_batches: bool) -> Iterable[
     """Return the rows that a sampler reads; all rows if the set changes from epoch to epoch."""
     if max(getattr(part, "num_replicas", None) or 1 for part in (sampler, getattr(sampler, "sampler", None))) > 1:
         return range(n)
-    with kept_generators(dataset), _kept_global_generators():
+    with kept_generators(dataset), kept_random_states():
         own = copy.deepcopy(sampler, {id(part): part for part in _parts_of(dataset)})
         _drop_nothing(own)
         first = _rows(own, n, in_batches)
@@ -111,15 +109,3 @@ def _parts_of(dataset: Any) -> Iterator[Any]:
             yield from _parts_of(value)
         else:
             yield value
-
-
-@contextmanager
-def _kept_global_generators() -> Iterator[None]:
-    """Afterwards, restore the generators that samplers draw from by default."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_trak.data.batch import with_numbers_told
-from lightning_trak.data.loaders import read_batches
 from lightning_trak.isolation.module_state import unchanged
 from lightning_trak.tasks.base import numbered, prepared
+from lightning_trak.tasks.batch import read_batches
 from lightning_trak.tasks.checks import check_size
 from lightning_trak.trainer.attachment import attached
 from lightning_trak.trainer.loaders import Loaders

@@ -1,22 +1,39 @@
-"""How the mixins read a batch: the forward pass, and the labels."""
+"""How a module gets a batch, and how the mixins read it: the forward pass, and the labels."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import Parameter, signature, unwrap
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_trak.data.batch import describe
+from lightning_trak.data.loaders import numbered_loader
 
 # Python's messages for a call with arguments that a function does not take.
 _WRONG_CALL = re.compile(
     r"\(\) (got an unexpected keyword argument|got multiple values for|missing \d+ required|takes .* arguments? but)"
 )
+
+
+def read_batches(
+    trainer: Any,
+    module: Any,
+    loader: DataLoader[Any],
+    rows: Sequence[int],
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+) -> Iterator[tuple[list[int], Any]]:
+    """Yield (rows, batch); every batch goes through the trainer's precision and transfer hooks, as in ``predict``."""
+    for batch_rows, batch in numbered_loader(loader, rows, batch_size, num_workers):
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        yield batch_rows, trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def forward(module: Any, batch: Any, *fields: str, hook: str, leave_out: tuple[str, ...] = ("labels",)) -> Tensor:

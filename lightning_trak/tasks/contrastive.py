@@ -11,10 +11,9 @@ from torch.nn.functional import cross_entropy, normalize, softplus
 
 from lightning_trak.data.batch import describe
 from lightning_trak.data.identity import digest_of
-from lightning_trak.data.loaders import read_batches
 from lightning_trak.isolation.random_states import kept_random_states, seed_all
 from lightning_trak.tasks.base import TRAKMixin
-from lightning_trak.tasks.batch import call_forward
+from lightning_trak.tasks.batch import call_forward, read_batches
 
 
 class ContrastiveMixin(TRAKMixin):

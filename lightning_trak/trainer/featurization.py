@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_trak.data.batch import same_tensors
-from lightning_trak.data.loaders import loader_batch_size, read_batches
+from lightning_trak.data.loaders import loader_batch_size
 from lightning_trak.features.featurizer import Featurizer
 from lightning_trak.features.loss_projection import PER_SAMPLE_LOSS, LossProjection
 from lightning_trak.gradients import (
@@ -34,6 +34,7 @@ from lightning_trak.isolation.random_states import seed_all
 from lightning_trak.projection import Projector, projection_key
 from lightning_trak.store.weights import Weights
 from lightning_trak.tasks.base import numbered, own_method, prepared
+from lightning_trak.tasks.batch import read_batches
 from lightning_trak.tasks.checks import (
     check_dependent,
     check_finite,

@@ -9,10 +9,8 @@ import warnings
 import pytest
 import torch
 
-from lightning_trak.projection import RademacherProjector, fast_jl
-from lightning_trak.projection.fast_jl import FastJLProjector, check_fast_jl, fast_jl_or_rademacher
-
-CPU = torch.device("cpu")
+from lightning_trak.projection import RademacherProjector
+from lightning_trak.projection.fast_jl import FastJLProjector, fast_jl_or_rademacher
 
 
 class FakeFastJL(types.ModuleType):
@@ -44,13 +42,11 @@ class FakeFastJL(types.ModuleType):
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Installs the stand-in, and a GPU of four multiprocessors that is really the CPU."""
+    """Installs the stand-in, and a GPU of four multiprocessors."""
     module = FakeFastJL()
     monkeypatch.setitem(sys.modules, "fast_jl", module)
-    monkeypatch.setattr(fast_jl, "_require_cuda", lambda device: None)
-    monkeypatch.setattr(fast_jl, "_count_multiprocessors", lambda device=None: 4)
-    monkeypatch.setattr(fast_jl, "_current_device", lambda: CPU)
-    monkeypatch.setattr(fast_jl, "_TRIAL", 2048)
+    gpu = types.SimpleNamespace(multi_processor_count=4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     return module
 
 
@@ -83,17 +79,6 @@ def test_empty(fake):
     assert not fake.calls
 
 
-def test_long_blocks_are_cut_alike_for_every_batch(fake, monkeypatch):
-    assert fast_jl._MAX_COLUMNS * 32 < 2**31
-    assert fast_jl._MAX_COLUMNS % 512 == 0
-    monkeypatch.setattr(fast_jl, "_MAX_COLUMNS", 512)
-    gradients = torch.randn(40, 1100)
-    whole = project(FastJLProjector(512), gradients, start=7)
-    assert [call[0] for call in fake.calls] == [(32, 512), (8, 512)] * 3
-    assert len({call[2] for call in fake.calls}) == 3
-    torch.testing.assert_close(project(FastJLProjector(512), gradients[:5], start=7), whole[:5])
-
-
 def test_key_block_and_processors_choose_the_matrix(fake):
     eye = torch.eye(5)
     one = project(FastJLProjector(512), eye, start=1, key=2)
@@ -105,11 +90,9 @@ def test_key_block_and_processors_choose_the_matrix(fake):
     assert [p.configuration["arguments"]["multiprocessors"] for p in (FastJLProjector(512), other)] == [4, 5]
 
 
-def test_seeds_fit_and_do_not_change():
-    seeds = {fast_jl._seed(key, start) for key in (0, 1, 2**64 - 1) for start in (0, 1, 2**40)}
-    assert len(seeds) == 9
-    assert all(0 <= seed < 2**31 for seed in seeds)
-    assert fast_jl._seed(0, 0) == 803885222  # wherever and whenever it is drawn
+def test_seeds_do_not_change(fake):
+    project(FastJLProjector(512), torch.ones(1, 1), start=0, key=0)
+    assert fake.calls[0][2] == 803885222  # wherever and whenever it is drawn
 
 
 def test_float16_neither_overflows_nor_underflows(fake):
@@ -146,44 +129,12 @@ def test_proj_dim(fake, proj_dim, message):
             make(proj_dim)
 
 
-def test_cuda_only():
-    with pytest.raises(RuntimeError, match=r"only on CUDA devices, got device 'cpu'"):
-        FastJLProjector(512, multiprocessors=4).add_(torch.zeros(1, 512), torch.zeros(1, 3), 0, 0)
-
-
-def test_no_cuda_to_count_processors_of(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RuntimeError, match="needs a CUDA device and torch finds none"):
-        FastJLProjector(512)
-
-
 def test_a_good_one_is_used(fake):
-    check_fast_jl(CPU)
     with warnings.catch_warnings(record=True) as caught:
-        projector = fast_jl_or_rademacher(1024)
+        projector = fast_jl_or_rademacher(1024, "cpu")
     assert isinstance(projector, FastJLProjector)
     assert projector.proj_dim == 1024
     assert not caught
-
-
-def zeros(gradients, signs):
-    return torch.zeros(len(gradients), signs.shape[1])
-
-
-def too_long(gradients, signs):
-    return gradients @ signs * 1.5
-
-
-def not_a_number(gradients, signs):
-    return gradients @ signs * torch.nan
-
-
-def noisy(gradients, signs):
-    return gradients @ signs[torch.randperm(len(signs))]
-
-
-def by_batch(gradients, signs):
-    return gradients @ (signs * (-1 if len(gradients) == 8 else 1))
 
 
 def failing(gradients, signs):
@@ -193,32 +144,28 @@ def failing(gradients, signs):
 @pytest.mark.parametrize(
     ("multiply", "message"),
     [
-        (zeros, "fast_jl returns zeros"),
-        (too_long, r"does not keep norms: .* 1\.[45]\d* to 1\.[56]\d* times"),
-        (not_a_number, "does not keep norms: .* nan to nan"),
-        (noisy, "not deterministic"),
-        (by_batch, "depends on the batch"),
-        (failing, "fast_jl fails: no kernel image is available"),
+        (lambda gradients, signs: torch.zeros(len(gradients), signs.shape[1]), "does not keep norms"),
+        (lambda gradients, signs: gradients @ signs * 1.5, "does not keep norms"),
+        (lambda gradients, signs: gradients @ signs * torch.nan, "does not keep norms"),
+        (failing, "no kernel image is available"),
     ],
 )
-def test_a_bad_one_is_found_out(fake, monkeypatch, multiply, message):
-    monkeypatch.setattr(fake, "multiply", multiply)
-    with pytest.raises(RuntimeError, match=message):
-        check_fast_jl(CPU)
+def test_a_bad_one_is_replaced(fake, multiply, message):
+    fake.multiply = multiply
     with pytest.warns(UserWarning, match=f"'fast_jl' cannot be used: .*{message}.*'rademacher', of the same"):
-        projector = fast_jl_or_rademacher(1024)
+        projector = fast_jl_or_rademacher(1024, "cpu")
     assert isinstance(projector, RademacherProjector)
     assert projector.proj_dim == 1024
 
 
-def test_a_missing_one_is_replaced(monkeypatch):
+def test_a_missing_one_is_replaced(fake, monkeypatch):
     monkeypatch.setitem(sys.modules, "fast_jl", None)
-    with pytest.warns(UserWarning, match=r"fast_jl cannot be imported .*pip install 'lightning-trak\[fast_jl\]'"):
-        assert isinstance(fast_jl_or_rademacher(512), RademacherProjector)
+    with pytest.warns(UserWarning, match=r"fast_jl.*pip install 'lightning-trak\[fast_jl\]'"):
+        assert isinstance(fast_jl_or_rademacher(512, "cpu"), RademacherProjector)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a CUDA device")
 def test_a_missing_gpu_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "fast_jl", FakeFastJL())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.warns(UserWarning, match="torch finds no CUDA device"):
+    with pytest.warns(UserWarning, match="It needs a CUDA device"):
         assert isinstance(fast_jl_or_rademacher(512), RademacherProjector)
