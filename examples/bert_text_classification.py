@@ -190,7 +190,7 @@ def shown(pair: Pair, width: int = 60) -> str:
 
 
 def print_flipped(self_influence: torch.Tensor, data: PairData) -> None:
-    """Say how many of the training pairs that the model had to learn by heart were flipped."""
+    """Say how many of the training pairs that the model memorised were flipped."""
     n, n_flipped = len(data.flipped), int(data.flipped.sum())
     suspects = self_influence.argsort(descending=True)[:n_flipped]
     found = int(data.flipped[suspects].sum())

@@ -163,7 +163,7 @@ def print_agreement(attribution: Attribution, data: CaptionedDigits, k: int = 10
 
 
 def print_swapped(self_influence: torch.Tensor, data: CaptionedDigits) -> None:
-    """Name the training pairs that the model had to learn by heart, and say which were swapped."""
+    """Name the training pairs that the model memorised, and say which were swapped."""
     n, n_swapped = len(data.swapped), int(data.swapped.sum())
     suspects = self_influence.argsort(descending=True)[:n_swapped].tolist()
     found = [row for row in suspects if data.swapped[row]]

@@ -94,7 +94,7 @@ def print_examples(attribution: Attribution, data: DigitsData, targets: list[int
 
 
 def print_mislabels(self_influence: torch.Tensor, data: DigitsData) -> None:
-    """Name the training examples that the model had to learn by heart, and say which were planted."""
+    """Name the training examples that the model memorised, and say which were planted."""
     n_wrong = int(data.wrong.sum())
     suspects = self_influence.argsort(descending=True)[:n_wrong].tolist()
     found = [row for row in suspects if data.wrong[row]]

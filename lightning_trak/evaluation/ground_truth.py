@@ -56,11 +56,10 @@ class GroundTruth:
     def noise_ceiling(self) -> float | None:
         """Estimate the noise ceiling: the highest LDS that scores can reach, given the noise of training.
 
-        It is the LDS of scores that predict the expected output after training on every subset. Outputs vary by chance
-        from training to training. Let ρ be the rank correlation of two repeats over subsets, averaged over pairs of
-        repeats and over targets. Then the mean of r repeats has the reliability r ρ / (1 + (r − 1) ρ), and its
-        correlation with the expectation is the root of that (Spearman, British Journal of Psychology 1910; Brown,
-        ibid.).
+        Outputs vary by chance from training to training. The ceiling is the LDS of scores that predict the expected
+        output for every subset. Let ρ be the rank correlation of two repeats over subsets, averaged over pairs of
+        repeats and over targets. The mean of r repeats then has the reliability r ρ / (1 + (r − 1) ρ). The ceiling is
+        the square root of it (Spearman, British Journal of Psychology 1910; Brown, ibid.).
 
         Returns:
             The ceiling; None with a single repeat.

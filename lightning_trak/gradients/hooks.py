@@ -122,6 +122,7 @@ class _Lengths:
         self._ratios: set[Fraction] | None = None
 
     def check(self, layer: Layer, grad: Tensor | None) -> None:
+        """Raise EngineUnsuitable if the rows of a layer's output gradient are not those of whole examples."""
         if not layer.positions or grad is None or layer.batch_axis == "second" or not self._size:
             return
         rows, left = divmod(len(grad), self._size)

@@ -26,7 +26,7 @@ class LoopEngine:
         """Do nothing: every model is supported."""
 
     def __call__(self, function: ModelFunction, batch: Any, size: int, sink: Sink) -> Tensor:
-        """Send the gradients example by example; a larger batch is cut into its rows. See `Engine`."""
+        """Send per-sample gradients, one at a time; a larger batch is cut into its rows. See `Engine`."""
         outputs = []
         for row in range(size):
             output, gradients = batch_gradient(function, batch if size == 1 else _row(batch, row, size))

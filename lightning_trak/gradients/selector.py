@@ -49,13 +49,16 @@ class Selector:
 
     ::
 
-        no engine ──choose──▶ prepared ──check──▶ checked at this checkpoint ──▶ in use
-        in use or checked, NotPrepared ─────────▶ prepared, on the examples that it was not prepared for
-        in use or checked, EngineUnsuitable ────▶ no engine; this one is never chosen again
-        wrong, prepared at another checkpoint ──▶ no engine
-        in use, out of memory ──────────────────▶ in use, with half as many examples at a time
-
-    The choice is kept from checkpoint to checkpoint. At each of them, the gradients of a few examples are checked.
+        state                event                   next state
+        no engine            choose                  prepared
+        prepared             gradients are right     in use at this checkpoint
+        prepared             gradients are wrong     an error
+        in use               another checkpoint      kept: checked there on a few examples
+        kept                 gradients are right     in use at that checkpoint too
+        kept                 gradients are wrong     no engine; it may be chosen again
+        any with an engine   NotPrepared             prepared anew, on the examples that failed
+        any with an engine   EngineUnsuitable        no engine; it is never chosen again
+        in use               out of memory           in use, with half the batch size
 
     Args:
         gradients: ``"auto"`` or the name of the one engine that may be taken.

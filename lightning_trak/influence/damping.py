@@ -60,12 +60,13 @@ def needs_cross_validation(sums: GaussNewton, trainings: Sequence[TrainingTime])
 def training_damping(trainings: Sequence[TrainingTime], n_train: int, scale: float) -> float:
     """Return the damping with which a Newton step goes as far as training did.
 
-    Take gradient flow on the mean loss of a linearised model, whose Gauss–Newton matrix is H / n. After time t it has
-    gone the part 1 − exp(−t s) of the way to the optimum, in a direction of eigenvalue s. Ridge regression of strength
-    1 / t goes nearly as far, s / (s + 1 / t), and weight decay adds to that strength (Ali, Kolter and Tibshirani, "A
-    continuous-time view of early stopping for least squares regression", AISTATS 2019, arXiv 1810.10082).
+    Take gradient flow on the mean loss of a linearised model, whose Gauss–Newton matrix is H / n. Along an eigenvector
+    of eigenvalue s it covers the fraction 1 − exp(−t s) of the way to the optimum in time t. Ridge regression of
+    strength 1 / t covers nearly the same fraction: s / (s + 1 / t). Weight decay adds to that strength (Ali, Kolter and
+    Tibshirani, "A continuous-time view of early stopping for least squares regression", AISTATS 2019, arXiv
+    1810.10082).
 
-    Here t is a quarter of the longest training time, at every checkpoint: an example acts at every step, so most of its
+    Here t is a quarter of the longest training time, at every checkpoint. An example acts at every step, so most of its
     effect had less time than the whole training. On the tasks of ``python -m tests.benchmarks quality`` the LDS hardly
     changes around this value.
 

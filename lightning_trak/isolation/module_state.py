@@ -173,6 +173,7 @@ class _Container:
         self._before = dict(held) if isinstance(held, dict) else list(held)
 
     def restore(self) -> list[str]:
+        """Restore what the container held; its changes are never an error."""
         if not _same(self._held, self._before):
             _refill(self._held, self._before)
         return []
@@ -185,6 +186,7 @@ class _Object:
         self._attributes = _Container(vars(owner))
 
     def restore(self) -> list[str]:
+        """Restore the object's attributes; their changes are never an error."""
         return self._attributes.restore()
 
 
@@ -202,6 +204,7 @@ class _Module:
         self._contents = {key: dict(held) for key, held in named.items() if isinstance(held, dict)}
 
     def restore(self) -> list[str]:
+        """Restore what the module held; return what must not change and did."""
         changes = []
         for key, before in self._contents.items():
             held = self._before[key]
@@ -239,6 +242,7 @@ class _TensorState:
         self._hooks = {kind: dict(getattr(value, kind, None) or {}) for kind in _TENSOR_HOOKS}
 
     def restore(self) -> list[str]:
+        """Restore the tensor's values, gradient and hooks; return what must not change and did."""
         changes, value = [], self._value
         if self._copy is not None and not torch.equal(value, self._copy):  # batch norm does not count versions
             with torch.no_grad():

@@ -99,7 +99,7 @@ def run(root, module, max_epochs=1, **options):
 
 
 def slow(module, weights):
-    """Return Q, L and the part of ‖∇L‖² along ∇f, example by example, in float64."""
+    """Return per-sample Q and L, and the part of ‖∇L‖² along ∇f, in float64."""
     module.load_state_dict(weights)
     module = module.double()
     found, losses, along, whole = [], [], 0.0, 0.0
@@ -235,7 +235,7 @@ def test_squared_errors_have_the_right_curvature_in_any_unit(tmp_path, unit):
     torch.testing.assert_close(torch.tensor(entry.curvature), torch.full((N,), 2 * unit), rtol=1e-3, atol=0)
 
 
-def test_what_is_learnt_by_heart_does_not_count_for_more():
+def test_what_is_memorised_does_not_count_for_more():
     """Its loss is zero by rounding, while its gradient is not."""
     logits = torch.tensor([[20.0, 0, 0], [17.5, 0, 0], [1.0, 0, 0]])
     losses = F.cross_entropy(logits, torch.zeros(3, dtype=torch.long), reduction="none")

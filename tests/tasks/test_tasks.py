@@ -111,7 +111,7 @@ def flat_gradient(value, model, **options):
 
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_its_gradient_are_those_of_training(case):
-    """The mean of L is the training loss, and −Q ∇f its gradient, example by example."""
+    """The mean of L is the training loss, and −Q ∇f its per-sample gradient."""
     model, batch, training_loss = CASES[case]
     output = model.model_output(batch)
     assert output.shape == (len(batch[0]),)

@@ -25,7 +25,7 @@ class Table:
     """The results of a task.
 
     Attributes:
-        ceiling: the LDS of perfect scores.
+        ceiling: the noise ceiling, the highest LDS that scores can reach.
         results: by cell and method.
     """
 
