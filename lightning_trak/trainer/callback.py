@@ -1,4 +1,4 @@
-"""TRAKCallback: bridges Lightning's checkpoint saving to the stages. There is no mathematics in it."""
+"""TRAKCallback: connects Lightning's hooks to the stages. There is no mathematics in it."""
 
 from __future__ import annotations
 
@@ -31,77 +31,71 @@ from lightning_trak.trainer.framework import (
     check_supported,
     extend_loaded,
     framework_of,
-    is_finetuning,
     rank_zero_info,
-    rank_zero_warn,
 )
 from lightning_trak.trainer.loaders import train_loader_of_fit
 from lightning_trak.trainer.loss_check import LossCheck
-from lightning_trak.trainer.plan import PROJ_DIM, SEED, Plan, Settings
+from lightning_trak.trainer.plan import PROJ_DIM, SEED, Plan, Settings, parameters_to_be
 from lightning_trak.trainer.reports import Reports
 
-_FINISH_LATER = "trainer.attribute(...) computes what is missing, once the cause is mended."
+_FINISH_LATER = "trainer.attribute(...) computes what is missing, once the cause is fixed."
 
 
 class TRAKCallback(Callback):
     """Featurizes the train set at the checkpoints of a run, so that ``trainer.attribute(...)`` can explain outputs.
 
-    Training is bit-identical with and without it. Weights are taken as the checkpoint file holds them (averaged
-    weights too), right after the file is written; their features are computed between two training steps
-    (``featurize_on="save"``) or after the last (``"fit_end"``). Saves before the first training step, such as those of
-    the learning rate finder, are none of the run's checkpoints.
+    Training is bit-identical with and without it. Weights are those of the checkpoint file, averaged or not. Features
+    are computed between two training steps (``featurize_on="save"``) or after the last (``"fit_end"``). Saves before
+    the first training step, such as those of the learning rate finder, are ignored.
 
     Args:
-        dirpath: the feature store; default ``<trainer.default_root_dir>/trak``. Several runs may share it: that is how
-            ensembles are made.
+        dirpath: the feature store; default ``<trainer.default_root_dir>/trak``. Several runs may share it: their
+            checkpoints form an ensemble.
         proj_dim: k, the number of features. Take fewer than there are training examples.
         projector: ``"factored"`` (of layers' inputs and output gradients), ``"sparse"``, ``"rademacher"`` (dense),
-            ``"fast_jl"`` (dense, by the library of that name), ``"identity"`` (k = p) or a `Projector`; ``"auto"`` is
+            ``"fast_jl"`` (dense, by the library of that name), ``"identity"`` (k = p) or a `Projector`. ``"auto"`` is
             ``"identity"`` for models of at most ``proj_dim`` parameters, else ``"factored"``.
-        gradients: ``"hooks"`` (one backward pass for the whole batch), ``"vmap"``, ``"loop"``, or ``"auto"``: the first
-            of them that suits the model; which, and why, is reported.
-        featurize_on: ``"save"``: every distinct set of weights as it is saved, also those that are deleted later;
-            ``"fit_end"``: once per run, the checkpoints that the run kept.
-        parameters: the attributed parameters: None for all that are trainable when training begins, and with a
-            callback for finetuning, which unfreezes some later, for all; else names or glob patterns, e.g. ``"*lora*"``
-            for adapters or ``["head.*"]``. The others are neither differentiated nor projected.
-        damping: λ, added to H relative to its mean diagonal; ``"auto"``: from learning rate and steps where the
-            optimizer is SGD, so that a Newton step goes as far as training did, on the mean of ``output_to_loss`` over
-            the batch; else chosen at every checkpoint by leave-one-out cross-validation on the linearised model, from
-            0.3 to 10; less near an optimum.
-        temperature: for classification, divides the outputs f in Q and w, which stand for models that were not trained
-            on all of the examples and are less certain; ``"auto"``: 1.3 with ``damping="auto"`` and no fewer
-            trainable parameters than examples, else 1.
+        gradients: ``"hooks"`` (one backward pass for the whole batch), ``"vmap"`` or ``"loop"``. ``"auto"`` takes the
+            first that suits the model, and reports which and why.
+        featurize_on: ``"save"``: all distinct weights as they are saved, also those of files that are deleted later.
+            ``"fit_end"``: only the checkpoints that the run kept.
+        parameters: names or glob patterns of the attributed parameters, e.g. ``"*lora*"`` or ``["head.*"]``. The others
+            are neither differentiated nor projected. None: those that are trainable when training begins; all with a
+            callback for finetuning, which unfreezes some later.
+        damping: λ, added to H relative to its mean diagonal. ``"auto"`` with SGD: from learning rate and steps, so that
+            a Newton step goes as far as training did on the mean of ``output_to_loss`` over the batch. ``"auto"``
+            otherwise: from 0.3 to 10 at each checkpoint, by leave-one-out cross-validation on the linearised model.
+            Both are smaller near an optimum.
+        temperature: for classification, Q and w are those of temperature-scaled outputs, f / temperature, since models
+            that were not trained on all examples are less confident. ``"auto"``: 1.3 with ``damping="auto"`` and no
+            fewer trainable parameters than examples, else 1.
         curvature: True: H = Φᵀ diag(w) Φ, a Newton step. False: H = Φᵀ Φ.
-        estimator: ``"gauss_newton"``: at every checkpoint φ(z)ᵀ H⁻¹ φ(zᵢ) qᵢ with its own q, averaged. ``"trak"``: the
-            estimator of the TRAK paper, without its soft thresholding, and up to a factor for each checkpoint that of
-            its reference implementation: H = Φᵀ Φ, λ = 0 unless ``damping`` is given, no temperature, and Q averaged
-            over checkpoints apart from H⁻¹.
+        estimator: ``"gauss_newton"``: φ(z)ᵀ H⁻¹ φ(zᵢ) qᵢ of each checkpoint, averaged over checkpoints. ``"trak"``: the
+            TRAK paper's, without soft thresholding: H = Φᵀ Φ, λ = 0 unless ``damping`` is given, no temperature, and Q
+            averaged apart from H⁻¹. It is that of the reference implementation up to a factor for each checkpoint.
         seed: chooses the projections.
-        batch_size: for featurization; None for that of the loader, or fewer where the memory would not be enough.
-        overwrite: True: when training begins, what earlier runs left in the store is deleted. False: checkpoints of
-            several runs are pooled, and ``trainer.attribute()`` averages over all of them. A training that is resumed
-            keeps its own.
+        batch_size: of featurization. None: that of the loader, or less where memory is short.
+        overwrite: True: delete what earlier runs left in the store when training begins, unless it is resumed. False:
+            pool the checkpoints of several runs; ``trainer.attribute()`` averages over all.
 
-    Examples count alike, however often a sampler draws them: weights of a `WeightedRandomSampler` do not count, those
-    of the loss do (``output_to_loss``).
+    Every example counts once, however often a sampler draws it. Weights in the loss count: see ``output_to_loss``.
 
     The defaults predict retraining best. Their scores reflect the whole class or cluster of a target. To find
-    near-duplicates of a target, leaks for example, damp less: with ``damping=0.1`` what sets an example apart from its
+    near-duplicates of a target, such as leaks, damp less: with ``damping=0.1``, what sets an example apart from its
     class counts more.
 
-    A checkpoint takes ``4 · n · proj_dim`` bytes for its features, and its weights are kept beside them. An interrupted
-    run goes on with the rows that are missing. ``damping``, ``temperature``, ``curvature`` and ``estimator`` may be
-    changed afterwards without featurizing again. The other settings belong to the store: to change one, take another
-    ``dirpath``. `Attribution.info` has the values that ``"auto"`` came to.
+    A checkpoint takes ``4 · n · proj_dim`` bytes for its features, beside its weights. An interrupted run goes on with
+    the missing rows. ``damping``, ``temperature``, ``curvature`` and ``estimator`` may change without featurizing
+    again. The other settings belong to the store: to change one, use another ``dirpath``. `Attribution.info` has the
+    values that ``"auto"`` chose.
 
-    Before stored features are used, a few are computed again, and data, parameters and settings are compared with those
-    of the store. What has changed is an error. Of a large train set only 1024 examples are compared, so give a run on
+    Before stored features are used, a few are computed again. Data, parameters and settings are compared with those of
+    the store, and a difference is an error. Of a large train set only 1024 examples are compared, so give a run on
     corrected data its own ``dirpath``.
 
-    The training time of SGD is recorded as training goes on, in the store and in checkpoint files. For files of runs
-    without the callback it is the learning rate times the steps, if there was no schedule; a learning rate that was
-    changed by hand cannot be seen. With clipped gradients it is unknown.
+    The training time of SGD is recorded in the store and in checkpoint files. For files of runs without the callback it
+    is the learning rate times the steps, if there was no schedule. A learning rate that was changed by hand cannot be
+    seen. With clipped gradients the time is unknown.
 
     Raises:
         ValueError, TypeError: for arguments out of range.
@@ -130,23 +124,27 @@ class TRAKCallback(Callback):
         extend_loaded()
         Projector.check_proj_dim(proj_dim)
         check_projector(projector, proj_dim)
-        temperature = arguments.number_or_auto("temperature", temperature, 0, itself=False)
-        damping = arguments.number_or_auto("damping", damping, 0, itself=True)
-        curvature = arguments.flag("curvature", curvature)
+        self.temperature = arguments.number_or_auto("temperature", temperature, 0, itself=False)
+        self.damping = arguments.number_or_auto("damping", damping, 0, itself=True)
+        self.curvature = arguments.flag("curvature", curvature)
         self.estimator = arguments.choice("estimator", estimator, ("gauss_newton", "trak"))
         if estimator == "trak":
             if temperature not in ("auto", 1):
                 raise ValueError(f"estimator='trak' has no temperature, got temperature={temperature!r}. Leave it out.")
-            curvature, temperature, damping = False, 1.0, 0.0 if damping == "auto" else damping
+            self.curvature, self.temperature, self.damping = False, 1.0, 0.0 if damping == "auto" else damping
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.proj_dim, self.projector = proj_dim, projector
         self.gradients = arguments.choice("gradients", gradients, ("auto", *ENGINES))
         self.featurize_on = arguments.choice("featurize_on", featurize_on, ("save", "fit_end"))
         self.parameters = arguments.names(parameters)
-        self.damping, self.temperature, self.curvature = damping, temperature, curvature
         self.overwrite = arguments.flag("overwrite", overwrite)
         self.seed = arguments.seed(seed)
         self.batch_size = arguments.batch_size(batch_size)
+        self._training: TrainingTime | None = None
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        """Forget an earlier ``fit``, except its training time: another ``fit`` may go on from there."""
         self.train_loader: DataLoader[Any] | None = None
         self.last_saved: str | None = None
         self.reports = Reports()
@@ -154,45 +152,42 @@ class TRAKCallback(Callback):
         self._loop: FeaturizationLoop | None = None
         self._files: dict[str, str] = {}  # path of a checkpoint file → digest of its weights
         self._pending: dict[str, bool] = {}  # digest to featurize → whether this run added it
-        self._featurized = 0
-        self._training: TrainingTime | None = None
+        self._featurized = self._failed = 0
         self._loss_check = LossCheck()
         self._run: str | None = None  # the identity of this training, kept when it is resumed
         self._saved = False
-        self._failed = 0
         self._attributed: set[str] = set()
 
     @property
     def settings(self) -> Settings:
-        """What features depend on."""
+        """The settings on which features depend."""
         return Settings(self.proj_dim, self.projector, self.gradients, self.parameters, self.seed, self.batch_size)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the wiring, and start to watch checkpoint files."""
-        extend_loaded()  # the callback may be older than the import of pytorch_lightning
+        extend_loaded()  # pytorch_lightning may be imported by now
         find_callback(trainer)
         if stage != "fit":
             return
         check_supported(trainer, pl_module)
-        self._store = self._loop = self.train_loader = self.last_saved = self._run = None
-        self._files, self._pending, self._featurized, self._failed = {}, {}, 0, 0
-        self._saved, self._attributed, self._loss_check, self.reports = False, set(), LossCheck(), Reports()
+        self._start_anew()
         watched = trainer.strategy.checkpoint_io
         inner = watched.inner if isinstance(watched, WatchedCheckpointIO) else watched
         trainer.strategy.checkpoint_io = WatchedCheckpointIO(inner, self)
-        # First of all, to see a batch before another callback's on_train_batch_start changes it.
+        # First in the list, to see a batch before another callback's on_train_batch_start changes it.
         trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Try the first batch and open the store, so that what cannot work fails before training."""
+        """Try the first batch and open the store, so that errors come before training."""
         with undisturbed(trainer, pl_module):
             loader = train_loader_of_fit(trainer, pl_module)
-            plan = Plan(self.settings, self.reports, pl_module, parameters=self._parameters_to_be(trainer, pl_module))
+            parameters = parameters_to_be(self.settings, trainer, pl_module)
+            plan = Plan(self.settings, self.reports, pl_module, parameters=parameters)
             loop = plan.loop(trainer, pl_module, loader, lambda: loader, "train")
             loop.preflight(copy_of_weights(pl_module), thorough=True)
             self.train_loader = loader
             if trainer.fast_dev_run:
-                return  # nothing will be saved
+                return  # it saves no checkpoint
             if self.overwrite and trainer.global_step == 0:
                 FeatureStore.remove(self.store_path(trainer))
             with kept_generators(loader.dataset):
@@ -201,8 +196,8 @@ class TRAKCallback(Callback):
         self._run = self._run or uuid4().hex
         if not trainer.checkpoint_callbacks:
             rank_zero_info(
-                "TRAKCallback: this Trainer has no ModelCheckpoint, so no checkpoint will be saved but by hand. If none"
-                " is, the final weights are featurized when fit ends."
+                "TRAKCallback: this Trainer has no ModelCheckpoint. If no checkpoint is saved by hand, the final"
+                " weights are featurized when fit ends."
             )
         if trainer.global_step == 0:
             self._training = TrainingTime()
@@ -210,7 +205,7 @@ class TRAKCallback(Callback):
             self._training = None  # resumed without a recorded time: discard the old one
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Featurize what was saved since the last training step; of an epoch's first batch, find its loss."""
+        """Featurize what was saved since the last training step; compute the loss of an epoch's first batch."""
         if self.featurize_on == "save":
             self._featurize_pending()
         self._loss_check.watch(batch)
@@ -218,30 +213,28 @@ class TRAKCallback(Callback):
             self._check_trained(pl_module)
             self._loss_check.before_step(trainer, pl_module, batch, self.train_loader)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        """See whether the batch was changed; compare the loss of the first of the first two epochs."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        """Check that the batch is unchanged; compare the loss of the first batch of the first two epochs."""
         self._loss_check.after_step(trainer, pl_module, batch, outputs)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Note how far the step goes; that of a clipped gradient, or of one among several optimizers, is unknown."""
+        """Add the step to the training time, which is unknown for clipped gradients and several optimizers."""
         known = len(trainer.optimizers) == 1 and not trainer.gradient_clip_val
         self._training = self._training.after_step(optimizer) if self._training is not None and known else None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Note run and training time, under a key of our own: Lightning warns about missing callback states."""
+        """Store run and training time under our own key: Lightning warns about missing callback states."""
         checkpoint[CHECKPOINT_KEY] = {"run": self._run, "training_time": self._training and asdict(self._training)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Go on from a checkpoint that training is resumed from."""
+        """Read run and training time from the checkpoint that training resumes from."""
         if trainer.state.fn == framework_of(trainer).TrainerFn.FITTING:
             noted = checkpoint.get(CHECKPOINT_KEY, {})
             self._run, known = noted.get("run"), noted.get("training_time")
             self._training = TrainingTime(**known) if known else None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Featurize what is left, or with ``featurize_on="fit_end"`` all that the run kept."""
+        """Featurize what is left; with ``featurize_on="fit_end"``, all that the run kept."""
         if self._store is None:
             return
         self._check_trained(pl_module)
@@ -252,27 +245,24 @@ class TRAKCallback(Callback):
             with attached(trainer, pl_module, trainer.datamodule):
                 self._featurize_pending()
         with self._training_goes_on("The feature store could not be read"):
-            self._tell_of_store()
+            if len(self._store):
+                alone = {entry.meta.get("run") for entry in self._store} <= {self._run}
+                others = "" if alone else " (with those of earlier runs; TRAKCallback(overwrite=True) deletes them)"
+                rank_zero_info(
+                    f"TRAKCallback: {self._featurized} checkpoints featurized. trainer.attribute() will average over"
+                    f" {pool_of(self._store)}{others}."
+                )
         if self._failed:
             rank_zero_info(f"TRAKCallback: {self._failed} checkpoints could not be featurized. {_FINISH_LATER}")
-
-    def _tell_of_store(self) -> None:
-        """Say how many checkpoints there are."""
-        if self._store is not None and len(self._store):
-            others = "" if self._alone() else " (those of earlier runs too; TRAKCallback(overwrite=True) starts anew)"
-            rank_zero_info(
-                f"TRAKCallback: {self._featurized} checkpoints featurized. trainer.attribute() will average over"
-                f" {pool_of(self._store)}{others}."
-            )
 
     def store_path(self, trainer: Trainer) -> Path:
         """Return the directory of the feature store."""
         return Path(trainer.default_root_dir) / "trak" if self.dirpath is None else self.dirpath
 
     def file_saved(self, path: str, checkpoint: dict[str, Any]) -> None:
-        """Note the weights that a checkpoint file was written with, and put them into the store."""
+        """Put the weights of a checkpoint file into the store."""
         if self._store is None or not {"state_dict", "epoch", "global_step"} <= checkpoint.keys():
-            return  # a file of something else
+            return  # the file is no checkpoint of Lightning
         self._saved = True
         weights = tensors_in(checkpoint["state_dict"])
         digest = self.last_saved = weights_digest(weights)
@@ -283,7 +273,7 @@ class TRAKCallback(Callback):
         self._add(weights, digest, checkpoint["epoch"], checkpoint["global_step"], os.path.basename(path))
 
     def file_removed(self, path: str) -> None:
-        """Forget a checkpoint file that was deleted or overwritten, and its weights if they are not featurized yet."""
+        """Forget a file that was deleted or overwritten; discard its weights if they are not featurized yet."""
         digest = self._files.pop(path, None)
         if digest is None or digest in self._files.values() or self._store is None:
             return
@@ -313,14 +303,9 @@ class TRAKCallback(Callback):
                 featurize_checkpoint(self._loop, self._store[digest], str(self._featurized + 1))
                 self._featurized += 1
 
-    def _alone(self) -> bool:
-        """Whether all checkpoints of the store are this run's."""
-        assert self._store is not None
-        return {entry.meta.get("run") for entry in self._store} <= {self._run}
-
     @contextmanager
     def _training_goes_on(self, what: str) -> Iterator[None]:
-        """Warn of the first failure, and go on: what is not featurized now can be later, training cannot."""
+        """Warn once of each kind of failure, and go on: features can be computed later, training cannot."""
         try:
             yield
         except Exception as error:
@@ -328,35 +313,20 @@ class TRAKCallback(Callback):
                 raise
             self._failed += 1
             kind = type(error).__name__
-            self.reports.warn(
-                f"{what}: {kind}: {str(error).rstrip('.')}. Training goes on. {_FINISH_LATER}",
-                about=f"a failure of kind {kind}",
-            )
-
-    def _parameters_to_be(self, trainer: Trainer, module: LightningModule) -> str | None:
-        """Return a pattern of the parameters to attribute by default, where more will be trained than are now."""
-        finetuning = [callback for callback in trainer.callbacks if is_finetuning(callback)]
-        frozen = [name for name, value in module.named_parameters() if not value.requires_grad]
-        if self.parameters is not None or not finetuning or not frozen:
-            return None
-        rank_zero_warn(
-            f"{len(frozen)} of {len(list(module.parameters()))} parameters are frozen now, and"
-            f" {type(finetuning[0]).__name__} may unfreeze them: all are attributed, at all checkpoints. Name those"
-            " that you mean with TRAKCallback(parameters=...)."
-        )
-        return "*"
+            warning = f"{what}: {kind}: {str(error).rstrip('.')}. Training goes on. {_FINISH_LATER}"
+            self.reports.warn(warning, about=f"a failure of kind {kind}")
 
     def _check_trained(self, module: LightningModule) -> None:
-        """Warn once of parameters that are trained by now and not attributed."""
+        """Warn once of parameters that are trained but not attributed."""
         if self.parameters is not None or not self._attributed:
             return
         trained = [name for name, value in module.named_parameters() if value.requires_grad]
         others = [name for name in trained if name not in self._attributed]
         if others:
             self.reports.warn(
-                f"{len(others)} parameters are trained by now that were frozen when training began, e.g. {others[0]}:"
-                " they are not attributed at any checkpoint, nor are any that are unfrozen later. Train with"
-                " TRAKCallback(parameters='*'), or with the names of those that count, and overwrite=True.",
+                f"{len(others)} parameters are trained by now that were frozen when training began, e.g. {others[0]}."
+                " They are not attributed at any checkpoint, nor are any that are unfrozen later. To attribute them,"
+                " train again with TRAKCallback(parameters='*', overwrite=True), or name them in place of '*'.",
                 about="parameters that were frozen",
             )
 

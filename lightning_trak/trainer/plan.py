@@ -13,6 +13,7 @@ from lightning_trak.gradients import Selector
 from lightning_trak.gradients.parameters import select_parameters
 from lightning_trak.projection import Projector, make_projector, restore_projector
 from lightning_trak.trainer.featurization import FeaturizationLoop
+from lightning_trak.trainer.framework import is_finetuning, rank_zero_warn
 from lightning_trak.trainer.reports import Reports
 
 PROJ_DIM, SEED = 2048, 0  # the callback's defaults, which give way to those of a store
@@ -28,6 +29,20 @@ class Settings:
     parameters: str | Sequence[str] | None
     seed: int
     batch_size: int | None
+
+
+def parameters_to_be(settings: Settings, trainer: Any, module: Any) -> str | None:
+    """Return the pattern of all parameters if none are named and a callback may unfreeze some; else None."""
+    finetuning = [callback for callback in trainer.callbacks if is_finetuning(callback)]
+    frozen = [name for name, value in module.named_parameters() if not value.requires_grad]
+    if settings.parameters is not None or not finetuning or not frozen:
+        return None
+    rank_zero_warn(
+        f"{len(frozen)} of {len(list(module.parameters()))} parameters are frozen now, and"
+        f" {type(finetuning[0]).__name__} may unfreeze them: all are attributed, at all checkpoints. To attribute"
+        " fewer, name them: TRAKCallback(parameters=[...])."
+    )
+    return "*"
 
 
 class Plan:

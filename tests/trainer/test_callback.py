@@ -747,7 +747,7 @@ def test_runs_that_are_pooled_are_told_of_and_can_be_left_behind(tmp_path, said)
     assert said()[-1].endswith(f"average over 3 of 3 checkpoints in '{tmp_path / 'store'}', from 1 run.")
     trainer, _ = fit(tmp_path, TRAKCallback(tmp_path / "store"), every_epoch(tmp_path / "b"), seed=1)
     assert "6 of 6 checkpoints" in said()[-1]
-    assert "from 2 runs (those of earlier runs too; TRAKCallback(overwrite=True) starts anew)." in said()[-1]
+    assert "from 2 runs (with those of earlier runs; TRAKCallback(overwrite=True) deletes them)." in said()[-1]
     trainer.attribute()
     pooled = [message for message in said() if "averaging over" in message]
     assert pooled == [f"TRAKCallback: averaging over 6 of 6 checkpoints in '{tmp_path / 'store'}', from 2 runs."]
