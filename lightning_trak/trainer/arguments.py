@@ -1,4 +1,4 @@
-"""Arguments of the callback: each is returned if it is what it should be."""
+"""Checks of the callback's arguments: each returns its argument, or raises an error that names it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 
 def choice(name: str, value: str, choices: Sequence[str]) -> str:
-    """Return one of some words."""
+    """Return ``value`` if it is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
     return value
 
 
 def number_or_auto(name: str, value: Any, least: float, *, itself: bool) -> float | str:
-    """Return ``"auto"``, or a finite number above ``least``, or ``itself``."""
+    """Return ``"auto"`` or a finite number above ``least``; with ``itself``, also ``least``."""
     if value == "auto":
         return "auto"
     finite = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
@@ -47,7 +47,7 @@ def batch_size(value: Any) -> int | None:
 
 
 def names(parameters: Any) -> str | list[str] | None:
-    """Return names or patterns of parameters; a TypeError says if they are something else, as the parameters."""
+    """Return names or patterns of parameters; the parameters themselves are refused."""
     if parameters is None or isinstance(parameters, str):
         return parameters
     named = list(parameters) if isinstance(parameters, Iterable) else [parameters]

@@ -1,4 +1,4 @@
-"""A module on its device, in fit and outside of it, with everything left as it was."""
+"""Runs a module on its device, during ``fit`` or outside it, and restores everything afterwards."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from lightning_trak.trainer.framework import (
 
 @contextmanager
 def undisturbed(trainer: Trainer, module: LightningModule, *sources: Any) -> Iterator[None]:
-    """Evaluate ``module`` as in ``predict`` but with gradients and without autocast, and leave no trace.
+    """Evaluate ``module`` as in ``predict``, but with gradients and without autocast, and leave no trace.
 
-    Kept are the module (see `ModuleState`), the random states, also of generators that module, datamodule or one of
-    the ``sources`` of examples holds, the logs, and the trainer's state.
+    Restored are the module (see `ModuleState`), the trainer's state and all random states, also those of generators
+    that the module, the datamodule or one of the ``sources`` of examples holds. Nothing is logged.
 
     Raises:
-        ModuleChanged: if the module is not what it was.
+        ModuleChanged: if the evaluation changed the module; see `unchanged`.
     """
     with (
         torch.inference_mode(False),
@@ -42,9 +42,9 @@ def undisturbed(trainer: Trainer, module: LightningModule, *sources: Any) -> Ite
 
 @contextmanager
 def _as_in_predict(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Set modes and states; who enters restores those of the module.
+    """Set modes and states; the caller restores those of the module.
 
-    Hooks that augment ``if self.trainer.training`` do not do so here, during ``fit`` as little as after it.
+    Hooks that augment ``if self.trainer.training`` do not augment here, even during ``fit``.
     """
     state, framework = trainer.state, framework_of(trainer)
     before = (state.fn, state.status, state.stage)
@@ -66,9 +66,9 @@ def _as_in_predict(trainer: Trainer, module: LightningModule) -> Iterator[None]:
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
-    """Let compiled parts run as they are written.
+    """Run compiled parts uncompiled.
 
-    Compiled for featurization as well, they would be compiled more often than torch allows, and training go on without.
+    Featurization would recompile them. Beyond torch's limit of recompilations, training goes on uncompiled.
     """
     if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):  # before torch 2.6
         return nullcontext()
@@ -76,12 +76,12 @@ def _uncompiled() -> AbstractContextManager[Any]:
 
 
 def _log_nothing(*_: Any, **__: Any) -> None:
-    """Take the place of ``self.log``: features are no metrics."""
+    """Replace ``self.log``: featurization logs nothing."""
 
 
 @contextmanager
 def attached(trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None) -> Iterator[None]:
-    """Set a trainer up to run ``module`` on its device outside ``fit``, and leave all three as they were."""
+    """Set a trainer up to run ``module`` on its device outside ``fit``; restore trainer, module and datamodule."""
     strategy, connector = trainer.strategy, trainer._data_connector
     connected, model, device = strategy.lightning_module, strategy.model, module.device
     before = (connector._datahook_selector, trainer.datamodule)
@@ -97,7 +97,7 @@ def attached(trainer: Trainer, module: LightningModule, datamodule: LightningDat
             strategy.model_to_device()
             yield
     finally:
-        state.restore()  # a module's setup() may have built layers anew
+        state.restore()  # setup() may have built the layers again
         module.to(device)
         if datamodule is not None:
             datamodule.trainer = own_trainer
@@ -106,5 +106,5 @@ def attached(trainer: Trainer, module: LightningModule, datamodule: LightningDat
         if state.lost:
             rank_zero_warn(
                 f"{type(module).__name__} has other weights now than before: {'; '.join(state.lost)}. Its setup() or"
-                " configure_model() changed them in place, when it was asked for a loader. Load them again."
+                " configure_model() changed them in place. Load the weights again."
             )

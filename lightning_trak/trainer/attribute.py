@@ -1,4 +1,4 @@
-"""attribute: the stages in order, from checkpoints to scores."""
+"""The functions `attribute` and `attribute_self`: from checkpoints to scores."""
 
 from __future__ import annotations
 
@@ -11,16 +11,8 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.influence import Estimator, Solved, n_blocks
 from lightning_trak.results.attribution import Attribution, AttributionInfo
-from lightning_trak.trainer.checkpoints import (
-    naming,
-    sums_of,
-)
-from lightning_trak.trainer.framework import (
-    LightningDataModule,
-    LightningModule,
-    Trainer,
-    rank_zero_info,
-)
+from lightning_trak.trainer.checkpoints import naming, sums_of
+from lightning_trak.trainer.framework import LightningDataModule, LightningModule, Trainer, rank_zero_info
 from lightning_trak.trainer.job import CkptPath, Job, featurized
 from lightning_trak.trainer.progress import progress
 
@@ -41,26 +33,26 @@ def attribute(
 
     A score predicts how much training on the example raises the target's output, by one Newton step on the linearised
     model. A positive score means that the example is helpful. For a convex model at its optimum and ``damping=0``, the
-    score is the change of the output when the example is left out; damping makes scores smaller. Where one output
-    stands for many parts (pixels, tokens, labels), the sizes of scores are less exact than their ranks.
+    score is the change of the output when the example is left out. Damping makes scores smaller. If one output stands
+    for many parts (pixels, tokens, labels), the sizes of scores are less exact than their ranks.
 
-    Row i is example i of the train dataset, and column j is example j of the target dataset, however the loaders
-    shuffle. The datasets are read in order and nothing is dropped. If the loader of the train set augments at random,
-    define ``featurize_dataloader()``, which returns the same examples without augmentation. If ``setup(stage)`` splits
-    the data at random, let it use a seed, so that the split is always the same.
+    Row i is example i of the train dataset, and column j is example j of the target dataset. The datasets are read in
+    order, even if the loaders shuffle, and nothing is dropped. If the train loader augments at random, define
+    ``featurize_dataloader()``, which returns the same examples without augmentation. If ``setup(stage)`` splits the
+    data at random, fix its seed.
 
     Args:
         trainer: a Trainer, of ``lightning`` or of ``pytorch_lightning``, with one `TRAKCallback`. Model and datamodule
-            are of the same package.
-        model: None for the model that the trainer fitted last. Its weights do not matter, those of the checkpoints do.
-            A datamodule in this place is the datamodule: ``trainer.attribute(datamodule)``.
-        dataloaders: the targets, in the order of their dataset; else ``datamodule.attribute_dataloader()``,
-            ``predict_dataloader()`` or ``test_dataloader()``, whichever is defined first, else those of the model.
-        datamodule: also supplies the train set, from ``featurize_dataloader()`` or ``train_dataloader()``, where
-            checkpoints are still to be featurized. Otherwise the store alone is enough.
+            must be of the same package.
+        model: None for the model that the trainer fitted last. Weights are read from the checkpoints, not from it. A
+            datamodule may stand here: ``trainer.attribute(datamodule)``.
+        dataloaders: the targets. By default ``attribute_dataloader()``, ``predict_dataloader()`` or
+            ``test_dataloader()``, the first that the datamodule defines, or else the model.
+        datamodule: supplies the targets, and the train set from ``featurize_dataloader()`` or ``train_dataloader()``.
+            The train set is needed only if checkpoints are not featurized yet.
         ckpt_path: None for every checkpoint in the store; ``"best"`` or ``"last"``; or a path or list of paths of
-            Lightning ``.ckpt`` or state-dict files. What is not featurized yet is featurized first.
-        name: saves the result in the store too, in ``scores/<name>``, for `Attribution.load`.
+            Lightning ``.ckpt`` or state-dict files. Checkpoints without features are featurized first.
+        name: also saves the result in the store, in ``scores/<name>``, for `Attribution.load`.
         top_k: keep only the highest and lowest ``top_k`` scores of each target, not all n × m.
 
     Returns:
@@ -68,7 +60,7 @@ def attribute(
 
     Raises:
         MisconfigurationException: if trainer, model, loaders and store do not fit together; the remedy is named.
-        ValueError: if data, weights or stored features are not what they should be.
+        ValueError: if data, weights or stored features are invalid.
     """
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise ValueError(f"top_k must be a positive integer or None, got {top_k!r}.")
@@ -92,7 +84,7 @@ def attribute(
 
 
 def _info(job: Job, estimator: Estimator, solved: Sequence[Solved], n_targets: int) -> AttributionInfo:
-    """Say how scores came about, and tell the damping."""
+    """Describe how the scores were computed, and report the damping."""
     dampings = [one.damping for one in solved]
     values = " to ".join(f"{value:.2g}" for value in sorted({min(dampings).value, max(dampings).value}))
     rank_zero_info(f"TRAKCallback: damping {values}, {' or '.join(sorted({damping.rule for damping in dampings}))}.")
@@ -122,14 +114,13 @@ def attribute_self(
 ) -> Tensor:
     """Return how much training on each example lowered its own loss: its self-influence, never negative.
 
-    It is high for examples that were memorised since nothing else in the train set supports them: mislabelled and
-    unusual ones (Feldman and Zhang, "What neural networks memorize and why", NeurIPS 2020, arXiv 2008.03703). Those
-    most likely to be wrong come first in ``attribute_self().argsort(descending=True)``, for every task: a label that is
-    too high counts like one that is too low.
+    It is high for memorised examples, which nothing else in the train set supports: mislabelled and unusual ones
+    (Feldman and Zhang, "What neural networks memorize and why", NeurIPS 2020, arXiv 2008.03703). The likeliest
+    mislabels come first in ``attribute_self().argsort(descending=True)``. In regression, labels that are too high and
+    too low count alike.
 
-    At each checkpoint it is ∇Lᵀ H⁻¹ ∇L = qᵢ² φ(zᵢ)ᵀ H⁻¹ φ(zᵢ), of the loss, not of the model output; averaged over
-    checkpoints. It is qᵢ times what `attribute` would give for an example with itself as target. No n × n matrix is
-    made.
+    It is ∇Lᵀ H⁻¹ ∇L = qᵢ² φ(zᵢ)ᵀ H⁻¹ φ(zᵢ), averaged over checkpoints. At one checkpoint this is qᵢ times the score of
+    `attribute` for the example as its own target. No n × n matrix is made.
 
     Also a method: ``trainer.attribute_self(...)``. See `attribute` for arguments and errors.
 

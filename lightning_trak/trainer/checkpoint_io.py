@@ -1,4 +1,4 @@
-"""Watches checkpoint files, whoever writes them."""
+"""Watches which checkpoint files are written and deleted."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from lightning_trak.trainer.framework import CheckpointIO
 
 
 class Listener(Protocol):
-    """What wants to know of checkpoint files."""
+    """What is told about checkpoint files."""
 
     def file_saved(self, path: str, checkpoint: dict[str, Any]) -> None:
-        """Take note of a file, and of what was written into it."""
+        """Handle a file that was written, and its content."""
 
     def file_removed(self, path: str) -> None:
-        """Take note that a file was deleted."""
+        """Handle a file that was deleted."""
 
 
 class WatchedCheckpointIO(CheckpointIO):
-    """Tells a listener of every checkpoint file written or deleted, whoever does it and with whatever options.
+    """Tells a listener of every checkpoint file that is written or deleted.
 
-    The callback hook ``on_save_checkpoint`` would not do: it runs before other callbacks and the module have put
-    averaged weights in, knows no path, and is not called with ``save_weights_only=True``.
+    The callback hook ``on_save_checkpoint`` is not enough. It runs before other callbacks and the module put averaged
+    weights in, it does not know the path, and ``save_weights_only=True`` skips it.
     """
 
     def __init__(self, inner: CheckpointIO, listener: Listener) -> None:
@@ -30,7 +30,7 @@ class WatchedCheckpointIO(CheckpointIO):
         self._listener = listener
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a file, then tell of it."""
+        """Write a file, then tell the listener."""
         self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
         self._listener.file_saved(os.fspath(path), checkpoint)
 
@@ -39,7 +39,7 @@ class WatchedCheckpointIO(CheckpointIO):
         return self.inner.load_checkpoint(path, *args, **kwargs)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Delete a file, then tell of it."""
+        """Delete a file, then tell the listener."""
         self.inner.remove_checkpoint(path)
         self._listener.file_removed(os.fspath(path))
 

@@ -1,4 +1,4 @@
-"""What is done with one checkpoint of the store: add it, featurize train set and targets, check what is stored."""
+"""The steps at one checkpoint of the store: add it, featurize train set and targets, check stored features."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 
 
 def add_checkpoint(store: FeatureStore, digest: str, weights: Weights, meta: dict[str, Any]) -> None:
-    """Put weights into the store, the file first: an entry without its weights is never there."""
+    """Put weights into the store. The file comes first, so that no entry lacks its weights."""
     if digest in store:
         store[digest].supplement(meta)
         return
@@ -34,7 +34,7 @@ def add_checkpoint(store: FeatureStore, digest: str, weights: Weights, meta: dic
 
 
 def pool_of(store: FeatureStore, digests: Sequence[str] | None = None) -> str:
-    """Say how many checkpoints of the store are averaged over, all or some of them, and of how many runs they are."""
+    """Say how many checkpoints of the store are averaged over (by default all), and from how many runs."""
     chosen = store.digests if digests is None else digests
     runs = {store[digest].meta.get("run") for digest in chosen}
     known = len(runs - {None})
@@ -44,7 +44,7 @@ def pool_of(store: FeatureStore, digests: Sequence[str] | None = None) -> str:
 
 @contextmanager
 def naming(entry: CheckpointEntry, *, can_leave_out: bool = True) -> Iterator[None]:
-    """Let a ValueError say at which checkpoint it came up; and how to go on without that one, where that would help."""
+    """Add to a ValueError at which checkpoint it was raised and, if that helps, how to leave the checkpoint out."""
     try:
         yield
     except ValueError as error:
@@ -56,7 +56,7 @@ def naming(entry: CheckpointEntry, *, can_leave_out: bool = True) -> Iterator[No
 
 
 def featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> None:
-    """Compute what is missing of a checkpoint's train features, and seal them."""
+    """Compute the missing train features of a checkpoint, and mark it as complete."""
     weights = load_weights(entry.weights_path, entry.digest)
     entry.allocate(loop.dimension)
     where = f" (epoch {entry.meta['epoch']}, step {entry.meta['global_step']})" if "epoch" in entry.meta else ""
@@ -65,7 +65,7 @@ def featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number
     with naming(entry):
         projection = loop.run(weights, entry.digest, rows, entry.write, description)
     if projection is not None and rows:
-        if len(rows) == loop.size:  # of a featurization that went on, the rest is all that is known
+        if len(rows) == loop.size:  # after an interruption, it knows the last rows only
             entry.supplement({"loss_explained": projection.explained()})
         loop.report(projection)
     entry.supplement({"logistic": loop.logistic, "n_trainable": loop.n_trainable})
@@ -73,10 +73,10 @@ def featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number
 
 
 def check_features(loop: FeaturizationLoop, entry: CheckpointEntry) -> None:
-    """Recompute a few rows that are stored: the store cannot know whether ``model_output`` or the data changed.
+    """Compute a few stored rows again: ``model_output`` or the data may have changed, which the store cannot know.
 
     Raises:
-        ValueError: if they are not what is stored.
+        ValueError: if they differ from the stored rows.
     """
     written = entry.written_rows()
     rows = written[np.unique(np.linspace(0, len(written) - 1, min(8, len(written))).round().astype(int))].tolist()
@@ -91,7 +91,7 @@ def check_features(loop: FeaturizationLoop, entry: CheckpointEntry) -> None:
                     " use another dirpath for TRAKCallback."
                 )
 
-    with naming(entry, can_leave_out=False):  # the same is wrong at all of them
+    with naming(entry, can_leave_out=False):  # the cause affects all checkpoints
         loop.run(load_weights(entry.weights_path, entry.digest), entry.digest, rows, compare, "Checking the store")
 
 
@@ -109,7 +109,7 @@ def train_features(entry: CheckpointEntry) -> TrainFeatures:
 
 
 def sums_of(entry: CheckpointEntry, estimator: Estimator, train: TrainFeatures) -> GaussNewton:
-    """Return what the estimator sums over the train set at a checkpoint; it is kept in the store for the next time."""
+    """Return the estimator's sums over the train set at a checkpoint; the store caches them."""
     options = estimator.options
     key: dict[str, Any] = {"version": SUMS_VERSION, "estimator": options.estimator, "curvature": options.curvature}
     key["temperature"] = estimator.temperature
@@ -119,8 +119,8 @@ def sums_of(entry: CheckpointEntry, estimator: Estimator, train: TrainFeatures) 
         sums = estimator.accumulate(train)
         try:
             entry.write_sums(key, sums.arrays())
-        except OSError as error:  # of a full disk, or a store that may only be read
-            rank_zero_warn(f"Sums over the train set are not kept, and will be computed again next time: {error}")
+        except OSError as error:  # a full disk, or a read-only store
+            rank_zero_warn(f"Sums over the train set could not be stored and will be computed again: {error}")
     return sums
 
 
@@ -132,6 +132,6 @@ def featurize_targets(loop: FeaturizationLoop, entry: CheckpointEntry, number: s
         features[rows] = block
 
     weights = load_weights(entry.weights_path, entry.digest)
-    with naming(entry, can_leave_out=False):  # its train features are well: it is the targets
+    with naming(entry, can_leave_out=False):  # the cause is in the targets
         loop.run(weights, entry.digest, range(loop.size), receive, f"Featurizing targets at checkpoint {number}")
     return torch.from_numpy(features)

@@ -1,7 +1,7 @@
-"""The loop that featurizes: a predict-style pass of its own, inside Lightning and without a trace.
+"""The featurization loop: a pass over examples like that of ``trainer.predict``, which leaves no trace.
 
-It never calls ``trainer.predict``, which would overwrite the state of a running ``fit``. Weights come in as arguments
-(`ModelFunction`), so the module's own are not touched either, nor any ``.grad``.
+It does not call ``trainer.predict``, which would overwrite the state of a running ``fit``. Weights come in as arguments
+(`ModelFunction`), so neither the module's weights nor any ``.grad`` changes.
 """
 
 from __future__ import annotations
@@ -45,17 +45,14 @@ from lightning_trak.tasks.checks import (
 )
 from lightning_trak.tasks.loss_terms import LossTerms
 from lightning_trak.trainer.attachment import undisturbed
-from lightning_trak.trainer.framework import (
-    LightningModule,
-    Trainer,
-)
+from lightning_trak.trainer.framework import LightningModule, Trainer
 from lightning_trak.trainer.progress import progress
 from lightning_trak.trainer.reports import Reports
 
 Array = npt.NDArray[Any]
-_TRIED = 8  # examples of the first batch that are tried before training
-_FEW = 3  # examples that are tried later: an odd number, that no axis of a model is likely to have
-_FEWER = 2  # targets that are tried: gradients are those of the train set's trial
+_TRIED = 8  # examples tried before training
+_FEW = 3  # examples tried later: few models have an axis of this size
+_FEWER = 2  # targets tried: gradients were checked on the train set
 _SHOWN = 10  # examples named in a warning, at most
 _WITHOUT_AUGMENTATION = {
     "train": "Define featurize_dataloader() in the LightningDataModule or LightningModule: train_dataloader without"
@@ -66,19 +63,19 @@ _WITHOUT_AUGMENTATION = {
 
 
 class FeaturizationLoop:
-    """Reads a dataset in order and turns its examples into features, checkpoint after checkpoint.
+    """Reads the examples of a dataset and turns them into features, checkpoint by checkpoint.
 
     Args:
         trainer: supplies device, precision and progress bar.
         module: the user's model.
-        loader: the user's loader; its dataset, collate function and worker settings are used, its order is not.
-        find_train_loader: returns that of the train set, for modules that need training examples.
+        loader: the user's loader; its dataset, collate function and workers are used, its order is not.
+        find_train_loader: returns the train loader, for modules that need training examples.
         parameters: names of the attributed parameters.
         projector: the family of projections.
-        seed: with the checkpoint's digest it determines the projection.
-        selector: finds engine and batch size.
+        seed: determines the projection, together with the checkpoint's digest.
+        selector: chooses engine and batch size.
         examples: what the rows are, for messages: ``"train"`` or ``"target"``.
-        reports: takes what the user is told.
+        reports: takes messages to the user.
     """
 
     def __init__(
@@ -95,21 +92,15 @@ class FeaturizationLoop:
         examples: str,
         reports: Reports,
     ) -> None:
-        self._trainer = trainer
-        self._reports = reports
-        self._module = module
-        self._loader = loader
-        self._find_train_loader = find_train_loader
-        self._parameters = list(parameters)
-        self._projector = projector
-        self._seed = seed
-        self._selector = selector
-        self._examples = examples
+        self._trainer, self._module, self._loader = trainer, module, loader
+        self._find_train_loader, self._parameters = find_train_loader, list(parameters)
+        self._projector, self._seed, self._selector = projector, seed, selector
+        self._examples, self._reports = examples, reports
         self._loss_terms = LossTerms(module)
         self._label: Callable[[Any], Any] | None = None
         self._without_gradient: list[int] = []
-        self.repeatable = True  # whether two reads of an example are the same; preflight finds out
-        self.logistic = not self._loss_terms.need_projection  # whether the loss is softplus(−f), as far as is known
+        self.repeatable = True  # whether two reads of an example are equal; preflight finds out
+        self.logistic = not self._loss_terms.need_projection  # whether the loss is softplus(−f), as far as seen
 
     @property
     def size(self) -> int:
@@ -124,24 +115,24 @@ class FeaturizationLoop:
 
     @property
     def n_trainable(self) -> int:
-        """How many parameters are trained; where all are frozen, how many are attributed."""
+        """The number of trained parameters; if all are frozen, of attributed ones."""
         own = dict(self._module.named_parameters())
         trained = sum(value.numel() for value in own.values() if value.requires_grad)
         return trained or sum(own[name].numel() for name in self._parameters)
 
     def label_targets(self, load: Callable[[], Weights]) -> None:
-        """Let the module label targets, if it does, at the weights that are loaded, not those of a featurization."""
+        """Let the module label targets, if it can, with the weights that ``load`` returns."""
         label = own_method(self._module, "label_targets")
         if label is not None:
             self._label = partial(self._function(load()).call, label)
 
     def preflight(self, weights: Weights, digest: str = "", *, thorough: bool = False) -> None:
-        """Try a few examples, so that what cannot work fails now with its reason, and not after hours of training.
+        """Try a few examples, so that errors come now and not after hours of training.
 
         Args:
-            weights: of any checkpoint, to which the module may do what it likes.
-            digest: their digest, if they are going to be used.
-            thorough: whether to try more of the first batch, and to look at all of its outputs.
+            weights: of any checkpoint; the module may change them.
+            digest: their digest, if `run` will use them.
+            thorough: whether to try more examples, and to check all outputs of the first batch.
 
         Raises:
             ValueError: if outputs have the wrong shape, do not depend on the parameters, depend on the rest of the
@@ -158,12 +149,12 @@ class FeaturizationLoop:
             versions = versions_of(batch)
             outputs = self._try(function, batch, alone, len(rows))
             check_unchanged(self._module, batch, versions)
-            if self._examples != "train":
+            if not train:
                 return
             if self._loss_terms.need_projection:
                 losses = function.of(PER_SAMPLE_LOSS)
                 self._try(losses, batch, alone, len(rows))
-                if self._selector.gradients != "auto":  # of "auto", one of the engines can
+                if self._selector.gradients != "auto":  # with "auto", some engine can
                     Selector(self._selector.gradients).choose(losses, batch, len(rows))
             else:
                 self._check_loss(outputs, *self._loss_terms(function.call, batch, outputs), rows)
@@ -172,7 +163,7 @@ class FeaturizationLoop:
                 self._try_whole_batch(function, engine)
 
     def _try_whole_batch(self, function: ModelFunction, engine: Engine) -> None:
-        """Look at all outputs of the first batch, and check its gradients, as far as memory allows."""
+        """Check all outputs and gradients of the first batch, as far as memory allows."""
         rows = range(engine.batch_size or self._selector.batch_size(self._largest))
         with suppress(torch.OutOfMemoryError):
             batch = self._read_once(rows, seed=0)
@@ -183,12 +174,12 @@ class FeaturizationLoop:
                 self._selector.reject(engine, error)
 
     def _try(self, function: ModelFunction, batch: Any, alone: Sequence[int], size: int) -> Tensor:
-        """Evaluate a method on a batch and see whether it can be attributed; return what it gives.
+        """Evaluate a method on a batch, check that it can be attributed, and return its outputs.
 
         Args:
             function: the model at some weights.
             batch: the first examples.
-            alone: which of them must have the same output when they are alone.
+            alone: which of them must have the same output in a batch of their own.
             size: their number.
         """
         method = function.method
@@ -222,12 +213,12 @@ class FeaturizationLoop:
         Args:
             weights: the checkpoint's weights.
             digest: their digest.
-            rows: which examples; they are read in this order.
+            rows: which examples, read in this order.
             receive: takes (rows, features (r, k), Q (r,), w (r,)) batch by batch; Q and w are zero for targets.
             description: what the progress bar says.
 
         Returns:
-            How Q was found by projection; None where it was not.
+            The projection that gave Q; None if Q needed none.
         """
         rows = [int(row) for row in rows]
         projection = self._projection()
@@ -243,18 +234,18 @@ class FeaturizationLoop:
             prepare = partial(self._prepare, function, digest, key)
             self._selector.run(rows, self._largest, self._read, prepare, featurize, function)
         self._projector.forget()
-        self._warn_of_nothing()
+        self._warn_of_zero_gradients()
         return projection
 
-    def _warn_of_nothing(self) -> None:
-        """Tell of targets without a gradient: a mistake, unless it is that of a few parameters, before a dead unit."""
+    def _warn_of_zero_gradients(self) -> None:
+        """Warn of targets with a zero gradient; with only some parameters attributed, a dead unit may be the cause."""
         rows, self._without_gradient = self._without_gradient, []
         if rows:
             shown = ", ".join(map(str, rows[:_SHOWN])) + (", ..." if len(rows) > _SHOWN else "")
             what = (
                 f"The gradient of {type(self._module).__name__}.model_output is zero for {len(rows)} targets (rows"
-                f" {shown}), so all of their scores are. Is there nothing in them to attribute, as where an output_mask"
-                " or ignore_index leaves out everything? If so, mend or remove these targets."
+                f" {shown}), so all of their scores are zero too. If an output_mask or ignore_index leaves out all of"
+                " their parts, fix or remove these targets."
             )
             trained = {name for name, value in self._module.named_parameters() if value.requires_grad}
             tell = self._reports.warn if trained <= set(self._parameters) else self._reports.tell
@@ -262,11 +253,11 @@ class FeaturizationLoop:
 
     @property
     def _largest(self) -> int:
-        """How many examples at a time, at most."""
+        """The largest batch size."""
         return min(self._selector.given or loader_batch_size(self._loader), self.size)
 
     def _prepare(self, function: ModelFunction, digest: str, key: int, tried: Any = None) -> Engine:
-        """Return the engine for a checkpoint; ``tried`` are the first examples, if they are read already."""
+        """Return the engine for a checkpoint; ``tried`` are the first examples, if already read."""
 
         def trial() -> Trial:
             size = min(_FEW, self.size)
@@ -292,7 +283,7 @@ class FeaturizationLoop:
         return LossProjection(self._selector.gradients, read)
 
     def report(self, projection: LossProjection) -> None:
-        """Say of the first checkpoint how Q was found by projection; and warn once of what is doubtful of any."""
+        """Report how Q was found by projection, at the first checkpoint; warn once of each kind of doubt."""
         self._reports.tell(f"{projection}.", about="projection")
         for kind, doubt in projection.doubts().items():
             self._reports.warn(doubt, about=kind)
@@ -318,7 +309,7 @@ class FeaturizationLoop:
         return result.features.cpu().numpy(), loss_grad.float().cpu().numpy(), curvature.float().cpu().numpy()
 
     def _check_loss(self, outputs: Tensor, loss_grad: Tensor, curvature: Tensor, rows: Sequence[int]) -> None:
-        """Check Q and w, and note whether they are those of the logistic loss, on which the estimator depends."""
+        """Check Q and w, and note whether they are those of the logistic loss, which the estimator must know."""
         check_finite("out_to_loss_grad", loss_grad, self._examples, rows)
         check_finite("out_to_loss_curvature", curvature, self._examples, rows)
         self.logistic &= is_logistic(outputs.to(loss_grad.device), loss_grad, curvature)
@@ -349,7 +340,7 @@ class FeaturizationLoop:
         if not same:
             self._reports.warn(
                 f"Two reads of the same {self._examples} examples differ: the dataset, its collate function or a"
-                " batch-transfer hook augments at random, so features are those of one random draw."
+                " batch-transfer hook augments at random. Features are those of one random draw."
                 f" {_WITHOUT_AUGMENTATION[self._examples]}",
                 about=f"reads of {self._examples} examples",
             )

@@ -1,11 +1,11 @@
-"""Which of the two Lightnings a Trainer, module or datamodule is of: ``lightning.pytorch`` or ``pytorch_lightning``.
+"""The two packages of Lightning, ``lightning.pytorch`` and ``pytorch_lightning``.
 
-They are one source released under two names, each with classes of its own, and ``isinstance`` keeps them apart. What
-depends on which it is stands here. No other module imports Lightning, and this one never imports ``pytorch_lightning``:
-whoever has an object of it has imported it.
+They have one source but different classes, which ``isinstance`` tells apart. All that depends on the package is in this
+file, and no other file imports Lightning. This one never imports ``pytorch_lightning``: a program that has an object of
+it has imported it.
 
-Shared by both, since they come from ``lightning_utilities`` or act on global state, are the ``rank_zero`` functions and
-the seeds. A `CheckpointIO` is called, never asked for its class, so that of ``lightning.pytorch`` serves both.
+The ``rank_zero`` functions and the seeds work for both: they come from ``lightning_utilities`` or act on global state.
+A `CheckpointIO` is called, never asked for its class, so that of ``lightning.pytorch`` works for both.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     Trainer: TypeAlias = pl.Trainer | pytorch_lightning.Trainer
     LightningModule: TypeAlias = pl.LightningModule | pytorch_lightning.LightningModule
     LightningDataModule: TypeAlias = pl.LightningDataModule | pytorch_lightning.LightningDataModule
-else:  # whoever reads annotations at run time, a command line for example, finds what both are
+else:  # a command line, for example, reads annotations at run time
     Trainer = LightningModule = LightningDataModule = Any
 
 _METHODS = ("attribute", "attribute_self")
@@ -58,13 +58,13 @@ __all__ = [
 class Callback(pl.Callback):
     """A callback of both packages: `extend_loaded` adds the ``Callback`` of the second to its bases.
 
-    Either Trainer calls hooks whatever their object is, but takes a callback outside a list, or from a command line,
-    only if it is of its own package.
+    A Trainer calls the hooks of any object. But a callback outside a list, or from a command line, must be of the
+    Trainer's package.
     """
 
 
 class Framework:
-    """One of the two packages: those of its classes that matter here.
+    """One of the two packages: its classes that are used here.
 
     Args:
         package: ``lightning.pytorch`` or ``pytorch_lightning``, imported.
@@ -96,7 +96,7 @@ class Framework:
         return getattr(import_module(f"{self.name}.{module}"), name)
 
     def check_kind(self, argument: str, value: Any, kind: str) -> None:
-        """See that an argument is of a class of this package.
+        """Check that an argument is of a class of this package.
 
         Args:
             argument: what to call it in the error.
@@ -104,21 +104,21 @@ class Framework:
             kind: ``"LightningModule"`` or ``"LightningDataModule"``.
 
         Raises:
-            TypeError: if it is of another package, or something else.
+            TypeError: if it is not.
         """
         if isinstance(value, getattr(self, kind)):
             return
         got, remedy = _class_name(value), f"Derive it from {self.name}.{kind}."
         for other in _loaded():
             if isinstance(value, getattr(other, kind)):
-                got, remedy = f"{got}, a {other.name}.{kind}", f"Use {self.name} or {other.name} for all of a program."
+                got, remedy = f"{got}, a {other.name}.{kind}", f"Use {self.name} or {other.name}, not both."
         raise TypeError(
             f"{argument} must be a {self.name}.{kind}, as the Trainer is of {self.name}, got {got}. {remedy}"
         )
 
 
 def _loaded() -> list[Framework]:
-    """Return the packages that are imported; where a program has made the second an alias of the first, that one."""
+    """Return the imported packages; only the first, if a program made the second its alias."""
     other = sys.modules.get("pytorch_lightning")
     packages = dict.fromkeys([pl, other] if hasattr(other, "Trainer") else [pl])
     return [_framework(package) for package in packages]
@@ -130,7 +130,7 @@ def _framework(package: Any) -> Framework:
 
 
 def framework_of(trainer: Any) -> Framework:
-    """Return the package that a Trainer is of.
+    """Return the package of a Trainer.
 
     Raises:
         TypeError: if it is no Trainer.
@@ -153,12 +153,12 @@ def is_datamodule(value: Any) -> bool:
 
 
 def is_finetuning(callback: Any) -> bool:
-    """Tell whether a callback is one that unfreezes parameters, of either package."""
+    """Tell whether a callback, of either package, unfreezes parameters."""
     return any(isinstance(callback, framework.BaseFinetuning) for framework in _loaded())
 
 
 def is_overridden(hook: str, owner: Any) -> bool:
-    """Tell whether a module or datamodule has a hook of its own, not merely Lightning's default.
+    """Tell whether a module or datamodule defines a hook itself, beyond Lightning's default.
 
     >>> class Module(pl.LightningModule):
     ...     def train_dataloader(self):
@@ -174,16 +174,16 @@ def is_overridden(hook: str, owner: Any) -> bool:
 
 
 def register(attribute: Callable[..., Any], attribute_self: Callable[..., Any]) -> None:
-    """Make two functions of a Trainer its methods."""
+    """Make the two functions methods of ``Trainer``."""
     for name, method in zip(_METHODS, (attribute, attribute_self), strict=True):
         setattr(pl.Trainer, name, method)
     extend_loaded()
 
 
 def extend_loaded() -> None:
-    """Let the packages that are imported by now know `Callback`, and have the methods of `register`.
+    """Derive `Callback` from the imported packages' ``Callback``, and give their Trainers the methods of `register`.
 
-    ``pytorch_lightning`` may be imported later than this package, so every callback calls this again.
+    ``pytorch_lightning`` may be imported after this package, so every callback calls this again.
     """
     frameworks = _loaded()
     bases = tuple(framework.Callback for framework in frameworks)
@@ -199,12 +199,12 @@ def _class_name(value: Any) -> str:
 
 
 def check_supported(trainer: Trainer, module: Any) -> None:
-    """Raise unless trainer and module are of a kind that can be featurized."""
+    """Raise MisconfigurationException unless trainer and module can be featurized."""
     framework = framework_of(trainer)
     if not callable(getattr(module, "model_output", None)):
         raise framework.MisconfigurationException(
             f"{type(module).__name__} does not define model_output(self, batch), the number to attribute for every"
-            " example of a batch. Mix ClassificationMixin or RegressionMixin into it, or define it with TRAKMixin."
+            " example of a batch. Mix in ClassificationMixin or RegressionMixin, or define it with TRAKMixin."
         )
     supported = (framework.SingleDeviceStrategy, framework.DDPStrategy)
     if trainer.world_size > 1 or not isinstance(trainer.strategy, supported):

@@ -1,4 +1,4 @@
-"""What is to be attributed: a store is opened, checkpoints are chosen, and the train set is featurized at them."""
+"""The job before scoring: open the store, choose checkpoints, and featurize the train set at them."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ CkptPath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 
 @dataclass(frozen=True)
 class Job:
-    """What is attributed: checkpoints of a store that are featurized, and how.
+    """Featurized checkpoints of a store, and what is needed to attribute targets with them.
 
     Attributes:
         trainer: supplies device and progress bar.
         model: the model.
-        store: has the train features.
+        store: holds the train features.
         plan: how targets are featurized.
         entries: the checkpoints to average over.
         loaders: find the targets.
@@ -84,7 +84,7 @@ class Job:
 def featurized(
     trainer: Trainer, model: Any, dataloaders: Any, datamodule: LightningDataModule | None, ckpt_path: CkptPath
 ) -> Iterator[Job]:
-    """Open the store, and featurize the train set wherever that is still to be done."""
+    """Open the store, and featurize the train set at checkpoints without features."""
     callback = find_callback(trainer)
     model, dataloaders, datamodule = _sorted_out(model, dataloaders, datamodule)
     model = _model(trainer, model)
@@ -107,12 +107,12 @@ def featurized(
 
 
 def _sorted_out(model: Any, dataloaders: Any, datamodule: Any) -> tuple[Any, Any, Any]:
-    """Return model, dataloaders and datamodule; a datamodule may be in the place of either of the others."""
+    """Return model, dataloaders and datamodule; a datamodule may be passed as either of the others."""
     if isinstance(model, DataLoader):
-        raise TypeError("A DataLoader is in the place of the model. Pass targets with dataloaders=....")
+        raise TypeError("model must be a LightningModule, got a DataLoader. Pass targets with dataloaders=... instead.")
     datamodules = [value for value in (model, dataloaders, datamodule) if is_datamodule(value)]
     if len(datamodules) > 1:
-        raise TypeError("Several datamodules were passed, not all as datamodule=.... Pass datamodule=... alone.")
+        raise TypeError("Several datamodules were passed, expected one. Pass it with datamodule=... alone.")
     model, dataloaders = (None if is_datamodule(value) else value for value in (model, dataloaders))
     return model, dataloaders, datamodules[0] if datamodules else datamodule
 
@@ -127,7 +127,7 @@ def _model(trainer: Trainer, model: Any) -> Any:
 
 
 def _build(model: LightningModule, datamodule: LightningDataModule | None, store: Path, ckpt_path: CkptPath) -> None:
-    """Make the layers of a model that has never been fitted, if it makes them in its hooks; in Lightning's order."""
+    """Let a model that was never fitted build layers in its hooks, which are called in Lightning's order."""
     model.configure_model()
     names = _names_of_weights(store, ckpt_path)
     if names is None or names <= set(model.state_dict()):
@@ -140,7 +140,7 @@ def _build(model: LightningModule, datamodule: LightningDataModule | None, store
 
 
 def _names_of_weights(store: Path, ckpt_path: CkptPath) -> set[str] | None:
-    """Return the names of some checkpoint's weights, None if there is none yet."""
+    """Return the names of one checkpoint's weights; None if there is no checkpoint yet."""
     paths = [ckpt_path] if isinstance(ckpt_path, (str, os.PathLike)) else list(ckpt_path or [])
     given = [path for path in paths if path not in ("best", "last")]
     path = next(iter([*given, *store.glob("checkpoints/*/weights.pt")]), None)
@@ -150,7 +150,7 @@ def _names_of_weights(store: Path, ckpt_path: CkptPath) -> set[str] | None:
 def _open_store(
     trainer: Trainer, model: LightningModule, callback: TRAKCallback, data: Loaders, *, create: bool
 ) -> tuple[FeatureStore, Plan]:
-    """Open the store, or make it if checkpoints are brought along; see that it is of this model."""
+    """Open the store, or create it for given checkpoint files; check that it is of this model and data."""
     path = callback.store_path(trainer)
     if not (path / "manifest.json").exists() and create:
         plan = Plan(callback.settings, callback.reports, model)
@@ -164,13 +164,13 @@ def _open_store(
     plan = Plan(callback.settings, callback.reports, model, store.manifest)
     store.check(plan.identity)
     loader = data.train_if_defined()
-    if loader is not None:  # even where nothing is to be featurized: rows of another data set would mislead
+    if loader is not None:  # also without anything to featurize: rows must be of this data set
         store.check(plan.manifest(loader))
     return store, plan
 
 
 def _select(trainer: Trainer, store: FeatureStore, ckpt_path: CkptPath) -> list[str]:
-    """Return the digests of the checkpoints to average over; files brought along are put into the store."""
+    """Return the digests of the checkpoints to average over; put given files into the store."""
     if ckpt_path is None or ckpt_path == "last":
         if not store.digests:
             raise framework_of(trainer).MisconfigurationException(
@@ -190,7 +190,7 @@ def _select(trainer: Trainer, store: FeatureStore, ckpt_path: CkptPath) -> list[
         ckpt_path = best
     paths = [ckpt_path] if isinstance(ckpt_path, (str, os.PathLike)) else list(ckpt_path)
     if not paths:
-        raise ValueError("ckpt_path is an empty list; pass at least one checkpoint file, or None for all in the store.")
+        raise ValueError("ckpt_path is an empty list. Pass at least one checkpoint file, or None for all in the store.")
     digests = []
     for path in paths:
         checkpoint = read_checkpoint(path)
@@ -207,7 +207,7 @@ def _select(trainer: Trainer, store: FeatureStore, ckpt_path: CkptPath) -> list[
 def _featurize_missing(
     trainer: Trainer, model: LightningModule, store: FeatureStore, plan: Plan, data: Loaders, digests: list[str]
 ) -> None:
-    """Featurize the train set where that is still to be done, after a look whether what is done still holds."""
+    """Check a few stored features, then featurize the train set at checkpoints without features."""
     missing = [digest for digest in digests if not store[digest].complete]
     complete = [digest for digest in digests if digest not in missing]
     begun = [digest for digest in missing if len(store[digest].written_rows())]

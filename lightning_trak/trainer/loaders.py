@@ -1,4 +1,4 @@
-"""The one place that finds train set and targets."""
+"""Finds the loaders of train set and targets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_trak.trainer.framework import (
 
 
 class Loaders:
-    """Finds the loaders of targets and train set, each only when it is needed."""
+    """Finds the loaders of targets and train set, each when it is needed."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Loaders:
         )
 
     def train_if_defined(self) -> DataLoader[Any] | None:
-        """Return the loader of the train set, that of the last ``fit`` where it is known; None if there is none."""
+        """Return the loader of the train set, that of the last ``fit`` if known; None if there is none."""
         for hook in ("featurize_dataloader", "train_dataloader"):
             for owner in self._owners:
                 if self._train is None and is_overridden(hook, owner):
@@ -76,7 +76,7 @@ class Loaders:
         )
 
     def _request(self, owner: Any, hook: str, stage: str) -> Any:
-        """Call a loader hook of a datamodule or module, prepared and set up as Lightning does for that stage."""
+        """Call a loader hook of a datamodule or module, after preparing and setting it up as Lightning does."""
         if not any(prepared == id(owner) for prepared, _ in self._prepared):
             owner.prepare_data()
         if (id(owner), stage) not in self._prepared:
@@ -86,13 +86,13 @@ class Loaders:
 
 
 TRAIN_REMEDY = (
-    "If training needs it as it is, define featurize_dataloader() in the LightningDataModule or LightningModule:"
+    "If training needs this loader, define featurize_dataloader() in the LightningDataModule or LightningModule:"
     " attribution reads the train set from there."
 )
 
 
 def train_loader_of_fit(trainer: Trainer, module: LightningModule) -> DataLoader[Any]:
-    """Return the loader of the train set while ``fit`` runs: ``featurize_dataloader``, else that of training."""
+    """Return the loader of the train set during ``fit``: ``featurize_dataloader()``, or else that of training."""
     for owner in (trainer.datamodule, module):
         hook: Any = getattr(owner, "featurize_dataloader", None)
         if hook is not None:
@@ -106,11 +106,11 @@ def train_loader_of_fit(trainer: Trainer, module: LightningModule) -> DataLoader
 
 
 def check_limit(trainer: Trainer, name: str, loader: DataLoader[Any]) -> None:
-    """Raise if ``limit_*_batches``, the setting of that name, leaves some examples of ``loader`` out."""
+    """Raise if the Trainer's setting ``name``, a ``limit_*_batches``, leaves out examples of ``loader``."""
     limit = getattr(trainer, name)
     if limit < 1.0 if isinstance(limit, float) else limit < len(loader):
         raise framework_of(trainer).MisconfigurationException(
             f"Trainer({name}={limit}) leaves examples out, while attribution covers all {len(loader)} batches. Remove"
             " the limit (overfit_batches sets one too), or give the loader a torch.utils.data.Subset of the examples"
-            " that count."
+            " to attribute."
         )

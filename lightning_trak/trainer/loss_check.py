@@ -1,4 +1,4 @@
-"""Is what is trained on what scores are about? A few batches tell, in training and in evaluation mode."""
+"""Checks on two batches that scores are about the loss that training minimises, in both modes of the module."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from lightning_trak.tasks.loss_terms import LossTerms
 from lightning_trak.trainer.attachment import undisturbed
 from lightning_trak.trainer.framework import LightningModule, Trainer, rank_zero_warn
 
-_CHECKS = 2  # at initialisation, labels hardly change the loss; after an epoch they do
-_TOLERANCE = 0.1  # Dropout may draw otherwise
-_DRAWS = 4  # evaluations that tell how far chance alone takes the loss
+_CHECKS = 2  # again in epoch 2: at initialisation, labels hardly change the loss
+_TOLERANCE = 0.1  # relative; Dropout may draw other numbers
+_DRAWS = 4  # evaluations that show how much the loss varies by chance
 _CLASSES = 20  # of modules that are tried one by one, at most
 
-# What is meant to differ between the modes, by chance or by the statistics of the batch.
+# These are meant to differ between the modes: by chance, or by batch statistics.
 _KNOWN = (_DropoutNd, _NormBase, nn.RReLU, nn.RNNBase, nn.MultiheadAttention)
 
 
@@ -38,8 +38,8 @@ class Modes(NamedTuple):
     Attributes:
         training: in training mode.
         evaluation: in evaluation mode.
-        spread: largest minus smallest of several evaluations in training mode; 0 where nothing is drawn.
-        classes: of modules that behave differently in the two modes.
+        spread: largest minus smallest of several evaluations in training mode; 0 if nothing is random.
+        classes: the classes of modules that behave differently in the two modes.
     """
 
     training: float
@@ -54,11 +54,11 @@ class Modes(NamedTuple):
 
 
 class LossCheck:
-    """Compares the losses of the first batch of the first two epochs, and warns of each difference once.
+    """Compares losses of the first batch of the first two epochs, and warns of each kind of difference once.
 
-    Compared are the loss that ``training_step`` returns, and that of the module's own ``model_output`` and
-    ``output_to_loss``: in the mode, the precision and the random state of training, so that Dropout draws the same; and
-    in evaluation mode, in which features are computed. The module works on copies of its weights and of the batch.
+    The loss that ``training_step`` returns is compared with that of ``model_output`` and ``output_to_loss``. The second
+    is computed with training's mode, precision and random state, so that Dropout draws the same numbers. It is computed
+    in evaluation mode too, as features are. The module gets copies of its weights and of the batch.
     """
 
     def __init__(self) -> None:
@@ -70,14 +70,14 @@ class LossCheck:
         self._versions: list[int | None] = []
 
     def before_step(self, trainer: Trainer, module: LightningModule, batch: Any, train_loader: DataLoader[Any]) -> None:
-        """Note the batch and its loss, just before ``training_step`` gets it; to be called once an epoch."""
+        """Note the batch and its loss, just before ``training_step``; called once an epoch."""
         if not self._left:
             return
         self._left -= 1
         try:
             self._batch = copy.deepcopy(batch)
             self._expected, modes = _losses(trainer, module, self._batch, train_loader)
-        except Exception as error:  # features are of the examples alone: it is no reason not to train
+        except Exception as error:  # features do not depend on it, so training goes on
             if isinstance(error, ModuleChanged) and not error.restored:
                 raise
             self._warn(
@@ -91,12 +91,12 @@ class LossCheck:
             self._warn("modes", _other_mode(module, modes))
 
     def watch(self, batch: Any) -> None:
-        """Note which tensors a batch has, and their versions, before anything else sees it; at every step."""
+        """Note a batch's tensors and their versions, at every step, before anything else sees the batch."""
         self._tensors = tensors_of(batch)
         self._versions = versions_of(batch)
 
     def after_step(self, trainer: Trainer, module: LightningModule, batch: Any, outputs: Any) -> None:
-        """Compare with what ``training_step`` returned, and with the batch that it left."""
+        """Compare with the loss that ``training_step`` returned, and with the batch as it is now."""
         (seen, expected), self._batch, self._expected = (self._batch, self._expected), None, None
         if self._has_other_tensors(batch):
             self._warn("batch", _other_batch(module))
@@ -110,7 +110,7 @@ class LossCheck:
                 self._warn("loss", _other_loss(module, trained, expected))
 
     def _has_other_tensors(self, batch: Any) -> bool:
-        """Say whether a batch has other tensors than `watch` noted, or the same with other values."""
+        """Tell whether a batch has other tensors than `watch` noted, or other values in them."""
         before, versions, after = self._tensors, self._versions, tensors_of(batch)
         self._tensors, self._versions = [], []
         same = len(before) == len(after) and all(one is other for one, other in zip(before, after, strict=True))
@@ -125,7 +125,7 @@ class LossCheck:
 def _losses(
     trainer: Trainer, module: LightningModule, batch: Any, train_loader: DataLoader[Any]
 ) -> tuple[float | None, Modes | None]:
-    """Return the loss of a batch as training has it, and in both modes; None where the module tells no loss."""
+    """Return the loss of a batch as in training, and in both modes; None if the module defines no loss."""
     modes = {part: part.training for part in module.modules()}
     names = [name for name, _ in module.named_parameters()]
     terms = LossTerms(module)
@@ -144,7 +144,7 @@ def _losses(
 
 
 def _in_both_modes(module: nn.Module, loss: Callable[[], float]) -> Modes:
-    """Return the loss in both modes, and the classes that make the difference if there is one."""
+    """Return the loss in both modes, and the classes that cause a difference."""
     parts = [part for part in module.modules() if part.training]
     others = [part for part in parts if not isinstance(part, _KNOWN)]
     with _evaluating(parts):
@@ -165,7 +165,7 @@ def _in_both_modes(module: nn.Module, loss: Callable[[], float]) -> Modes:
 
 @contextmanager
 def _evaluating(parts: list[nn.Module]) -> Iterator[None]:
-    """Set some modules, each by itself, to evaluation mode, and back to training mode."""
+    """Set these modules, without their children, to evaluation mode, and back to training mode."""
     for part in parts:
         part.training = False
     try:
@@ -180,17 +180,17 @@ def _differ(one: float, other: float, chance: float = 0.0) -> bool:
 
 
 def _same_batch(one: Any, other: Any) -> bool:
-    """Tell whether a batch has the tensors it had; of another number of them it has not."""
+    """Tell whether two batches have equally many tensors, with equal values."""
     return len(tensors_of(one)) == len(tensors_of(other)) and same_tensors(one, other)
 
 
 def _other_loss(module: Any, trained: float, expected: float) -> str:
     return (
-        f"On the first batch {type(module).__name__}.training_step returned a loss of {trained:.4g}, while"
-        f" output_to_loss(model_output(batch), batch), or per_sample_loss(batch), is {expected:.4g} on average, both in"
-        " training mode. Scores are about the second: define it as what training minimises, an average over the batch"
-        " (see reduce_losses for others). If training_step adds something that is no loss of an example, or augments"
-        " the batch, ignore this."
+        f"On the first batch {type(module).__name__}.training_step returned a loss of {trained:.4g}, but"
+        f" output_to_loss(model_output(batch), batch), or per_sample_loss(batch), is {expected:.4g} on average. Both"
+        " are in training mode. Scores are about the second, so define it as the loss that training minimises. If that"
+        " is not a mean over the batch, define reduce_losses too. Ignore this if training_step augments the batch, or"
+        " adds something that is no loss of an example."
     )
 
 
@@ -198,10 +198,10 @@ def _other_mode(module: Any, modes: Modes) -> str:
     which = " and ".join(modes.classes) or f"{type(module).__name__} or a part of it"
     return (
         f"In evaluation mode the loss of {type(module).__name__}'s own methods on the first batch is"
-        f" {modes.evaluation:.4g}, in training mode {modes.training:.4g}, Dropout and batch statistics off in both:"
+        f" {modes.evaluation:.4g}, in training mode {modes.training:.4g}, without Dropout and batch statistics."
         f" {which} computes something else in evaluation mode. Features are computed in evaluation mode, so scores are"
-        " about another loss than the one that training minimises. Let model_output return what training sees, e.g."
-        " undo there how predictions are scaled."
+        " about a loss that training does not minimise. Let model_output return what training sees, e.g. undo the"
+        " scaling of predictions there."
     )
 
 
@@ -209,6 +209,6 @@ def _other_batch(module: Any) -> str:
     return (
         "A batch was changed between the loader and the end of training_step, by on_train_batch_start of a"
         f" callback or of {type(module).__name__}, or in training_step itself. Features are those of the unchanged"
-        " examples. If that is augmentation, ignore this; else do it in the dataset, the collate function or"
-        " on_after_batch_transfer, which featurization passes through too."
+        " examples. If the change is augmentation, ignore this. Otherwise make it in the dataset, the collate function"
+        " or on_after_batch_transfer, which featurization uses too."
     )

@@ -1,4 +1,4 @@
-"""What is computed, settled for one model."""
+"""The attributed parameters and their projection, fixed for one model."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import is_finetuning, rank_zero_warn
 from lightning_trak.trainer.reports import Reports
 
-PROJ_DIM, SEED = 2048, 0  # the callback's defaults, which give way to those of a store
+PROJ_DIM, SEED = 2048, 0  # the callback's defaults; a store that exists replaces them by its own
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `TRAKCallback` calls by the same names."""
+    """The arguments of `TRAKCallback` with these names."""
 
     proj_dim: int
     projector: str | Projector
@@ -46,14 +46,14 @@ def parameters_to_be(settings: Settings, trainer: Any, module: Any) -> str | Non
 
 
 class Plan:
-    """What is computed: the attributed parameters and their projection, settled for one model.
+    """The attributed parameters and their projection, fixed for one model.
 
     Args:
         settings: what the user asked for.
-        reports: takes what the user is told.
+        reports: takes messages to the user.
         module: the model.
         manifest: of an existing store; settings that the user left at their defaults are taken from it.
-        parameters: which to attribute, by name or pattern, where the settings do not say.
+        parameters: which to attribute, by name or pattern, if the settings name none.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Plan:
             seed = stored["seed"] if seed == SEED else seed
         own = dict(module.named_parameters())
         self.parameters = select_parameters(module, parameters)
-        if manifest is not None:  # a parameter's place in P is its place in the store, wherever the model declares it
+        if manifest is not None:  # projections depend on the order of parameters: keep the store's
             places = {name: place for place, name in enumerate(manifest["parameters"])}
             self.parameters.sort(key=lambda name: places.get(name, len(places)))
         self.shapes = {name: list(own[name].shape) for name in self.parameters}
@@ -88,7 +88,7 @@ class Plan:
 
     @property
     def proj_dim(self) -> int:
-        """k, as it comes out."""
+        """k, the number of features."""
         return self.projector.dimension(self.n_params)
 
     @property
@@ -110,7 +110,7 @@ class Plan:
         find_train_loader: Callable[[], DataLoader[Any]],
         examples: str,
     ) -> FeaturizationLoop:
-        """Return the loop that computes it of the examples of a loader; see `FeaturizationLoop`."""
+        """Return the loop that featurizes the examples of a loader; see `FeaturizationLoop`."""
         return FeaturizationLoop(
             trainer,
             module,

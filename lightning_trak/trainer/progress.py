@@ -1,4 +1,4 @@
-"""Progress bars, where the user's trainer shows any."""
+"""Progress bars, if the user's trainer shows any."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 @contextmanager
 def progress(trainer: Any, description: str, total: int) -> Iterator[Callable[[int], object]]:
-    """Show a progress bar if the trainer shows any; yields the function that moves it on."""
+    """Show a progress bar if the trainer shows any; yield the function that advances it."""
     callback = trainer.progress_bar_callback
     hidden = callback is None or getattr(callback, "is_disabled", False)
     rich = getattr(callback, "progress", None)
-    if not hidden and rich is not None and rich.live.is_started:  # beside its live display nothing else may print
+    if not hidden and rich is not None and rich.live.is_started:  # nothing else may print beside its live display
         task = rich.add_task(description, total=total)
         try:
             yield lambda n: rich.update(task, advance=n)

@@ -1,30 +1,27 @@
-"""What the user is told, each thing once."""
+"""Messages to the user, each once."""
 
 from __future__ import annotations
 
-from lightning_trak.trainer.framework import (
-    rank_zero_info,
-    rank_zero_warn,
-)
+from lightning_trak.trainer.framework import rank_zero_info, rank_zero_warn
 
 
 class Reports:
-    """What the user is told while a model is trained and attributed: each thing once, in one line."""
+    """Prints messages during training and attribution, each once."""
 
     def __init__(self) -> None:
         self._told: set[str] = set()
 
     def tell(self, what: str, about: str | None = None) -> None:
-        """Tell something; if it is ``about`` a thing that something was told about, do not."""
+        """Print a message in one line, unless an earlier one was ``about`` the same."""
         if self._is_new(about):
             rank_zero_info(f"TRAKCallback: {' '.join(what.split())}")
 
     def tell_once(self, what: str) -> None:
-        """Tell something, unless just that was told."""
+        """Print a message, unless the same was printed."""
         self.tell(what, about=what)
 
     def warn(self, what: str, about: str) -> None:
-        """Warn of something, once."""
+        """Warn, unless an earlier message was ``about`` the same."""
         if self._is_new(about):
             rank_zero_warn(what)
 
