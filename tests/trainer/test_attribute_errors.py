@@ -311,8 +311,8 @@ class LooksAhead(Classifier):
     """Each example depends on the next; of the last nothing is to be seen."""
 
     def model_output(self, batch):
-        x, y = batch
-        return super().model_output((x + torch.cat([x[1:], x[-1:]]), y))
+        x = batch[0].sum(1)
+        return super().model_output(batch) + torch.cat([x[1:], x[-1:]])
 
 
 def test_outputs_that_depend_on_the_next_example_are_refused_without_fit(tmp_path, run):
