@@ -15,7 +15,7 @@ from lightning_trak.influence.train_features import CPU, TrainFeatures
 from lightning_trak.precision import full_precision
 
 SUMS_VERSION = 1  # count it up when the same features come to other sums, or to another damping of cross-validation
-_PANEL = 512  # columns of H per product
+_PANEL = 512
 
 
 @dataclass
@@ -65,7 +65,7 @@ class GaussNewton:
 
 
 def accumulate(
-    train: TrainFeatures, *, curvature: bool, sample_size: int = 0, device: torch.device = CPU
+    train: TrainFeatures, *, curvature: bool, sample_size: int = 0, device: torch.device = CPU, panel: int = _PANEL
 ) -> tuple[GaussNewton, tuple[Tensor, ...]]:
     """Accumulate H over the train set, which is read once.
 
@@ -77,6 +77,7 @@ def accumulate(
         curvature: whether to weight by w.
         sample_size: how many rows to return, drawn at random, always the same ones.
         device: where to multiply.
+        panel: columns of H per product.
 
     Returns:
         The sums; and Φ, Q and w of the drawn rows.
@@ -99,7 +100,7 @@ def accumulate(
     for rows, features, loss_grad, w in train.blocks(device=device):
         if curvature:
             _check_not_negative(w)
-        _add_products_(matrix, features, w if curvature else None)
+        _add_products_(matrix, features, w if curvature else None, panel)
         norms = features.square().sum(1)
         with full_precision():
             weighted += (norms @ w).item()
@@ -107,8 +108,8 @@ def accumulate(
             gradient += loss_grad @ features
         here = (chosen[(chosen >= rows.start) & (chosen < rows.stop)] - rows.start).to(device)
         sampled.append([array[here] for array in (features, loss_grad, w)])
-    for first in range(0, k, _PANEL):
-        last = first + _PANEL
+    for first in range(0, k, panel):
+        last = first + panel
         own = matrix[first:last, first:last]
         own.copy_(own.triu() + own.triu(1).T)  # a panel times itself is symmetric, up to rounding
         matrix[last:, first:last] = matrix[first:last, last:].T
@@ -116,12 +117,12 @@ def accumulate(
     return GaussNewton(matrix, gradient, squares, weighted / k, n), sample
 
 
-def _add_products_(matrix: Tensor, features: Tensor, weights: Tensor | None) -> None:
+def _add_products_(matrix: Tensor, features: Tensor, weights: Tensor | None, panel: int) -> None:
     """Add Φᵀ diag(w) Φ of a block of rows, on and above the diagonal."""
     weighted = features if weights is None else features * weights[:, None]
     with full_precision():
-        for first in range(0, len(matrix), _PANEL):
-            last = first + _PANEL
+        for first in range(0, len(matrix), panel):
+            last = first + panel
             matrix[first:last, first:] += weighted[:, first:last].T @ features[:, first:]
 
 

@@ -6,7 +6,6 @@ import itertools
 import operator
 import warnings
 from dataclasses import replace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -63,13 +62,18 @@ class Cut:
         yield from (self.array[first:last] for first, last in itertools.pairwise(self.edges) if first < last)
 
 
+def in_blocks(train, size):
+    """The same train set, read in blocks of ``size`` rows."""
+    edges = [*range(0, len(train.features), size), len(train.features)]
+    return replace(train, features=Cut(train.features, edges))
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 6), st.sampled_from([1, 2, 4, 512]), st.booleans(), st.data())
 def test_sums_against_numpy_for_any_cut(n, k, panel, weighted, data):
     train = random_train(n, k)
     edges = [0, *sorted(data.draw(st.lists(st.integers(0, n), max_size=3))), n]
-    with mock.patch("lightning_trak.influence.gauss_newton._PANEL", panel):
-        sums, _ = accumulate(replace(train, features=Cut(train.features, edges)), curvature=weighted)
+    sums, _ = accumulate(replace(train, features=Cut(train.features, edges)), curvature=weighted, panel=panel)
     phi, q, w = (np.float64(array) for array in (train.features, train.loss_grad, train.curvature))
     np.testing.assert_allclose(
         sums.matrix.numpy(), phi.T @ ((w[:, None] if weighted else 1) * phi), rtol=1e-5, atol=1e-5
@@ -126,19 +130,19 @@ def test_kernels_that_cannot_be_solved():
 @pytest.mark.parametrize("block", [4, 4096])
 @pytest.mark.parametrize("checkpoints", [1, 3])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
-def test_scores_against_numpy_loops(monkeypatch, curvature, block, checkpoints, device):
-    monkeypatch.setattr("lightning_trak.influence.train_features._BLOCK_ROWS", block)
+def test_scores_against_numpy_loops(curvature, block, checkpoints, device):
     trains = [random_train(23, 5, seed) for seed in range(checkpoints)]
+    whole, trains = trains, [in_blocks(train, block) for train in trains]
     targets = [np.random.default_rng(9 + seed).normal(size=(6, 5)) for seed in range(checkpoints)]
     estimator = Estimator(trains, Options(damping=0.2, curvature=curvature), torch.device(device))
     pairs = zip(trains, targets, strict=True)
     solved = [estimator.solve(train, torch.tensor(phi, dtype=torch.float32)) for train, phi in pairs]
     calls = []
     got = estimator.scores(solved, lambda: calls.append(1))
-    expected = scores_reference(trains, targets, 0.2, curvature)
+    expected = scores_reference(whole, targets, 0.2, curvature)
     np.testing.assert_allclose(got.mean.numpy(), expected, rtol=1e-4, atol=1e-6)
-    check_spread(got.spread, trains, targets, curvature)
-    assert len(calls) == n_blocks(23, 6) == -(-23 // block)
+    check_spread(got.spread, whole, targets, curvature)
+    assert len(calls) == -(-23 // block)
     extremes = estimator.extremes(solved, 7)
     for ranked, largest in ((extremes.top, True), (extremes.bottom, False)):
         values, indices = torch.tensor(expected).topk(7, dim=0, largest=largest)
@@ -149,11 +153,10 @@ def test_scores_against_numpy_loops(monkeypatch, curvature, block, checkpoints, 
 @pytest.mark.parametrize("curvature", [True, False])
 @pytest.mark.parametrize("block", [4, 4096])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
-def test_self_influence_is_q_times_the_diagonal(monkeypatch, curvature, block, device):
-    monkeypatch.setattr("lightning_trak.influence.train_features._BLOCK_ROWS", block)
+def test_self_influence_is_q_times_the_diagonal(curvature, block, device):
     train = random_train(23, 5, 1)
-    estimator = Estimator([train], Options(damping=0.2, curvature=curvature), torch.device(device))
-    got = estimator.self_influence(train)
+    estimator = Estimator([in_blocks(train, block)], Options(damping=0.2, curvature=curvature), torch.device(device))
+    got = estimator.self_influence(in_blocks(train, block))
     expected = scores_reference([train], [np.asarray(train.features, dtype=np.float64)], 0.2, curvature)
     np.testing.assert_allclose(got.numpy(), np.diag(expected) * np.asarray(train.loss_grad), rtol=1e-4, atol=1e-6)
     flipped = replace(train, features=-np.asarray(train.features), loss_grad=-np.asarray(train.loss_grad))
@@ -174,24 +177,28 @@ def check_spread(spread, trains, targets, curvature):
     np.testing.assert_allclose(spread.sample.numpy(), alone, rtol=1e-4, atol=1e-6)
 
 
-def test_sample_is_spread_over_the_train_set(monkeypatch):
-    monkeypatch.setattr("lightning_trak.influence.scores._SAMPLED", 3)
-    monkeypatch.setattr("lightning_trak.influence.train_features._BLOCK_ROWS", 4)
-    trains, solved = [random_train(23, 5, seed) for seed in range(2)], [torch.randn(6, 5) for _ in range(2)]
-    sample = scores(trains, solved).spread.sample
+def test_sample_is_spread_over_the_train_set():
+    """64 of 127 examples: every other one."""
+    trains, solved = [random_train(127, 5, seed) for seed in range(2)], [torch.randn(6, 5) for _ in range(2)]
+    sample = scores([in_blocks(train, 10) for train in trains], solved).spread.sample
     for number in range(2):
         whole = scores(trains[number : number + 1], solved[number : number + 1]).mean
-        torch.testing.assert_close(sample[number], whole[[0, 11, 22]])
+        torch.testing.assert_close(sample[number], whole[::2])
 
 
-def test_many_targets_make_small_blocks(monkeypatch):
+def test_blocks_do_not_show_in_extremes():
     train, solved = random_train(23, 5), torch.randn(6, 5)
     whole = scores([train], [solved]).mean
-    monkeypatch.setattr("lightning_trak.influence.train_features._BLOCK_SCORES", 20)
-    assert n_blocks(23, 6) == 8
-    torch.testing.assert_close(scores([train], [solved]).mean, whole)
-    assert torch.equal(extreme_scores([train], [solved], 4).top.indices, whole.topk(4, dim=0).indices.T)
-    assert n_blocks(23, 10**6) == 23
+    found = extreme_scores([in_blocks(train, 3)], [solved], 4).top.indices
+    assert torch.equal(found, whole.topk(4, dim=0).indices.T)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "blocks"), [(4096, 1, 1), (4097, 1, 2), (4096, 2**14, 1), (4096, 2**15, 2), (9, 10**9, 9)]
+)
+def test_many_targets_make_small_blocks(n, m, blocks):
+    """Of at most 4096 rows, and 2²⁶ scores."""
+    assert n_blocks(n, m) == blocks
 
 
 class Small(ClassificationMixin, nn.Module):

@@ -129,16 +129,20 @@ def test_any_cut_split_and_order_gives_the_same_features(projector, b, p, k, dat
     torch.testing.assert_close(parts, whole)
 
 
-def test_dense_blocks_do_not_show(monkeypatch):
-    gradients = torch.randn(3, 500)
-    whole = project(RademacherProjector(96), gradients)
-    monkeypatch.setattr("lightning_trak.projection.rademacher._BLOCK_ENTRIES", 96 * 7)
-    monkeypatch.setattr("lightning_trak.projection.rademacher._DRAWN", 96 * 101)
-    torch.testing.assert_close(project(RademacherProjector(96), gradients), whole)
-    monkeypatch.setattr("lightning_trak.projection.sparse._BLOCK", 13)
-    again = project(SparseProjector(96), gradients)
-    monkeypatch.undo()
-    torch.testing.assert_close(again, project(SparseProjector(96), gradients))
+@pytest.mark.parametrize(
+    ("projector", "p"),
+    [
+        (RademacherProjector(2048), 2**24 // 2048 + 3),  # bits are drawn for 8192 rows at once, signs exist for 512
+        (SparseProjector(96), 2**18 + 3),  # buckets are drawn for 2¹⁸ entries at once
+    ],
+)
+def test_blocks_do_not_show(projector, p):
+    gradients = torch.randn(2, p)
+    whole = project(projector, gradients)
+    torch.testing.assert_close(project(projector, gradients, cuts=[5, p - 2]), whole, rtol=1e-4, atol=1e-2)
+    last = torch.zeros(1, p)
+    last[0, -1] = 1.0
+    torch.testing.assert_close(project(projector, last), project(projector, last, cuts=[p - 1]))
 
 
 @pytest.mark.parametrize("projector", RANDOM)
