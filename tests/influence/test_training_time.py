@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import lightning as L
 import pytest
 import torch
@@ -121,7 +123,11 @@ def test_a_resumed_run_goes_on(tmp_path):
 def test_a_run_may_go_on_without_the_callback(tmp_path):
     """Lightning does not ask for it, which would be a warning."""
     file = fit(tmp_path / "first", Classifier(sgd(lr=1.0)), epochs=1)[-1]
-    fit(tmp_path / "second", Classifier(sgd(lr=1.0)), watched=False, ckpt_path=file)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        files = fit(tmp_path / "second", Classifier(sgd(lr=1.0)), watched=False, ckpt_path=file)
+    assert not [warning for warning in caught if "TRAKCallback" in str(warning.message)]
+    assert files[-1] != file
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import lightning as L
 import pytest
 import torch
@@ -54,9 +56,18 @@ def fit(root, module, watched=True, data=None, **options):
     return module
 
 
+def assert_fits_without_a_word(root, module, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fitted = fit(root, module, **options)
+    messages = [str(warning.message) for warning in caught]
+    assert not [message for message in messages if "loss" in message or "batch was changed" in message]
+    assert fitted.trainer.state.finished
+
+
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}])
 def test_the_same_loss_passes_without_a_word(tmp_path, options):
-    fit(tmp_path, Classifier(), **options)  # warnings are errors
+    assert_fits_without_a_word(tmp_path, Classifier(), **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}])
@@ -88,7 +99,7 @@ def test_manual_optimization_is_not_compared(tmp_path):
             self.manual_backward(8 * super().training_step(batch, batch_idx))
             self.optimizers().step()
 
-    fit(tmp_path, Manual())
+    assert_fits_without_a_word(tmp_path, Manual())
 
 
 def test_a_module_that_tells_no_loss_is_not_compared(tmp_path):
@@ -114,7 +125,7 @@ def test_a_module_that_tells_no_loss_is_not_compared(tmp_path):
         def configure_optimizers(self):
             return self.inner.configure_optimizers()
 
-    fit(tmp_path, OnlyQ())
+    assert_fits_without_a_word(tmp_path, OnlyQ())
 
 
 class Unlabelled(Classifier):
@@ -145,7 +156,7 @@ class Elsewhere(Classifier):
 @pytest.mark.parametrize("seed", range(4))
 def test_losses_of_ones_own_draw_the_same(tmp_path, seed):
     torch.manual_seed(seed)
-    fit(tmp_path, Elsewhere())  # warnings are errors
+    assert_fits_without_a_word(tmp_path, Elsewhere())
 
 
 class Mixed(L.LightningDataModule):
@@ -224,7 +235,7 @@ class Noisy(Classifier):
 @pytest.mark.parametrize("seed", range(5))
 def test_chance_of_ones_own_is_no_difference_of_modes(tmp_path, seed):
     torch.manual_seed(seed)
-    fit(tmp_path, Noisy(), max_epochs=2)  # warnings are errors
+    assert_fits_without_a_word(tmp_path, Noisy(), max_epochs=2)
 
 
 class Mixes(L.Callback):
