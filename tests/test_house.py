@@ -111,4 +111,4 @@ def test_rooms_need_no_lightning(room):
 @pytest.mark.parametrize("path", sorted(Path(__file__).parent.rglob("*.py")), ids=lambda path: path.name)
 def test_no_test_patches_what_is_private(path):
     """Private names and constants may change; a test that needs another value passes an argument."""
-    assert not re.search(r"(setattr|patch)\(\s*\"lightning_trak[\w.]*\._", path.read_text())
+    assert not re.search(r"(setattr|patch)\(\s*\"lightning_trak[\w.]*\._(?!_)", path.read_text())

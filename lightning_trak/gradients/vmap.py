@@ -16,8 +16,6 @@ from lightning_trak.gradients.engine import EngineUnsuitable, Sink, check_same
 from lightning_trak.gradients.function import ModelFunction
 from lightning_trak.gradients.gradient import DenseGradient
 
-_CHUNK_BYTES = 2**28  # per-sample gradients that exist at once
-
 
 @contextmanager
 def without_advice() -> Iterator[None]:
@@ -31,10 +29,16 @@ class VmapEngine:
     """``vmap(grad(f))`` over the batch, in chunks of at most 256 MiB of gradients.
 
     Every tensor of the batch must have one row for each example; ``model_output`` is called with batches of one.
+
+    Args:
+        chunk_bytes: of per-sample gradients that exist at once.
     """
 
     name = "vmap"
     batch_size: int | None = None
+
+    def __init__(self, chunk_bytes: int = 2**28) -> None:
+        self._chunk_bytes = chunk_bytes
 
     def prepare(self, function: ModelFunction, batch: Any, size: int) -> None:
         """Try it; see `Engine.prepare`."""
@@ -47,7 +51,7 @@ class VmapEngine:
         if problem:
             raise EngineUnsuitable(problem)
         outputs = function.output(batch).detach()
-        chunk = max(1, _CHUNK_BYTES // (4 * max(1, function.n_params)))
+        chunk = max(1, self._chunk_bytes // (4 * max(1, function.n_params)))
         for start in range(0, size, chunk):
             rows = slice(start, min(start + chunk, size))
             gradients, alone = self._gradients(function, batch, [tensor[rows] for tensor in tensors])

@@ -184,10 +184,8 @@ def test_shapes_and_chunks(size, width, depth, chunked):
     net = nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
     module, batch = Net(net).eval(), torch.randn(size, width)
     names = [name for name, _ in module.named_parameters()]
-    with pytest.MonkeyPatch.context() as patch:
-        if chunked:
-            patch.setattr("lightning_trak.gradients.vmap._CHUNK_BYTES", 1)
-        _, gradients = run(module, batch, size, names, "vmap")
+    function = ModelFunction(module, module.state_dict(), names)
+    _, gradients = collect(VmapEngine(1) if chunked else VmapEngine(), function, batch, size)
     if size:
         np.testing.assert_allclose(gradients.numpy(), reference(module, batch, size, names)[1], rtol=1e-3, atol=1e-5)
     assert gradients.shape[0] == size
