@@ -40,6 +40,15 @@ class Gradient(ABC):
         """Return LᵀGᵢR for every example's gradient Gᵢ read as (O, I): (O, r), (I, s) → (b, r, s)."""
 
     @abstractmethod
+    def factors(self) -> tuple[Tensor | None, Tensor]:
+        """Return l, (N, O), and r, (M, I), whose second moments are those of the rows and columns of G read as (O, I).
+
+        For Gᵢ = Σₜ lᵢₜ rᵢₜᵀ these are the factors themselves, as in K-FAC (Martens and Grosse, "Optimizing neural
+        networks with Kronecker-factored approximate curvature", arXiv 1503.05671). For other forms these are the
+        columns and the rows of G. None stands for unit vectors, whose second moment is diagonal.
+        """
+
+    @abstractmethod
     def __getitem__(self, rows: slice) -> Gradient:
         """Return the gradients of some of the examples."""
 
@@ -74,6 +83,11 @@ def as_rows(values: Tensor) -> Tensor:
     return values.reshape(len(values), prod(values.shape[1:]))
 
 
+def _as_matrix(shape: torch.Size) -> tuple[int, int]:
+    """Return (O, I), the sizes of a parameter that is read as a matrix."""
+    return (shape[0] if shape else 1), prod(shape[1:])
+
+
 class DenseGradient(Gradient):
     """Gradients as one tensor, (b, *shape).
 
@@ -92,6 +106,11 @@ class DenseGradient(Gradient):
     def sketch(self, left: Matrix, right: Matrix) -> Tensor:
         """See `Gradient.sketch`."""
         return _sketch(self.values, left, right)
+
+    def factors(self) -> tuple[Tensor | None, Tensor]:
+        """Return the columns and the rows of all G; see `Gradient.factors`."""
+        rows = self.values.reshape(self.size, *_as_matrix(self.shape))
+        return rows.mT.flatten(0, 1), rows.flatten(0, 1)
 
     def __getitem__(self, rows: slice) -> DenseGradient:
         return DenseGradient(self.values[rows])
@@ -131,6 +150,10 @@ class OuterGradient(Gradient):
         """Treat the examples as positions; see `Gradient.weighted_sum`."""
         left = self.left.to(weights) * weights[:, None, None]
         return left.flatten(0, 1).T @ self.right.to(weights).flatten(0, 1)
+
+    def factors(self) -> tuple[Tensor | None, Tensor]:
+        """Return l and r at all positions; see `Gradient.factors`."""
+        return self.left.flatten(0, 1), self.right.flatten(0, 1)
 
     def __getitem__(self, rows: slice) -> OuterGradient:
         return OuterGradient(self.left[rows], self.right[rows])
@@ -174,6 +197,10 @@ class RowsGradient(Gradient):
         """Add all values into one table; see `Gradient.weighted_sum`."""
         values = self.values.to(weights) * weights[:, None, None]
         return weights.new_zeros(self.shape).index_add_(0, self.indices.flatten(), values.flatten(0, 1))
+
+    def factors(self) -> tuple[Tensor | None, Tensor]:
+        """Return the values: the other factors are unit vectors; see `Gradient.factors`."""
+        return None, self.values.flatten(0, 1)
 
     def __getitem__(self, rows: slice) -> RowsGradient:
         return RowsGradient(self.indices[rows], self.values[rows], self.shape[0])
@@ -267,6 +294,10 @@ class ConvGradient(Gradient):
         per_group = self.inputs.shape[1] // self.groups * prod(self.shape[2:])
         return columns.permute(order).reshape(self.size, self.groups, per_group, prod(self.grads.shape[2:]))
 
+    def factors(self) -> tuple[Tensor | None, Tensor]:
+        """Return output gradients and unfolded inputs at all positions; see `Gradient.factors`."""
+        return self.grads.flatten(2).mT.flatten(0, 1), self._columns().mT.flatten(0, 2)
+
     def __getitem__(self, rows: slice) -> ConvGradient:
         return self._of(self.inputs[rows], self.grads[rows])
 
@@ -290,6 +321,9 @@ class _Folded(Gradient):
 
     def sketch(self, left: Matrix, right: Matrix) -> Tensor:
         return self._rows.sketch(left, right).unflatten(0, (self.size, -1)).sum(1)
+
+    def factors(self) -> tuple[Tensor | None, Tensor]:
+        return self._rows.factors()
 
     def __getitem__(self, rows: slice) -> Gradient:
         count = self._rows.size // self.size

@@ -82,15 +82,15 @@ class LanguageModelingMixin(ClassifiedPartsMixin):
             )
         return tokens if mask is None else tokens.masked_fill(~mask.bool(), self.ignore_index)
 
-    def part_losses(self, predictions: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross-entropy of every token but the first, (b, length − 1); zero for those that do not count.
+    def logits_and_classes(self, predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits of every token but the first, (b, vocabulary, length − 1), and these tokens.
 
         Args:
             predictions: logits, (b, length, vocabulary).
             labels: tokens, (b, length), not shifted.
 
         Raises:
-            ValueError: if shapes do not fit together, or a token is not in the vocabulary.
+            ValueError: if shapes do not fit together.
         """
         if predictions.ndim != 3 or predictions.shape[:2] != labels.shape:
             raise ValueError(
@@ -101,7 +101,7 @@ class LanguageModelingMixin(ClassifiedPartsMixin):
             raise ValueError(
                 f"get_labels returned {labels.dtype}; expected tokens, integers. Override get_labels(self, batch)."
             )
-        return super().part_losses(predictions[:, :-1].transpose(1, 2), labels[:, 1:])
+        return predictions[:, :-1].transpose(1, 2), labels[:, 1:]
 
     def count_parts(self, labels: Tensor) -> Tensor:
         """Return how many tokens of every sequence are predicted and count, (b,)."""

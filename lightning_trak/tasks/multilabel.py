@@ -85,6 +85,21 @@ class MultilabelMixin(PartsMixin):
         odds = 1 / torch.expm1(mean).clamp(min=torch.finfo(mean.dtype).tiny)
         return odds * (-output).sigmoid() ** 2 / self._divisor(batch)
 
+    def draw_labels(self, batch: Any) -> Tensor:
+        """Return labels of zeros and ones, drawn from the predictions, (b, c)."""
+        return torch.bernoulli(self.part_predictions(batch).sigmoid())
+
+    def drawn_loss(self, drawn: tuple[Any, Tensor]) -> Tensor:
+        """Return the binary cross-entropies of drawn labels, summed and divided by √c, (b,); not for ``"sum"``.
+
+        On average, the outer product of its gradient is the Fisher information of the loss.
+
+        Args:
+            drawn: the batch, and what `draw_labels` returned for it.
+        """
+        batch, labels = drawn
+        return self.part_losses(self.part_predictions(batch), labels).sum(1) / self._divisor(batch) ** 0.5
+
     def _divisor(self, batch: Any) -> int:
         if self.reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {self.reduction!r}.")

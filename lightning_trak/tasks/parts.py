@@ -95,21 +95,46 @@ class ClassifiedPartsMixin(PartsMixin):
     ignore_index: int = -100
     _parts, _classes = "parts", "classes"  # what messages call them
 
+    def logits_and_classes(self, predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits of every part, (b, classes, ...), and its class, (b, ...), after checking their shapes."""
+        return predictions, labels
+
     def part_losses(self, predictions: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy of every part, (b, ...); zero for parts that do not count.
 
         Args:
-            predictions: logits, (b, classes, ...).
-            labels: the class of every part, (b, ...), integers.
+            predictions: logits, as `part_predictions` returns them.
+            labels: the class of every part, as `part_labels` returns them.
 
         Raises:
-            ValueError: if a label is none of the classes.
+            ValueError: if a label is none of the classes, or shapes do not fit together.
         """
+        logits, classes = self.logits_and_classes(predictions, labels)
         with labels_in_range(
-            f"get_labels returned {self._classes} outside of 0 to {predictions.shape[1] - 1}, those of get_logits",
+            f"get_labels returned {self._classes} outside of 0 to {logits.shape[1] - 1}, those of get_logits",
             f"Set ignore_index, which is {self.ignore_index}, to the label of {self._parts} that do not count.",
         ):
-            return cross_entropy(predictions, labels.long(), ignore_index=self.ignore_index, reduction="none")
+            return cross_entropy(logits, classes.long(), ignore_index=self.ignore_index, reduction="none")
+
+    def draw_labels(self, batch: Any) -> Tensor:
+        """Return a class for every part, drawn from the predictions, (b, ...); ``ignore_index`` where none counts."""
+        logits, classes = self.logits_and_classes(self.part_predictions(batch), self.part_labels(batch))
+        drawn = torch.distributions.Categorical(logits=logits.movedim(1, -1)).sample()
+        return drawn.masked_fill(classes == self.ignore_index, self.ignore_index)
+
+    def drawn_loss(self, drawn: tuple[Any, Tensor]) -> Tensor:
+        """Return the sum of the cross-entropies of drawn classes, divided by √N, (b,), for N parts that count.
+
+        On average, the outer product of its gradient is the Fisher information of L, the mean over parts: gradients of
+        parts are independent if their labels are.
+
+        Args:
+            drawn: the batch, and what `draw_labels` returned for it.
+        """
+        batch, classes = drawn
+        logits, _ = self.logits_and_classes(self.part_predictions(batch), self.part_labels(batch))
+        losses = cross_entropy(logits, classes, ignore_index=self.ignore_index, reduction="none").flatten(1).sum(1)
+        return losses / (classes != self.ignore_index).flatten(1).sum(1).clamp(min=1).sqrt()
 
     def count_parts(self, labels: Tensor) -> Tensor:
         """Return how many parts of every example count, (b,)."""

@@ -43,15 +43,15 @@ class SegmentationMixin(ClassifiedPartsMixin):
 
     _parts = "pixels"
 
-    def part_losses(self, predictions: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross-entropy of every pixel, (b, ...); zero for pixels that do not count.
+    def logits_and_classes(self, predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits of every pixel, (b, classes, ...), and its class, (b, ...).
 
         Args:
             predictions: logits, (b, classes, ...) or (b, 1, ...), with any number of spatial axes.
             labels: the class of every pixel, (b, ...), or (b, 1, ...) for a single logit.
 
         Raises:
-            ValueError: if shapes do not fit together, or a label is none of the classes.
+            ValueError: if shapes do not fit together.
         """
         logits, classes = predictions, labels
         if logits.ndim >= 3 and logits.shape[1] == 1:  # class 0 has the logit zero
@@ -69,4 +69,4 @@ class SegmentationMixin(ClassifiedPartsMixin):
                 "get_labels returned classes that are no whole numbers, like those of a mask scaled to 0 to 1."
                 " Override get_labels(self, batch) to return them as integers.",
             )
-        return super().part_losses(logits, classes)
+        return logits, classes

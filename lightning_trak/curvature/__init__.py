@@ -1,0 +1,10 @@
+"""The curvature of the training loss: Kronecker factors of each parameter, and gradients whitened by them.
+
+Per-sample gradients of a loss with drawn labels come in, eigenbases and eigenvalues go out. May import `gradients` and
+`projection`; no Lightning.
+"""
+
+from lightning_trak.curvature.kronecker import EigenBasis, Eigenvalues, SecondMoments
+from lightning_trak.curvature.whitening import Whitening
+
+__all__ = ["EigenBasis", "Eigenvalues", "SecondMoments", "Whitening"]

@@ -1,0 +1,147 @@
+"""Eigenvalue-corrected Kronecker factors of the Fisher information matrix, a pair for each parameter (EK-FAC)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+
+import torch
+from torch import Tensor
+
+from lightning_trak.gradients import Gradient, Sink
+from lightning_trak.gradients.gradient import as_rows
+
+_VOCABULARY = 8  # a matrix with so many times more rows than columns is taken for a table of words
+_LARGEST = 4096  # entries of an axis: a larger one gets no basis, since that takes the cube of them
+
+
+class EigenBasis:
+    """Two eigenbases of a parameter's gradients G, read as a matrix (O, I): Q_S of its rows, Q_A of its columns.
+
+    An axis without a basis stays as it is: its second moment is taken for diagonal.
+
+    Args:
+        left: Q_S, (O, O), or None.
+        right: Q_A, (I, I), or None.
+
+    >>> from lightning_trak.gradients import DenseGradient
+    >>> flip = torch.eye(2).flip(0)
+    >>> EigenBasis(flip, None).rotate(DenseGradient(torch.tensor([[[1.0], [2.0]]])))
+    tensor([[2., 1.]])
+    """
+
+    def __init__(self, left: Tensor | None, right: Tensor | None) -> None:
+        self.left, self.right = left, right
+
+    def rotate(self, gradient: Gradient) -> Tensor:
+        """Return Q_Sᵀ G Q_A for every example, (b, O·I)."""
+        if self.left is None and self.right is None:
+            return as_rows(gradient.dense())
+        return gradient.sketch(self.left, self.right).flatten(1)
+
+
+class SecondMoments:
+    """Adds up S = Σ l lᵀ and A = Σ r rᵀ of each parameter's gradients; see `Gradient.factors`.
+
+    Takes per-sample gradients of a loss whose labels are drawn from the predictions: their outer products are, on
+    average, the Fisher information. S ⊗ A is then the approximation of Martens and Grosse, "Optimizing neural networks
+    with Kronecker-factored approximate curvature", arXiv 1503.05671.
+
+    A parameter that is a vector has S alone, which is exact. Word tables and output layers over a vocabulary get no
+    basis along the vocabulary: there S is close to diagonal.
+
+    >>> from lightning_trak.gradients import OuterGradient
+    >>> moments = SecondMoments()
+    >>> with moments.batch() as sink:
+    ...     sink(slice(0, 1), "weight", OuterGradient(torch.ones(1, 5, 2), torch.ones(1, 5, 3)))
+    >>> moments.bases()["weight"].right.shape
+    torch.Size([3, 3])
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+
+    @contextmanager
+    def batch(self) -> Iterator[Sink]:
+        """Yield a sink for the gradients of a batch. After an error nothing of the batch is kept."""
+        parts: list[tuple[str, tuple[Tensor | None, Tensor | None]]] = []
+        yield lambda _, name, gradient: parts.append((name, _moments(gradient)))
+        for name, pair in parts:
+            known = self._sums.get(name, (None, None))
+            self._sums[name] = (_plus(known[0], pair[0]), _plus(known[1], pair[1]))
+
+    def bases(self) -> dict[str, EigenBasis]:
+        """Return the eigenbases of S and A of each parameter."""
+        return {name: EigenBasis(*(_eigenvectors(one) for one in pair)) for name, pair in self._sums.items()}
+
+
+def _moments(gradient: Gradient) -> tuple[Tensor | None, Tensor | None]:
+    """Return the second moments of rows and columns; None along an axis that gets no basis."""
+    left, right = gradient.factors()
+    rows, columns = _axes(gradient.shape)
+    return _second_moment(left if rows else None), _second_moment(right if columns else None)
+
+
+def _axes(shape: torch.Size) -> tuple[bool, bool]:
+    """Say of both axes of a parameter whether they get a basis."""
+    rows, columns = shape[0] if shape else 1, prod(shape[1:])
+    vector = len(shape) < 2
+    return (vector or rows < _VOCABULARY * columns) and rows <= _LARGEST, not vector and columns <= _LARGEST
+
+
+def _second_moment(vectors: Tensor | None) -> Tensor | None:
+    return None if vectors is None else (vectors.mT @ vectors).double()
+
+
+def _plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None else one if other is None else one + other
+
+
+def _eigenvectors(moment: Tensor | None) -> Tensor | None:
+    return None if moment is None else torch.linalg.eigh(moment)[1].float()
+
+
+class Eigenvalues:
+    """Adds up Λ = E[(Q_Sᵀ G Q_A)²], the second moments of whole examples' gradients along the eigenvectors of S ⊗ A.
+
+    George, Laurent, Bouthillier, Ballas, Vincent, "Fast approximate natural gradient descent in a Kronecker-factored
+    eigenbasis", NeurIPS 2018, arXiv 1806.03884, Eq. 9.
+
+    Args:
+        bases: of each parameter.
+
+    >>> from lightning_trak.gradients import DenseGradient
+    >>> eigenvalues = Eigenvalues({"bias": EigenBasis(None, None)})
+    >>> with eigenvalues.batch(2) as sink:
+    ...     sink(slice(0, 2), "bias", DenseGradient(torch.tensor([[1.0], [3.0]])))
+    >>> eigenvalues.mean()
+    {'bias': tensor([5.])}
+    """
+
+    def __init__(self, bases: Mapping[str, EigenBasis]) -> None:
+        self._bases = bases
+        self._sums: dict[str, Tensor] = {}
+        self._examples = 0
+
+    @contextmanager
+    def batch(self, size: int) -> Iterator[Sink]:
+        """Yield a sink for the gradients of ``size`` examples. After an error nothing of the batch is kept."""
+        rotated: dict[str, Tensor] = {}
+
+        def add(rows: slice, name: str, gradient: Gradient) -> None:
+            """Add a part of a parameter's gradients: one that is used twice has two."""
+            part = self._bases[name].rotate(gradient).float()
+            if name not in rotated:
+                rotated[name] = part.new_zeros(size, part.shape[1])
+            rotated[name][rows] += part
+
+        yield add
+        for name, values in rotated.items():
+            squares = values.double().square_().sum(0)
+            self._sums[name] = self._sums[name] + squares if name in self._sums else squares
+        self._examples += size
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return Λ of each parameter, (O·I,)."""
+        return {name: (total / max(1, self._examples)).float() for name, total in self._sums.items()}
