@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lightning_trak"
 # In the order of the data: each room may import those before it. The files beside the rooms are there for all.
 ROOMS = [
-    *("isolation", "data", "tasks", "gradients", "projection", "features", "store"),
+    *("isolation", "data", "tasks", "gradients", "projection", "curvature", "features", "store"),
     *("influence", "results", "trainer", "evaluation"),
 ]
 FOR_ALL = {"metrics", "precision"}

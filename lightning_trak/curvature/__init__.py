@@ -4,7 +4,7 @@ Per-sample gradients of a loss with drawn labels come in, eigenbases and eigenva
 `projection`; no Lightning.
 """
 
-from lightning_trak.curvature.kronecker import EigenBasis, Eigenvalues, SecondMoments
-from lightning_trak.curvature.whitening import Whitening
+from lightning_trak.curvature.kronecker import Curvature, EigenBasis, Eigenvalues, SecondMoments
+from lightning_trak.curvature.whitening import Preconditioner, Whitening
 
-__all__ = ["EigenBasis", "Eigenvalues", "SecondMoments", "Whitening"]
+__all__ = ["Curvature", "EigenBasis", "Eigenvalues", "Preconditioner", "SecondMoments", "Whitening"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -36,9 +37,43 @@ class EigenBasis:
 
     def rotate(self, gradient: Gradient) -> Tensor:
         """Return Q_Sᵀ G Q_A for every example, (b, O·I)."""
-        if self.left is None and self.right is None:
-            return as_rows(gradient.dense())
+        if len(gradient.shape) < 2 or (self.left is None and self.right is None):
+            rows = as_rows(gradient.dense())
+            return rows if self.left is None else rows @ self.left.to(rows)
         return gradient.sketch(self.left, self.right).flatten(1)
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """The Fisher information matrix of a loss, approximately: Q diag(Λ) Qᵀ for each parameter.
+
+    Attributes:
+        bases: Q = Q_S ⊗ Q_A of each parameter.
+        eigenvalues: Λ of each parameter, (O·I,).
+    """
+
+    bases: Mapping[str, EigenBasis]
+    eigenvalues: Mapping[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name, to be stored."""
+        found = {f"eigenvalues/{name}": value for name, value in self.eigenvalues.items()}
+        for name, basis in self.bases.items():
+            sides = {f"left/{name}": basis.left, f"right/{name}": basis.right}
+            found |= {side: q for side, q in sides.items() if q is not None}
+        return found
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Curvature:
+        """Return the curvature from what `tensors` returned."""
+        start = "eigenvalues/"
+        names = [name.removeprefix(start) for name in tensors if name.startswith(start)]
+        bases = {name: EigenBasis(tensors.get(f"left/{name}"), tensors.get(f"right/{name}")) for name in names}
+        return cls(bases, {name: tensors[start + name] for name in names})
+
+    def to(self, device: torch.device) -> Curvature:
+        """Return the curvature on a device."""
+        return self.from_tensors({name: value.to(device) for name, value in self.tensors().items()})
 
 
 class SecondMoments:
@@ -115,7 +150,7 @@ class Eigenvalues:
     >>> eigenvalues = Eigenvalues({"bias": EigenBasis(None, None)})
     >>> with eigenvalues.batch(2) as sink:
     ...     sink(slice(0, 2), "bias", DenseGradient(torch.tensor([[1.0], [3.0]])))
-    >>> eigenvalues.mean()
+    >>> eigenvalues.curvature().eigenvalues
     {'bias': tensor([5.])}
     """
 
@@ -142,6 +177,7 @@ class Eigenvalues:
             self._sums[name] = self._sums[name] + squares if name in self._sums else squares
         self._examples += size
 
-    def mean(self) -> dict[str, Tensor]:
-        """Return Λ of each parameter, (O·I,)."""
-        return {name: (total / max(1, self._examples)).float() for name, total in self._sums.items()}
+    def curvature(self) -> Curvature:
+        """Return the curvature, with Λ the mean over examples."""
+        means = {name: (total / self._examples).float() for name, total in self._sums.items()}
+        return Curvature({name: self._bases[name] for name in means}, means)

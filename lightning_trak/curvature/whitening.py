@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_trak.curvature.kronecker import EigenBasis
+from lightning_trak.curvature.kronecker import Curvature
 from lightning_trak.gradients import Gradient
 from lightning_trak.projection import Projector
+
+VERSION = 1  # count it up when the same examples come to other whitened features
+
+
+@dataclass(frozen=True)
+class Preconditioner:
+    """How gradients are whitened and stored.
+
+    Attributes:
+        entries: how many entries of each training example are stored: its largest.
+        damping: λ of each parameter, relative to its mean eigenvalue.
+        examples: how many training examples the curvature is estimated from.
+    """
+
+    entries: int
+    damping: float = 1.0
+    examples: int = 1000
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """All that features depend on: part of the store's manifest."""
+        return {"name": "kronecker", "version": VERSION, **asdict(self)}
 
 
 class Whitening(Projector):
@@ -18,9 +43,8 @@ class Whitening(Projector):
     Here λ is ``damping`` times the mean of Λ over the parameter. A parameter without curvature gets λ alone.
 
     Args:
-        bases: the eigenbases of each parameter.
-        eigenvalues: Λ of each parameter, (O·I,).
-        starts: the index of each parameter's first entry among all p.
+        curvature: of all parameters.
+        parameters: their names, in order.
         damping: relative to the mean eigenvalue of each parameter.
     """
 
@@ -28,13 +52,15 @@ class Whitening(Projector):
 
     def __init__(
         self,
-        bases: Mapping[str, EigenBasis],
-        eigenvalues: Mapping[str, Tensor],
-        starts: Mapping[str, int],
+        curvature: Curvature,
+        parameters: Sequence[str],
         damping: float,
     ) -> None:
         super().__init__()
-        self._parts = {starts[name]: (bases[name], _scales(eigenvalues[name], damping)) for name in starts}
+        scales = [_scales(curvature.eigenvalues[name], damping) for name in parameters]
+        starts = accumulate([0, *map(len, scales)])
+        bases = [curvature.bases[name] for name in parameters]
+        self._parts = {start: (basis, scale) for start, basis, scale in zip(starts, bases, scales, strict=False)}
 
     def dimension(self, n_params: int) -> int:
         """Return ``n_params``."""

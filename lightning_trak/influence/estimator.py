@@ -70,7 +70,8 @@ class Estimator:
 
     At one checkpoint τ = φ(z)ᵀ H⁻¹ φ(zᵢ) qᵢ. Here H = Φᵀ diag(w) Φ + λ·mean(diag)·I is the damped Gauss–Newton matrix
     of the training loss in feature space. τ is the change of f(z) by one Newton step on zᵢ. Scores are averaged over
-    checkpoints, each with its own q. With ``estimator="trak"`` they are those of Park et al., "TRAK", arXiv 2303.14186,
+    checkpoints, each with its own q. Features that are whitened by the curvature of the mean loss, over all parameters,
+    need no other matrix: H = n I. With ``estimator="trak"`` they are those of Park et al., "TRAK", arXiv 2303.14186,
     Eq. 15 and 17.
 
     Args:
@@ -96,7 +97,7 @@ class Estimator:
         self, trains: Sequence[TrainFeatures], options: Options = Options(), device: torch.device = CPU
     ) -> None:
         self.options, self.device = options, device
-        auto_damping = options.damping == "auto"
+        auto_damping = options.damping == "auto" and all(train.squares is None for train in trains)
         self.temperature = choose_temperature(options.temperature, trains, auto_damping=auto_damping)
         if self.temperature != 1:
             trains = [tempered(train, self.temperature) for train in trains]
@@ -136,6 +137,8 @@ class Estimator:
         Raises:
             ValueError: if H is singular.
         """
+        if train.squares is not None:
+            return Solved(targets / train.shape[0], self._whitened_damping())
         state, damping = self._factor(train, sums)
         return Solved(
             solve(state, targets.to(self.device)).cpu(), damping
@@ -145,6 +148,9 @@ class Estimator:
         self, train: TrainFeatures, sums: GaussNewton | None = None, advance: Callable[[], object] = lambda: None
     ) -> Tensor:
         """Return by how much training on each example lowers its own loss, (n,), at one checkpoint; see `solve`."""
+        if train.squares is not None:
+            squares, loss_grad = torch.from_numpy(train.squares), torch.from_numpy(train.loss_grad)
+            return loss_grad.square() * squares / train.shape[0]
         return self_influence(train, self._factor(train, sums)[0], advance, self.device)
 
     def scores(self, solved: Sequence[Solved], advance: Callable[[], object] = lambda: None) -> Scores:
@@ -167,6 +173,10 @@ class Estimator:
         damping = self._damping(train, sums)
         _check_rank(sums, damping.value)
         return factor(sums.matrix, damping.value), damping
+
+    def _whitened_damping(self) -> Damping:
+        given = self.options.damping
+        return Damping(1.0 if isinstance(given, str) else given, "relative to each parameter's mean eigenvalue")
 
     def _damping(self, train: TrainFeatures, sums: GaussNewton) -> Damping:
         if not isinstance(self.options.damping, str):

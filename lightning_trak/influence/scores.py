@@ -167,7 +167,7 @@ def _score_blocks(
 
 def _product(features: Tensor, loss_grad: Tensor, solved: Tensor, device: torch.device) -> Tensor:
     with full_precision():
-        return (features.to(device) * loss_grad.to(device)[:, None]) @ solved.to(device).T
+        return (features.to(device) @ solved.to(device).T) * loss_grad.to(device)[:, None]
 
 
 def _mean(blocks: Iterator[Tensor]) -> Tensor:

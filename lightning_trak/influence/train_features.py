@@ -29,8 +29,8 @@ class Rows(Protocol):
         """(n, k)."""
         ...
 
-    def blocks(self, size: int) -> Iterator[Array]:
-        """Yield all rows in order, ``size`` at a time."""
+    def blocks(self, size: int) -> Iterator[Array | Tensor]:
+        """Yield all rows in order, ``size`` at a time: arrays, or sparse CSR matrices."""
         ...
 
 
@@ -45,6 +45,7 @@ class TrainFeatures:
         training_time: how long training went on; None where that is unknown.
         logistic: whether the loss is softplus(−f), see `is_logistic`.
         n_trainable: the number of trainable parameters; 0 where that is unknown.
+        squares: ‖φ‖², (n,), if φ is whitened by the curvature; else None.
 
     Arrays must be writable, or memory-mapped copy-on-write (``mmap_mode="c"``): else torch cannot read them in place.
     """
@@ -55,6 +56,7 @@ class TrainFeatures:
     training_time: TrainingTime | None = None
     logistic: bool = False
     n_trainable: int = 0
+    squares: Array | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -68,11 +70,15 @@ class TrainFeatures:
         cut = self.features.blocks(size) if isinstance(self.features, Rows) else _cut(self.features, size)
         start = 0
         for block in cut:
-            rows = slice(start, start + len(block))
+            rows = slice(start, start + block.shape[0])
             arrays = (block, self.loss_grad[rows], self.curvature[rows])
-            features, loss_grad, curvature = (torch.from_numpy(np.asarray(array)).to(device) for array in arrays)
+            features, loss_grad, curvature = (_tensor(array).to(device) for array in arrays)
             yield rows, features, loss_grad, curvature
             start = rows.stop
+
+
+def _tensor(array: Array | Tensor) -> Tensor:
+    return array if isinstance(array, Tensor) else torch.from_numpy(np.asarray(array))
 
 
 def block_size(n_targets: int) -> int:

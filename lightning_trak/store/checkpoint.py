@@ -51,12 +51,12 @@ class CheckpointEntry:
         """Whether the features of all training examples are there."""
         return "checksums" in self.meta
 
-    def allocate(self, k: int) -> None:
+    def allocate(self, k: int, record: np.dtype[Any] | None = None) -> None:
         """Reserve disk space for all features at once, so that a disk too small is an error before any work is done."""
         if (self.path / "written.npy").exists():
             return
-        shapes: dict[str, tuple[tuple[int, ...], type]] = {
-            "features": ((self.n_train, k), np.float32),
+        shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+            "features": ((self.n_train, k), np.float32) if record is None else ((self.n_train,), record),
             "loss_grad": ((self.n_train,), np.float32),
             "curvature": ((self.n_train,), np.float32),
             "written": ((self.n_train,), np.bool_),  # last: its presence means that the others exist

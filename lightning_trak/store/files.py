@@ -41,7 +41,7 @@ class VerifiedRows:
             crc = zlib.crc32(file.read(os.path.getsize(self._path) - self._array.nbytes))
         for start in range(0, len(self._array), size):
             block = self._array[start : start + size]
-            crc = zlib.crc32(np.ascontiguousarray(block).data, crc)
+            crc = zlib.crc32(np.ascontiguousarray(block).view(np.uint8).data, crc)
             yield block
         if crc != self._checksum:
             raise damaged(self._path, "its checksum has changed")
@@ -80,7 +80,7 @@ def explained_os_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def allocate(path: Path, shape: tuple[int, ...], dtype: type) -> None:
+def allocate(path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
     """Create an array file of zeros with all its disk space reserved: in a sparse file, a full disk ends in SIGBUS."""
     with atomically(path) as partial, open(partial, "wb") as file:
         np.lib.format.write_array_header_1_0(

@@ -199,6 +199,14 @@ def numbered(module: Any, batch: Any, rows: Sequence[int], dataset: Any | None) 
     return batch if number_examples is None else NumberedBatch(batch, number_examples(rows, dataset))
 
 
+def draws_labels(module: Any) -> bool:
+    """Say whether a module draws labels of the parts of its examples; the loss of its own ``model_output``."""
+    for kind in type(module).__mro__:
+        if "model_output" in vars(kind):
+            return "draw_labels" in vars(kind) or (hasattr(kind, "part_losses") and hasattr(module, "draw_labels"))
+    return False
+
+
 def own_method(module: Any, name: str) -> Callable[..., Any] | None:
     """Return the module's own method of that name; None if it has none or inherits the default of `TRAKMixin`."""
     method = getattr(module, name, None)

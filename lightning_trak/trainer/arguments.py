@@ -32,6 +32,13 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
+def left_out(why: str, **values: tuple[Any, Any]) -> None:
+    """Raise unless each argument has its default: ``name=(value, default)``."""
+    for name, (value, default) in values.items():
+        if value != default:
+            raise ValueError(f"{why}, so {name} must be left out, got {name}={value!r}.")
+
+
 def seed(value: Any) -> int:
     """Return an integer."""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -117,6 +117,7 @@ class TRAKCallback(Callback):
         temperature: float | str = "auto",
         curvature: bool = True,
         estimator: str = "gauss_newton",
+        preconditioner: str = "auto",
         seed: int = SEED,
         batch_size: int | None = None,
         overwrite: bool = False,
@@ -132,6 +133,16 @@ class TRAKCallback(Callback):
             if temperature not in ("auto", 1):
                 raise ValueError(f"estimator='trak' has no temperature, got temperature={temperature!r}. Leave it out.")
             self.curvature, self.temperature, self.damping = False, 1.0, 0.0 if damping == "auto" else damping
+        self.preconditioner = arguments.choice("preconditioner", preconditioner, ("auto", "kronecker", "none"))
+        given = (projector, damping, temperature, curvature, estimator)
+        self._all_by_default = given == ("auto", "auto", "auto", True, "gauss_newton")
+        if preconditioner == "kronecker":
+            arguments.left_out(
+                "preconditioner='kronecker' whitens gradients before they are stored",
+                projector=(projector, "auto"),
+                curvature=(curvature, True),
+                estimator=(estimator, "gauss_newton"),
+            )
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.proj_dim, self.projector = proj_dim, projector
         self.gradients = arguments.choice("gradients", gradients, ("auto", *ENGINES))
@@ -161,7 +172,17 @@ class TRAKCallback(Callback):
     @property
     def settings(self) -> Settings:
         """The settings on which features depend."""
-        return Settings(self.proj_dim, self.projector, self.gradients, self.parameters, self.seed, self.batch_size)
+        return Settings(
+            self.proj_dim,
+            self.projector,
+            self.gradients,
+            self.parameters,
+            self.seed,
+            self.batch_size,
+            self.preconditioner,
+            self.damping,
+            self._all_by_default,
+        )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the wiring, and start to watch checkpoint files."""

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lightning_trak.features.largest import SparseRows, columns_of
 from lightning_trak.influence import SUMS_VERSION, Estimator, GaussNewton, TrainFeatures, TrainingTime
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.files import explained_os_errors
@@ -18,6 +19,7 @@ from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import Weights, load_weights, save_weights
 from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import rank_zero_warn
+from lightning_trak.trainer.whitening import record_of, same_features, stored_form, whitening_at
 
 Array = npt.NDArray[Any]
 
@@ -58,12 +60,17 @@ def naming(entry: CheckpointEntry, *, can_leave_out: bool = True) -> Iterator[No
 def featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> None:
     """Compute the missing train features of a checkpoint, and mark it as complete."""
     weights = load_weights(entry.weights_path, entry.digest)
-    entry.allocate(loop.dimension)
+    entry.allocate(loop.dimension, record_of(loop))
     where = f" (epoch {entry.meta['epoch']}, step {entry.meta['global_step']})" if "epoch" in entry.meta else ""
     description = f"Featurizing checkpoint {number}{where}"
     rows = entry.missing_rows().tolist()
+
+    def receive(batch_rows: Sequence[int], features: Tensor, loss_grad: Array, curvature: Array) -> None:
+        entry.write(batch_rows, stored_form(loop, features), loss_grad, curvature)
+
     with naming(entry):
-        projection = loop.run(weights, entry.digest, rows, entry.write, description)
+        whitening = whitening_at(loop, entry, f"Curvature of checkpoint {number}{where}")
+        projection = loop.run(weights, entry.digest, rows, receive, description, whitening)
     if projection is not None and rows:
         if len(rows) == loop.size:  # after an interruption, it knows the last rows only
             entry.supplement({"loss_explained": projection.explained()})
@@ -81,10 +88,10 @@ def check_features(loop: FeaturizationLoop, entry: CheckpointEntry) -> None:
     written = entry.written_rows()
     rows = written[np.unique(np.linspace(0, len(written) - 1, min(8, len(written))).round().astype(int))].tolist()
 
-    def compare(batch_rows: Sequence[int], *arrays: Array) -> None:
-        for name, new in zip(("features", "loss_grad", "curvature"), arrays, strict=True):
-            stored = entry.rows(name, batch_rows)
-            if np.linalg.norm(new - stored) > 0.05 * np.linalg.norm(stored) + 1e-3:
+    def compare(batch_rows: Sequence[int], features: Tensor, *arrays: Array) -> None:
+        news = (stored_form(loop, features), *arrays)
+        for name, new in zip(("features", "loss_grad", "curvature"), news, strict=True):
+            if not same_features(new, entry.rows(name, batch_rows)):
                 raise ValueError(
                     f"The stored {name} of train rows {batch_rows} are not those that the model and the data give now:"
                     " model_output, the loss, the collate function or a batch hook has changed since. Restore it, or"
@@ -92,19 +99,27 @@ def check_features(loop: FeaturizationLoop, entry: CheckpointEntry) -> None:
                 )
 
     with naming(entry, can_leave_out=False):  # the cause affects all checkpoints
-        loop.run(load_weights(entry.weights_path, entry.digest), entry.digest, rows, compare, "Checking the store")
+        weights = load_weights(entry.weights_path, entry.digest)
+        loop.run(weights, entry.digest, rows, compare, "Checking the store", whitening_at(loop, entry, ""))
 
 
-def train_features(entry: CheckpointEntry) -> TrainFeatures:
-    """Return the train set's features at a complete checkpoint; Φ is verified whenever it is read."""
+def train_features(entry: CheckpointEntry, whitened: bool) -> TrainFeatures:
+    """Return the train set's features at a complete checkpoint; Φ is verified whenever it is read.
+
+    Args:
+        entry: the checkpoint.
+        whitened: whether they are whitened; then each has its largest entries alone.
+    """
     training = entry.meta.get("training_time")
+    features: Any = entry.verified("features")
     return TrainFeatures(
-        entry.verified("features"),
+        SparseRows(features, columns_of(features)) if whitened else features,
         entry.verified("loss_grad").read(),
         entry.verified("curvature").read(),
         training_time=None if training is None else TrainingTime(**training),
         logistic=entry.meta.get("logistic", False),
         n_trainable=entry.meta.get("n_trainable") or 0,
+        squares=np.array(entry.features["squares"]) if whitened else None,
     )
 
 
@@ -126,12 +141,15 @@ def sums_of(entry: CheckpointEntry, estimator: Estimator, train: TrainFeatures) 
 
 def featurize_targets(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> Tensor:
     """Return the targets' features at a checkpoint, (m, k)."""
-    features = np.zeros((loop.size, loop.dimension), dtype=np.float32)
+    columns = None if loop.preconditioner is None else columns_of(entry.verified("features"))
+    features = torch.zeros(loop.size, loop.dimension if columns is None else len(columns))
 
-    def receive(rows: Sequence[int], block: Array, *_: Array) -> None:
-        features[rows] = block
+    def receive(rows: Sequence[int], block: Tensor, *_: Array) -> None:
+        features[list(rows)] = (block if columns is None else block[:, columns.to(block.device)]).cpu()
 
     weights = load_weights(entry.weights_path, entry.digest)
     with naming(entry, can_leave_out=False):  # the cause is in the targets
-        loop.run(weights, entry.digest, range(loop.size), receive, f"Featurizing targets at checkpoint {number}")
-    return torch.from_numpy(features)
+        whitening = whitening_at(loop, entry, "")
+        description = f"Featurizing targets at checkpoint {number}"
+        loop.run(weights, entry.digest, range(loop.size), receive, description, whitening)
+    return features

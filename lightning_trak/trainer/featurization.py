@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_trak.curvature import Preconditioner
 from lightning_trak.data.batch import same_tensors
 from lightning_trak.data.loaders import loader_batch_size
 from lightning_trak.features.featurizer import Featurizer
@@ -72,6 +73,7 @@ class FeaturizationLoop:
         find_train_loader: returns the train loader, for modules that need training examples.
         parameters: names of the attributed parameters.
         projector: the family of projections.
+        preconditioner: how gradients are whitened; None if they are not.
         seed: determines the projection, together with the checkpoint's digest.
         selector: chooses engine and batch size.
         examples: what the rows are, for messages: ``"train"`` or ``"target"``.
@@ -87,6 +89,7 @@ class FeaturizationLoop:
         *,
         parameters: Sequence[str],
         projector: Projector,
+        preconditioner: Preconditioner | None = None,
         seed: int,
         selector: Selector,
         examples: str,
@@ -96,6 +99,7 @@ class FeaturizationLoop:
         self._find_train_loader, self._parameters = find_train_loader, list(parameters)
         self._projector, self._seed, self._selector = projector, seed, selector
         self._examples, self._reports = examples, reports
+        self.preconditioner = preconditioner
         self._loss_terms = LossTerms(module)
         self._label: Callable[[Any], Any] | None = None
         self._without_gradient: list[int] = []
@@ -106,6 +110,16 @@ class FeaturizationLoop:
     def size(self) -> int:
         """The number of examples."""
         return len(self._loader.dataset)  # type: ignore[arg-type]
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of the attributed parameters, in order."""
+        return self._parameters
+
+    @property
+    def device(self) -> torch.device:
+        """Where features are computed."""
+        return self._trainer.strategy.root_device
 
     @property
     def dimension(self) -> int:
@@ -205,8 +219,9 @@ class FeaturizationLoop:
         weights: Weights,
         digest: str,
         rows: Sequence[int],
-        receive: Callable[[Sequence[int], Array, Array, Array], object],
+        receive: Callable[[Sequence[int], Tensor, Array, Array], object],
         description: str,
+        projector: Projector | None = None,
     ) -> LossProjection | None:
         """Featurize ``rows`` at one checkpoint.
 
@@ -214,28 +229,48 @@ class FeaturizationLoop:
             weights: the checkpoint's weights.
             digest: their digest.
             rows: which examples, read in this order.
-            receive: takes (rows, features (r, k), Q (r,), w (r,)) batch by batch; Q and w are zero for targets.
+            receive: takes (rows, features (r, k), Q (r,), w (r,)) batch by batch; features are on the device. Q and w
+                are zero for targets.
             description: what the progress bar says.
+            projector: used instead of the loop's own, e.g. a `Whitening`.
 
         Returns:
             The projection that gave Q; None if Q needed none.
         """
+        projection, key = self._projection(), projection_key(self._seed, digest)
+
+        def featurize(function: ModelFunction, engine: Engine, batch_rows: Sequence[int], batch: Any) -> None:
+            featurizer = Featurizer(function, engine, projector or self._projector, key)
+            receive(batch_rows, *self._featurize(featurizer, batch_rows, batch, projection))
+
+        self.each_batch(weights, digest, rows, featurize, description)
+        self._projector.forget()
+        self._warn_of_zero_gradients()
+        return projection
+
+    def each_batch(
+        self,
+        weights: Weights,
+        digest: str,
+        rows: Sequence[int],
+        work: Callable[[ModelFunction, Engine, Sequence[int], Any], object],
+        description: str,
+    ) -> None:
+        """Call ``work`` with (function, engine, rows, batch) for each batch of ``rows``, at one checkpoint.
+
+        After a failure of an engine or a shortage of memory, ``work`` is called again with the batch, or a part of it.
+        """
         rows = [int(row) for row in rows]
-        projection = self._projection()
         with self._undisturbed(), progress(self._trainer, description, len(rows)) as advance, ExitStack() as stack:
             function, key = self._function(weights), projection_key(self._seed, digest)
             stack.enter_context(prepared(self._module, function.prepare, self._find_train_loader))
 
-            def featurize(engine: Engine, batch_rows: Sequence[int], batch: Any) -> None:
-                featurizer = Featurizer(function, engine, self._projector, key)
-                receive(batch_rows, *self._featurize(featurizer, batch_rows, batch, projection))
+            def advancing(engine: Engine, batch_rows: Sequence[int], batch: Any) -> None:
+                work(function, engine, batch_rows, batch)
                 advance(len(batch_rows))
 
             prepare = partial(self._prepare, function, digest, key)
-            self._selector.run(rows, self._largest, self._read, prepare, featurize, function)
-        self._projector.forget()
-        self._warn_of_zero_gradients()
-        return projection
+            self._selector.run(rows, self._largest, self._read, prepare, advancing, function)
 
     def _warn_of_zero_gradients(self) -> None:
         """Warn of targets with a zero gradient; with only some parameters attributed, a dead unit may be the cause."""
@@ -290,7 +325,7 @@ class FeaturizationLoop:
 
     def _featurize(
         self, featurizer: Featurizer, rows: Sequence[int], batch: Any, projection: LossProjection | None
-    ) -> tuple[Array, Array, Array]:
+    ) -> tuple[Tensor, Array, Array]:
         result = featurizer(batch, len(rows))
         check_size(self._module, result.outputs, len(rows))
         check_finite("model_output", result.outputs, self._examples, rows)
@@ -306,7 +341,7 @@ class FeaturizationLoop:
         elif self._examples == "train":
             loss_grad, curvature = self._loss_terms(featurizer.function.call, batch, result.outputs)
         self._check_loss(result.outputs, loss_grad, curvature, rows)
-        return result.features.cpu().numpy(), loss_grad.float().cpu().numpy(), curvature.float().cpu().numpy()
+        return result.features, loss_grad.float().cpu().numpy(), curvature.float().cpu().numpy()
 
     def _check_loss(self, outputs: Tensor, loss_grad: Tensor, curvature: Tensor, rows: Sequence[int]) -> None:
         """Check Q and w, and note whether they are those of the logistic loss, which the estimator must know."""

@@ -75,9 +75,10 @@ class Job:
 
     def estimator(self) -> Estimator:
         """Return the estimator over the train features of all checkpoints."""
+        whitened = self.plan.preconditioner is not None
         device = self.trainer.strategy.root_device
         device = device if device.type == "cuda" else torch.device("cpu")  # others lack float64
-        return Estimator([train_features(entry) for entry in self.entries], self.options, device)
+        return Estimator([train_features(entry, whitened) for entry in self.entries], self.options, device)
 
 
 @contextmanager

@@ -8,14 +8,17 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from lightning_trak.curvature import Preconditioner
 from lightning_trak.data.identity import fingerprint
 from lightning_trak.gradients import Selector
 from lightning_trak.gradients.parameters import select_parameters
-from lightning_trak.projection import Projector, make_projector, restore_projector
+from lightning_trak.projection import IdentityProjector, Projector, make_projector, restore_projector
+from lightning_trak.tasks.base import draws_labels
 from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import is_finetuning, rank_zero_warn
 from lightning_trak.trainer.reports import Reports
 
+_PER_ENTRY = 8  # of proj_dim, for each of the largest entries: 256 of 2048
 PROJ_DIM, SEED = 2048, 0  # the callback's defaults; a store that exists replaces them by its own
 
 
@@ -29,6 +32,9 @@ class Settings:
     parameters: str | Sequence[str] | None
     seed: int
     batch_size: int | None
+    preconditioner: str = "auto"
+    damping: float | str = "auto"
+    all_by_default: bool = True  # whether what the estimator depends on is left at its defaults
 
 
 def parameters_to_be(settings: Settings, trainer: Any, module: Any) -> str | None:
@@ -43,6 +49,25 @@ def parameters_to_be(settings: Settings, trainer: Any, module: Any) -> str | Non
         " fewer, name them: TRAKCallback(parameters=[...])."
     )
     return "*"
+
+
+def _preconditioner(
+    settings: Settings, module: Any, manifest: dict[str, Any] | None, proj_dim: int
+) -> Preconditioner | None:
+    """Return how gradients are whitened; None if they are not: see ``TRAKCallback(preconditioner=...)``."""
+    asked, damping = settings.preconditioner, settings.damping
+    if asked == "auto" and manifest is not None and settings.all_by_default and settings.proj_dim == PROJ_DIM:
+        stored = manifest.get("preconditioner")
+        return None if stored is None else Preconditioner(stored["entries"], stored["damping"], stored["examples"])
+    if asked == "none" or (asked == "auto" and not (settings.all_by_default and draws_labels(module))):
+        return None
+    if not draws_labels(module):
+        raise ValueError(
+            "preconditioner='kronecker' needs labels drawn from the predictions, which"
+            f" {type(module).__name__} does not define. Use LanguageModelingMixin, SegmentationMixin or MultilabelMixin with their own model_output,"
+            " define draw_labels(self, batch) and drawn_loss(self, drawn), or leave preconditioner out."
+        )
+    return Preconditioner(max(1, proj_dim // _PER_ENTRY), 1.0 if isinstance(damping, str) else damping)
 
 
 class Plan:
@@ -71,7 +96,7 @@ class Plan:
             stored = manifest["projection"]
             parameters = list(manifest["parameters"]) if parameters is None else parameters
             proj_dim = stored["proj_dim"] if proj_dim == PROJ_DIM else proj_dim
-            if projector == "auto":
+            if projector == "auto" and not manifest.get("preconditioner"):
                 configuration = {name: value for name, value in stored.items() if name not in ("proj_dim", "seed")}
                 projector = restore_projector(configuration, proj_dim)
             seed = stored["seed"] if seed == SEED else seed
@@ -82,20 +107,35 @@ class Plan:
             self.parameters.sort(key=lambda name: places.get(name, len(places)))
         self.shapes = {name: list(own[name].shape) for name in self.parameters}
         self.n_params = sum(own[name].numel() for name in self.parameters)
-        self.projector = make_projector(projector, proj_dim, self.n_params)
+        self.preconditioner = _preconditioner(settings, module, manifest, proj_dim)
+        if self.preconditioner is None:
+            self.projector = make_projector(projector, proj_dim, self.n_params)
+        else:
+            self.projector = IdentityProjector(proj_dim)  # of whitened gradients, p entries
+            reports.tell_once(
+                "gradients are whitened by the curvature of each parameter; of each example the"
+                f" {self.preconditioner.entries} largest entries are stored."
+            )
         self.seed = seed
         self._selector = Selector(settings.gradients, settings.batch_size, reports.tell_once)
 
     @property
     def proj_dim(self) -> int:
-        """k, the number of features."""
+        """k, the number of stored features of a training example."""
+        if self.preconditioner is not None:
+            return min(self.preconditioner.entries, self.n_params)
         return self.projector.dimension(self.n_params)
 
     @property
     def identity(self) -> dict[str, Any]:
         """The part of the store's manifest that does not depend on the data."""
+        own = self.preconditioner
         projection = {**self.projector.configuration, "proj_dim": self.proj_dim, "seed": self.seed}
-        return {"parameters": self.shapes, "projection": projection}
+        return {
+            "parameters": self.shapes,
+            "projection": projection,
+            "preconditioner": None if own is None else own.configuration,
+        }
 
     def manifest(self, loader: DataLoader[Any]) -> dict[str, Any]:
         """Return the store's manifest for a train set."""
@@ -118,6 +158,7 @@ class Plan:
             find_train_loader,
             parameters=self.parameters,
             projector=self.projector,
+            preconditioner=self.preconditioner,
             seed=self.seed,
             selector=self._selector,
             examples=examples,

@@ -1,0 +1,123 @@
+"""Sparse features: of each example its largest entries, a record of bytes in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+_BLOCK = 4096  # records read at once
+
+Array = npt.NDArray[Any]
+
+
+class Records(Protocol):
+    """Records that are read once, in order, in blocks; e.g. a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n,)."""
+        ...
+
+    def blocks(self, size: int) -> Iterator[Array]:
+        """Yield all records in order, ``size`` at a time."""
+        ...
+
+
+def record_type(k: int, dimension: int) -> np.dtype[Any]:
+    """Return the type of an example's record: k indices and values, their scale, and ‖φ‖² of all entries.
+
+    Values are float16, relative to the largest, which is the scale.
+
+    >>> record_type(256, dimension=10**6).itemsize
+    1544
+    """
+    index = np.int32 if dimension < 2**31 else np.int64
+    numbers = [("squares", np.float32), ("scale", np.float32)]
+    return np.dtype([*numbers, ("indices", index, (k,)), ("values", np.float16, (k,))])
+
+
+def largest_entries(features: Tensor, k: int) -> Array:
+    """Return the records of examples, (b,): each example's own k entries of largest absolute value.
+
+    Args:
+        features: φ, (b, p).
+        k: at most p.
+
+    >>> record = largest_entries(torch.tensor([[0.5, -4.0, 2.0]]), 2)
+    >>> record["indices"], record["values"] * record["scale"]
+    (array([[1, 2]], dtype=int32), array([[-4.,  2.]], dtype=float32))
+    """
+    records: Array = np.zeros(len(features), record_type(k, features.shape[1]))
+    indices = features.abs().topk(k, dim=1)[1]
+    values = features.gather(1, indices)
+    scale = values.abs().amax(1)
+    records["squares"] = features.square().sum(1).cpu().numpy()
+    records["scale"] = scale.cpu().numpy()
+    records["indices"] = indices.cpu().numpy()
+    records["values"] = (values / scale.where(scale > 0, 1)[:, None]).cpu().numpy()
+    return records
+
+
+def columns_of(records: Records) -> Tensor:
+    """Return which entries of φ any record has, in order: the only ones that inner products with records need."""
+    found = np.zeros(0, np.int64)
+    for block in records.blocks(_BLOCK):
+        found = np.union1d(found, block["indices"])
+    return torch.from_numpy(found)
+
+
+class SparseRows:
+    """Records as rows of a sparse matrix, (n, columns), read in order.
+
+    Args:
+        records: of n examples.
+        columns: the entries of φ that become columns, in order; see `columns_of`.
+    """
+
+    def __init__(self, records: Records, columns: Tensor) -> None:
+        self._records, self._columns = records, columns.numpy()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, columns)."""
+        return self._records.shape[0], len(self._columns)
+
+    def blocks(self, size: int) -> Iterator[Tensor]:
+        """Yield all rows in order, ``size`` at a time, as sparse CSR matrices of float32."""
+        for block in self._records.blocks(size):
+            rows, k = block["indices"].shape
+            places = np.searchsorted(self._columns, block["indices"])
+            order = places.argsort(1)
+            values = block["values"].astype(np.float32) * block["scale"][:, None]
+            yield torch.sparse_csr_tensor(
+                torch.arange(0, rows * k + 1, k),
+                torch.from_numpy(np.take_along_axis(places, order, 1).ravel()),
+                torch.from_numpy(np.take_along_axis(values, order, 1).ravel()),
+                (rows, len(self._columns)),
+            )
+
+
+def difference(one: Array, other: Array) -> float:
+    """Return the relative distance of two arrays of records: ‖φ − φ'‖ / ‖φ'‖ of their entries, over all examples.
+
+    >>> record = largest_entries(torch.tensor([[0.5, -4.0, 2.0]]), 2)
+    >>> difference(record, record)
+    0.0
+    """
+    apart = total = 0.0
+    for mine, others in zip(one, other, strict=True):
+        entries: dict[int, float] = dict(zip(others["indices"].tolist(), _values(others), strict=True))
+        total += sum(value**2 for value in entries.values())
+        for index, value in zip(mine["indices"].tolist(), _values(mine), strict=True):
+            entries[index] = entries.get(index, 0.0) - value
+        apart += sum(value**2 for value in entries.values())
+    return float((apart / total) ** 0.5) if total else float(apart > 0)
+
+
+def _values(record: Any) -> list[float]:
+    return (record["values"].astype(np.float64) * record["scale"]).tolist()  # type: ignore[no-any-return]

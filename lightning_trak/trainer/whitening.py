@@ -1,0 +1,84 @@
+"""Whitening at a checkpoint: its curvature, estimated once, and what is stored of whitened gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lightning_trak.curvature import Curvature, Eigenvalues, SecondMoments, Whitening
+from lightning_trak.features.largest import difference, largest_entries, record_type
+from lightning_trak.gradients import Engine, ModelFunction, Sink
+from lightning_trak.store.checkpoint import CheckpointEntry
+from lightning_trak.store.files import explained_os_errors
+from lightning_trak.store.weights import Weights, load_weights, save_weights, weights_digest
+from lightning_trak.trainer.featurization import FeaturizationLoop
+
+Array = npt.NDArray[Any]
+
+
+def stored_form(loop: FeaturizationLoop, features: Tensor) -> Array:
+    """Return features as the store has them: as they are, or the largest entries of whitened ones."""
+    own = loop.preconditioner
+    return features.cpu().numpy() if own is None else largest_entries(features, min(own.entries, loop.dimension))
+
+
+def record_of(loop: FeaturizationLoop) -> np.dtype[Any] | None:
+    """Return the type of a training example's record; None if features are stored as they are."""
+    own = loop.preconditioner
+    return None if own is None else record_type(min(own.entries, loop.dimension), loop.dimension)
+
+
+def same_features(new: Array, stored: Array) -> bool:
+    """Say whether features, or Q or w, are the same up to rounding."""
+    if new.dtype.names is not None:
+        return difference(new, stored) <= 0.05
+    return bool(np.linalg.norm(new - stored) <= 0.05 * np.linalg.norm(stored) + 1e-3)
+
+
+def whitening_at(loop: FeaturizationLoop, entry: CheckpointEntry, description: str) -> Whitening | None:
+    """Return the whitening at a checkpoint; None without a preconditioner. Its curvature is estimated once."""
+    if loop.preconditioner is None:
+        return None
+    path, digest = entry.path / "curvature.pt", entry.meta.get("curvature")
+    if digest is not None:
+        curvature = Curvature.from_tensors(load_weights(path, digest))
+    else:
+        curvature = estimate_curvature(loop, load_weights(entry.weights_path, entry.digest), entry.digest, description)
+        tensors = curvature.tensors()
+        with explained_os_errors(entry.path):
+            save_weights(tensors, path)
+        entry.supplement({"curvature": weights_digest(tensors)})
+    return Whitening(curvature.to(loop.device), loop.parameters, loop.preconditioner.damping)
+
+
+def estimate_curvature(loop: FeaturizationLoop, weights: Weights, digest: str, description: str) -> Curvature:
+    """Estimate the curvature of the loss at a checkpoint from some training examples, in two passes over them."""
+    assert loop.preconditioner is not None
+    rows = np.unique(np.linspace(0, loop.size - 1, min(loop.size, loop.preconditioner.examples)).round().astype(int))
+    moments = SecondMoments()
+
+    def add_moments(function: ModelFunction, engine: Engine, batch_rows: Sequence[int], batch: Any) -> None:
+        with moments.batch() as sink:
+            drawn_gradients(function, engine, batch, len(batch_rows), sink)
+
+    loop.each_batch(weights, digest, rows.tolist(), add_moments, f"{description}: factors")
+    eigenvalues = Eigenvalues(moments.bases())
+
+    def add_squares(function: ModelFunction, engine: Engine, batch_rows: Sequence[int], batch: Any) -> None:
+        with eigenvalues.batch(len(batch_rows)) as sink:
+            drawn_gradients(function, engine, batch, len(batch_rows), sink)
+
+    loop.each_batch(weights, digest, rows.tolist(), add_squares, f"{description}: eigenvalues")
+    return eigenvalues.curvature()
+
+
+def drawn_gradients(function: ModelFunction, engine: Engine, batch: Any, size: int, sink: Sink) -> None:
+    """Send the gradients of the loss with drawn labels to ``sink``."""
+    with torch.no_grad():
+        labels = function.call(function.module.draw_labels, batch)
+    engine(function.of("drawn_loss"), (batch, labels), size, sink)
