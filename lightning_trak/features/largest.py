@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 _BLOCK = 4096  # records read at once
 
@@ -71,6 +72,34 @@ def columns_of(records: Records) -> Tensor:
     return torch.from_numpy(found)
 
 
+class SparseBlock(NamedTuple):
+    """A sparse matrix of r rows with k entries each.
+
+    Attributes:
+        columns: of the entries, (r, k).
+        values: of the entries, (r, k), float32.
+
+    >>> SparseBlock(torch.tensor([[2, 0]]), torch.tensor([[10.0, 1.0]])) @ torch.eye(3)
+    tensor([[ 1.,  0., 10.]])
+    """
+
+    columns: Tensor
+    values: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """(r, k)."""
+        return self.values.shape
+
+    def to(self, device: torch.device) -> SparseBlock:
+        """Return the matrix on a device."""
+        return SparseBlock(self.columns.to(device), self.values.to(device))
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        """Multiply with a dense matrix, (columns, m) → (r, m): weighted sums of its rows."""
+        return embedding_bag(self.columns, other.contiguous(), mode="sum", per_sample_weights=self.values)
+
+
 class SparseRows:
     """Records as rows of a sparse matrix, (n, columns), read in order.
 
@@ -87,19 +116,12 @@ class SparseRows:
         """(n, columns)."""
         return self._records.shape[0], len(self._columns)
 
-    def blocks(self, size: int) -> Iterator[Tensor]:
-        """Yield all rows in order, ``size`` at a time, as sparse CSR matrices of float32."""
+    def blocks(self, size: int) -> Iterator[SparseBlock]:
+        """Yield all rows in order, ``size`` at a time."""
         for block in self._records.blocks(size):
-            rows, k = block["indices"].shape
             places = np.searchsorted(self._columns, block["indices"])
-            order = places.argsort(1)
             values = block["values"].astype(np.float32) * block["scale"][:, None]
-            yield torch.sparse_csr_tensor(
-                torch.arange(0, rows * k + 1, k),
-                torch.from_numpy(np.take_along_axis(places, order, 1).ravel()),
-                torch.from_numpy(np.take_along_axis(values, order, 1).ravel()),
-                (rows, len(self._columns)),
-            )
+            yield SparseBlock(torch.from_numpy(places), torch.from_numpy(values))
 
 
 def difference(one: Array, other: Array) -> float:

@@ -138,7 +138,8 @@ class Estimator:
             ValueError: if H is singular.
         """
         if train.squares is not None:
-            return Solved(targets / train.shape[0], self._whitened_damping())
+            vectors = (targets / train.shape[0]).T.contiguous().T  # sparse products take the transpose
+            return Solved(vectors, self._whitened_damping())
         state, damping = self._factor(train, sums)
         return Solved(
             solve(state, targets.to(self.device)).cpu(), damping

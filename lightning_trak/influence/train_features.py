@@ -20,6 +20,23 @@ CPU = torch.device("cpu")
 Array = npt.NDArray[Any]
 
 
+class Matrix(Protocol):
+    """What scores need of a block of rows: a tensor, or a sparse matrix of another kind."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Begins with the number of rows."""
+        ...
+
+    def to(self, device: torch.device) -> Any:
+        """Return it on a device."""
+        ...
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        """Multiply with a dense matrix."""
+        ...
+
+
 @runtime_checkable
 class Rows(Protocol):
     """An array that is read once, in order, in blocks of rows; e.g. a file."""
@@ -29,8 +46,8 @@ class Rows(Protocol):
         """(n, k)."""
         ...
 
-    def blocks(self, size: int) -> Iterator[Array | Tensor]:
-        """Yield all rows in order, ``size`` at a time: arrays, or sparse CSR matrices."""
+    def blocks(self, size: int) -> Iterator[Array | Matrix]:
+        """Yield all rows in order, ``size`` at a time: arrays, or sparse matrices of another kind."""
         ...
 
 
@@ -72,13 +89,13 @@ class TrainFeatures:
         for block in cut:
             rows = slice(start, start + block.shape[0])
             arrays = (block, self.loss_grad[rows], self.curvature[rows])
-            features, loss_grad, curvature = (_tensor(array).to(device) for array in arrays)
+            features, loss_grad, curvature = (_matrix(array).to(device) for array in arrays)
             yield rows, features, loss_grad, curvature
             start = rows.stop
 
 
-def _tensor(array: Array | Tensor) -> Tensor:
-    return array if isinstance(array, Tensor) else torch.from_numpy(np.asarray(array))
+def _matrix(array: Array | Matrix) -> Matrix:
+    return torch.from_numpy(np.asarray(array)) if isinstance(array, np.ndarray) else array
 
 
 def block_size(n_targets: int) -> int:

@@ -200,11 +200,17 @@ def numbered(module: Any, batch: Any, rows: Sequence[int], dataset: Any | None) 
 
 
 def draws_labels(module: Any) -> bool:
-    """Say whether a module draws labels of the parts of its examples; the loss of its own ``model_output``."""
-    for kind in type(module).__mro__:
-        if "model_output" in vars(kind):
-            return "draw_labels" in vars(kind) or (hasattr(kind, "part_losses") and hasattr(module, "draw_labels"))
-    return False
+    """Say whether a module draws labels from its predictions, and they are those of its own output and loss.
+
+    A subclass that overrides the output or the loss, and not ``draw_labels``, may predict something else.
+    """
+    kinds = type(module).__mro__
+
+    def place(name: str) -> int:
+        return next((place for place, kind in enumerate(kinds) if name in vars(kind)), len(kinds))
+
+    drawn = place("draw_labels")
+    return drawn < len(kinds) and drawn <= min(map(place, ("model_output", "part_losses", "output_to_loss")))
 
 
 def own_method(module: Any, name: str) -> Callable[..., Any] | None:

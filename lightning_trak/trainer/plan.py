@@ -64,7 +64,8 @@ def _preconditioner(
     if not draws_labels(module):
         raise ValueError(
             "preconditioner='kronecker' needs labels drawn from the predictions, which"
-            f" {type(module).__name__} does not define. Use LanguageModelingMixin, SegmentationMixin or MultilabelMixin with their own model_output,"
+            f" {type(module).__name__} does not define. Use LanguageModelingMixin, SegmentationMixin or"
+            " MultilabelMixin with their own model_output and loss,"
             " define draw_labels(self, batch) and drawn_loss(self, drawn), or leave preconditioner out."
         )
     return Preconditioner(max(1, proj_dim // _PER_ENTRY), 1.0 if isinstance(damping, str) else damping)

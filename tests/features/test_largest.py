@@ -1,0 +1,93 @@
+"""Records of the largest entries, and the sparse matrices of them, against dense arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_trak.features.largest import SparseRows, columns_of, difference, largest_entries, record_type
+
+
+class Records:
+    def __init__(self, records):
+        self.records, self.shape = records, records.shape
+
+    def blocks(self, size):
+        for start in range(0, len(self.records), size):
+            yield self.records[start : start + size]
+
+
+def dense(records, p):
+    """A slow loop."""
+    result = np.zeros((len(records), p))
+    for row, record in enumerate(records):
+        for index, value in zip(record["indices"], record["values"], strict=True):
+            result[row, index] = float(value) * float(record["scale"])
+    return result
+
+
+def test_the_largest_entries_are_kept():
+    features = torch.randn(9, 50, generator=torch.Generator().manual_seed(0))
+    kept = dense(largest_entries(features, 8), 50)
+    for row, values in zip(kept, features.numpy(), strict=True):
+        largest = np.argsort(-np.abs(values))[:8]
+        assert {*np.flatnonzero(row)} == {*largest}
+        np.testing.assert_allclose(row[largest], values[largest], rtol=1e-3)
+
+
+def test_squares_are_of_all_entries():
+    features = torch.randn(4, 30)
+    np.testing.assert_allclose(largest_entries(features, 3)["squares"], features.double().square().sum(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e12, 1e18])
+def test_float16_is_relative_to_the_largest(size):
+    features = torch.tensor([[3.0, -2.0, 1.0, 0.0]]) * size
+    np.testing.assert_allclose(dense(largest_entries(features, 3), 4), features.double(), rtol=1e-3)
+
+
+def test_an_example_without_entries():
+    record = largest_entries(torch.zeros(2, 5), 2)
+    assert not dense(record, 5).any()
+    assert np.isfinite(record["values"]).all()
+    assert difference(record, record) == 0
+
+
+def test_as_many_as_there_are():
+    features = torch.randn(3, 4)
+    np.testing.assert_allclose(dense(largest_entries(features, 4), 4), features, rtol=1e-3)
+
+
+@pytest.mark.parametrize("block", [1, 4, 100])
+def test_sparse_rows_are_the_records(block):
+    features = torch.randn(11, 40, generator=torch.Generator().manual_seed(1))
+    records = Records(largest_entries(features, 5))
+    columns = columns_of(records)
+    assert columns.tolist() == sorted({*records.records["indices"].ravel().tolist()})
+    rows = SparseRows(records, columns)
+    assert rows.shape == (11, len(columns))
+    found = torch.cat([part @ torch.eye(len(columns)) for part in rows.blocks(block)])
+    np.testing.assert_allclose(found, dense(records.records, 40)[:, columns], rtol=1e-6)
+
+
+def test_inner_products_need_the_columns_alone():
+    features, targets = torch.randn(6, 40), torch.randn(3, 40)
+    records = Records(largest_entries(features, 7))
+    columns = columns_of(records)
+    found = torch.cat([part @ targets[:, columns].T for part in SparseRows(records, columns).blocks(4)])
+    np.testing.assert_allclose(found, dense(records.records, 40) @ targets.numpy().T, rtol=1e-4, atol=1e-5)
+
+
+def test_difference_is_that_of_dense_arrays():
+    one, other = (largest_entries(torch.randn(5, 20), 4) for _ in range(2))
+    mine, others = dense(one, 20), dense(other, 20)
+    expected = np.linalg.norm(mine - others) / np.linalg.norm(others)
+    np.testing.assert_allclose(difference(one, other), expected, rtol=1e-6)
+    assert difference(one, one) == 0
+    assert difference(one, largest_entries(torch.zeros(5, 20), 4)) == 1
+
+
+def test_many_parameters_have_longer_indices():
+    assert record_type(2, 2**31 - 1)["indices"].base == np.int32
+    assert record_type(2, 2**31)["indices"].base == np.int64

@@ -1,0 +1,158 @@
+"""Labels drawn from predictions: the Fisher information of their loss, over all labels, against the Hessian."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_trak import ClassificationMixin, LanguageModelingMixin, MultilabelMixin, SegmentationMixin, TRAKMixin
+from lightning_trak.tasks.base import draws_labels
+
+
+class Words(LanguageModelingMixin, nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(3, 3)
+
+    def forward(self, tokens):
+        return self.words(tokens)
+
+
+class Tagger(MultilabelMixin, nn.Linear): ...
+
+
+class Summed(Tagger):
+    reduction = "sum"
+
+
+class Segmenter(SegmentationMixin, nn.Conv1d): ...
+
+
+def words():
+    return Words(), torch.tensor([[0, 2, 1]]), list(product(range(3), repeat=2))
+
+
+def masked_words():
+    tokens = torch.tensor([[0, 2, 1]])
+    return Words(), (tokens, torch.tensor([[0, 2, -100]])), [(one, -100) for one in range(3)]
+
+
+def tags():
+    return Tagger(2, 3), (torch.randn(1, 2), torch.zeros(1, 3)), list(product((0.0, 1.0), repeat=3))
+
+
+def summed_tags():
+    return Summed(2, 3), (torch.randn(1, 2), torch.zeros(1, 3)), list(product((0.0, 1.0), repeat=3))
+
+
+def pixels():
+    return Segmenter(2, 3, 1), (torch.randn(1, 2, 2), torch.tensor([[0, 2]])), list(product(range(3), repeat=2))
+
+
+def masked_pixels():
+    batch = (torch.randn(1, 2, 2), torch.tensor([[-100, 2]]))
+    return Segmenter(2, 3, 1), batch, [(-100, one) for one in range(3)]
+
+
+def two_classes():
+    return Segmenter(2, 1, 1), (torch.randn(1, 2, 2), torch.tensor([[0, 1]])), list(product(range(2), repeat=2))
+
+
+TASKS = [words, masked_words, tags, summed_tags, pixels, masked_pixels, two_classes]
+
+
+def flat(gradients):
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.__name__)
+def test_all_labels_together_give_the_hessian(task):
+    """Of the loss of a model whose logits are linear in its parameters: there it is the Gauss–Newton matrix."""
+    torch.manual_seed(0)
+    module, batch, labels = task()
+    module = module.double()
+    batch = (
+        tuple(part.double() if part.is_floating_point() else part for part in batch)
+        if isinstance(batch, tuple)
+        else batch
+    )
+    parameters = tuple(module.parameters())
+    names = [name for name, _ in module.named_parameters()]
+
+    def loss(*values):
+        def whole(given):
+            return module.output_to_loss(module.model_output(given), given).sum()
+
+        return torch.func.functional_call(
+            _Calls(module, whole), dict(zip([f"module.{n}" for n in names], values, strict=True)), (batch,)
+        )
+
+    blocks = torch.autograd.functional.hessian(loss, parameters)
+    sizes = [value.numel() for value in parameters]
+    rows = [
+        torch.cat([block.reshape(r, c) for block, c in zip(row, sizes, strict=True)], 1)
+        for row, r in zip(blocks, sizes, strict=True)
+    ]
+    hessian = torch.cat(rows)
+    total, probabilities = torch.zeros_like(hessian), 0.0
+    for drawn in labels:
+        drawn = torch.tensor([drawn])
+        value = module.drawn_loss((batch, drawn.double() if drawn.is_floating_point() else drawn))
+        gradient = flat(torch.autograd.grad(value.sum(), parameters))
+        probability = (-value.detach().squeeze() * norm_of(module, drawn)).exp()
+        total += probability * torch.outer(gradient, gradient)
+        probabilities += probability
+    torch.testing.assert_close(probabilities, torch.ones((), dtype=torch.float64))
+    torch.testing.assert_close(total, hessian)
+
+
+def norm_of(module, drawn):
+    """√N, by which the sum of the parts' losses was divided."""
+    if isinstance(module, Summed):
+        return 1.0
+    return float((drawn != -100).sum()) ** 0.5
+
+
+class _Calls(nn.Module):
+    def __init__(self, module, function):
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, batch):
+        return self.function(batch)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.__name__)
+def test_labels_are_drawn_as_often_as_predicted(task):
+    torch.manual_seed(0)
+    module, batch, labels = task()
+    n = 20_000
+    many = tuple(part.expand(n, *part.shape[1:]) for part in batch) if isinstance(batch, tuple) else batch.expand(n, -1)
+    drawn = module.draw_labels(many).reshape(n, -1)
+    for one in labels:
+        value = module.drawn_loss((batch, torch.tensor([one]))).item()
+        expected = torch.tensor(-value * norm_of(module, torch.tensor([one]))).exp().item()
+        found = (drawn == torch.tensor(one)).all(1).float().mean().item()
+        assert abs(found - expected) < 5 * (expected * (1 - expected) / n) ** 0.5 + 1e-9
+
+
+class OtherOutput(Words):
+    def model_output(self, batch):
+        return super().model_output(batch)
+
+
+class OwnDraws(TRAKMixin):
+    def model_output(self, batch): ...
+    def draw_labels(self, batch): ...
+
+
+class Classifier(ClassificationMixin, nn.Linear): ...
+
+
+def test_which_modules_draw_labels():
+    """Not one with an output of its own, which may be another: labels belong to the mixin's."""
+    assert all(draws_labels(module) for module in (Words(), Tagger(1, 1), Segmenter(1, 1, 1), OwnDraws()))
+    assert not any(draws_labels(module) for module in (OtherOutput(), Classifier(1, 2), nn.Linear(1, 1)))
