@@ -44,6 +44,7 @@ class AttributionInfo:
         loss_explained: where the loss is no function of the output, the part of its gradients (of their squared norms)
             that lies along the gradients of the output. There is a number for every checkpoint that was featurized
             without interruption.
+        preconditioner: ``"kronecker"`` if gradients were whitened by the curvature of each parameter; else None.
     """
 
     n_train: int
@@ -58,6 +59,7 @@ class AttributionInfo:
     temperature: float = 1.0
     estimator: str = "gauss_newton"
     loss_explained: tuple[float, ...] = ()
+    preconditioner: str | None = None
 
 
 class Convergence(NamedTuple):

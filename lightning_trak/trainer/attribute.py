@@ -94,7 +94,7 @@ def _info(job: Job, estimator: Estimator, solved: Sequence[Solved], n_targets: i
         n_train=job.store.n_train,
         n_targets=n_targets,
         checkpoints=tuple(entry.digest for entry in job.entries),
-        projector=job.plan.projector.name,
+        projector=job.plan.identity["projection"]["projector"],
         proj_dim=job.plan.proj_dim,
         damping=options.damping,
         curvature=options.curvature,
@@ -102,6 +102,7 @@ def _info(job: Job, estimator: Estimator, solved: Sequence[Solved], n_targets: i
         dampings=tuple(damping.value for damping in dampings),
         damping_rules=tuple(damping.rule for damping in dampings),
         temperature=estimator.temperature,
+        preconditioner=None if job.plan.preconditioner is None else "kronecker",
         loss_explained=tuple(meta["loss_explained"] for meta in metas if "loss_explained" in meta),
     )
 

@@ -51,24 +51,24 @@ def parameters_to_be(settings: Settings, trainer: Any, module: Any) -> str | Non
     return "*"
 
 
-def _preconditioner(
-    settings: Settings, module: Any, manifest: dict[str, Any] | None, proj_dim: int
-) -> Preconditioner | None:
+def _preconditioner(settings: Settings, module: Any, manifest: dict[str, Any] | None) -> Preconditioner | None:
     """Return how gradients are whitened; None if they are not: see ``TRAKCallback(preconditioner=...)``."""
-    asked, damping = settings.preconditioner, settings.damping
-    if asked == "auto" and manifest is not None and settings.all_by_default and settings.proj_dim == PROJ_DIM:
-        stored = manifest.get("preconditioner")
-        return None if stored is None else Preconditioner(stored["entries"], stored["damping"], stored["examples"])
-    if asked == "none" or (asked == "auto" and not (settings.all_by_default and draws_labels(module))):
+    stored = None if manifest is None else manifest.get("preconditioner")
+    if settings.preconditioner == "none" or (settings.preconditioner == "auto" and not settings.all_by_default):
+        return None
+    if settings.preconditioner == "auto" and not (draws_labels(module) if manifest is None else stored):
         return None
     if not draws_labels(module):
         raise ValueError(
             "preconditioner='kronecker' needs labels drawn from the predictions, which"
             f" {type(module).__name__} does not define. Use LanguageModelingMixin, SegmentationMixin or"
-            " MultilabelMixin with their own model_output and loss,"
-            " define draw_labels(self, batch) and drawn_loss(self, drawn), or leave preconditioner out."
+            " MultilabelMixin with their own model_output and loss, define draw_labels(self, batch) and"
+            " drawn_loss(self, drawn), or leave preconditioner out."
         )
-    return Preconditioner(max(1, proj_dim // _PER_ENTRY), 1.0 if isinstance(damping, str) else damping)
+    entries = max(1, settings.proj_dim // _PER_ENTRY)
+    if stored is not None and settings.proj_dim == PROJ_DIM:
+        entries = stored["entries"]
+    return Preconditioner(entries, 1.0 if isinstance(settings.damping, str) else settings.damping)
 
 
 class Plan:
@@ -108,7 +108,7 @@ class Plan:
             self.parameters.sort(key=lambda name: places.get(name, len(places)))
         self.shapes = {name: list(own[name].shape) for name in self.parameters}
         self.n_params = sum(own[name].numel() for name in self.parameters)
-        self.preconditioner = _preconditioner(settings, module, manifest, proj_dim)
+        self.preconditioner = _preconditioner(settings, module, manifest)
         if self.preconditioner is None:
             self.projector = make_projector(projector, proj_dim, self.n_params)
         else:
@@ -131,7 +131,9 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """The part of the store's manifest that does not depend on the data."""
         own = self.preconditioner
-        projection = {**self.projector.configuration, "proj_dim": self.proj_dim, "seed": self.seed}
+        largest = {"projector": "largest", "drawing": 1, "arguments": {}}
+        configuration = self.projector.configuration if own is None else largest
+        projection = {**configuration, "proj_dim": self.proj_dim, "seed": self.seed}
         return {
             "parameters": self.shapes,
             "projection": projection,

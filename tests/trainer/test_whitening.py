@@ -1,0 +1,280 @@
+"""Whitened gradients from training to scores, against a float64 loop, and what may not be mixed with them."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_trak import Attribution, FeatureStore, LanguageModelingMixin, TRAKCallback
+from lightning_trak.curvature import Curvature
+from lightning_trak.gradients import DenseGradient
+from tests.conftest import Blobs, Classifier, make_trainer
+from tests.trainer.references import fresh
+
+WORDS, LENGTH, N, M = 12, 6, 30, 5
+WHOLE = {"proj_dim": 8 * 10_000}  # so that all entries are stored
+
+
+def tokens(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(0, WORDS, (n, 1), generator=generator)
+    noise = torch.randint(0, 2, (n, LENGTH), generator=generator)
+    return TensorDataset((start + torch.arange(LENGTH) + noise) % WORDS)
+
+
+class Texts(L.LightningDataModule):
+    def __init__(self, n=N):
+        super().__init__()
+        self.n = n
+
+    def train_dataloader(self):
+        return DataLoader(tokens(self.n, 0), 8, shuffle=True)
+
+    def test_dataloader(self):
+        return DataLoader(tokens(M, 1), M)
+
+
+class Plain(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.words, self.middle, self.norm = nn.Embedding(WORDS, 6), nn.Linear(6, 6), nn.LayerNorm(6)
+        self.dropout, self.head = nn.Dropout(0.2), nn.Linear(6, WORDS, bias=False)
+        self.head.weight = self.words.weight
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, words):
+        embedded = self.words(words)
+        return self.head(self.norm(embedded + self.dropout(self.middle(embedded).relu()))) * self.scale
+
+    def training_step(self, batch, batch_idx):
+        logits = self(batch[0])[:, :-1]
+        return nn.functional.cross_entropy(logits.mT, batch[0][:, 1:])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class Model(LanguageModelingMixin, Plain): ...
+
+
+class OwnOutput(Model):
+    def model_output(self, batch):
+        return super().model_output(batch)
+
+
+def fitted(root, module_type=Model, seed=0, **kwargs):
+    L.seed_everything(seed, verbose=False)
+    saving = ModelCheckpoint(root / "files", save_top_k=-1, filename="{epoch}")
+    trainer, module = make_trainer(root, TRAKCallback(root / "store", **kwargs), saving, max_epochs=2), module_type()
+    trainer.fit(module, datamodule=Texts())
+    return trainer, module
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    return root, *fitted(root)
+
+
+def whitened_float64(module, curvature, dataset):
+    """Slow and obvious: an example, a backward pass, a parameter at a time. Returns φ and Q."""
+    module = copy.deepcopy(module).double().eval()
+    rows, loss_grads = [], []
+    for (words,) in dataset:
+        losses = nn.functional.cross_entropy(module(words[None])[0, :-1], words[1:], reduction="mean")
+        p = torch.exp(-losses)
+        gradients = torch.autograd.grad(torch.log(p / (1 - p)), list(module.parameters()))
+        parts = []
+        for (name, _), gradient in zip(module.named_parameters(), gradients, strict=True):
+            values = curvature.eigenvalues[name].double()
+            rotated = curvature.bases[name].rotate(DenseGradient(gradient[None].float()))[0].double()
+            parts.append(rotated / (values + values.mean()).sqrt())
+        rows.append(torch.cat(parts).numpy())
+        loss_grads.append(1 - p.item())
+    return np.array(rows), np.array(loss_grads)
+
+
+def reference(store, module):
+    """Scores averaged over the checkpoints of a store, with the curvature that it has."""
+    total = 0.0
+    for entry in store:
+        module = copy.deepcopy(module)
+        module.load_state_dict(torch.load(entry.weights_path, weights_only=True))
+        curvature = Curvature.from_tensors(torch.load(entry.path / "curvature.pt", weights_only=True))
+        train, q = whitened_float64(module, curvature, tokens(N, 0))
+        targets, _ = whitened_float64(module, curvature, tokens(M, 1))
+        total = total + (train @ targets.T) * q[:, None] / N / len(store)
+    return total
+
+
+def test_scores_are_those_of_a_slow_loop(tmp_path):
+    trainer, module = fitted(tmp_path, **WHOLE)
+    found = trainer.attribute(datamodule=Texts()).scores
+    expected = reference(FeatureStore(tmp_path / "store"), module)
+    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=2e-3 * np.abs(expected).max())
+
+
+def test_few_entries_are_nearly_as_good(tmp_path):
+    trainer, module = fitted(tmp_path, proj_dim=8 * 40)
+    entry = next(iter(FeatureStore(tmp_path / "store")))
+    assert entry.features["indices"].shape == (N, 40)
+    found = trainer.attribute(datamodule=Texts()).scores
+    expected = reference(FeatureStore(tmp_path / "store"), module)
+    assert np.corrcoef(found.flatten(), expected.flatten())[0, 1] > 0.9
+
+
+def test_self_influence_is_that_of_a_slow_loop(run):
+    _, trainer, module = run
+    found = trainer.attribute_self(datamodule=Texts())
+    expected = 0.0
+    store = FeatureStore(run[0] / "store")
+    for entry in store:
+        module.load_state_dict(torch.load(entry.weights_path, weights_only=True))
+        curvature = Curvature.from_tensors(torch.load(entry.path / "curvature.pt", weights_only=True))
+        train, q = whitened_float64(module, curvature, tokens(N, 0))
+        expected = expected + q**2 * (train**2).sum(1) / N / len(store)
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+def test_it_is_told(run, said):
+    root, _, _ = run
+    attribution = fresh(root).attribute(Model(), datamodule=Texts())
+    assert attribution.info.preconditioner == "kronecker"
+    assert (attribution.info.projector, attribution.info.proj_dim) == ("largest", 127)
+    assert set(attribution.info.dampings) == {1.0}
+    assert attribution.info.temperature == 1
+    assert "gradients are whitened" in said()
+
+
+def test_it_is_saved(run, tmp_path):
+    _, trainer, _ = run
+    attribution = trainer.attribute(datamodule=Texts())
+    attribution.save(tmp_path / "scores")
+    assert Attribution.load(tmp_path / "scores").info == attribution.info
+
+
+def test_extremes_are_those_of_all_scores(run):
+    _, trainer, _ = run
+    whole, few = trainer.attribute(datamodule=Texts()), trainer.attribute(datamodule=Texts(), top_k=3)
+    assert torch.equal(few.top(3).indices, whole.top(3).indices)
+
+
+def test_training_is_not_disturbed(tmp_path):
+    """The labels are drawn from random states of their own."""
+    _, with_callback = fitted(tmp_path / "with", Model)
+    L.seed_everything(0, verbose=False)
+    alone = Plain()
+    saving = ModelCheckpoint(tmp_path / "files", save_top_k=-1, filename="{epoch}")
+    make_trainer(tmp_path, saving, max_epochs=2).fit(alone, datamodule=Texts())
+    for one, other in zip(with_callback.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_same_labels_are_drawn_again(tmp_path):
+    stores = []
+    for name in ("one", "other"):
+        fitted(tmp_path / name)
+        stores.append(FeatureStore(tmp_path / name / "store"))
+    for one, other in zip(*stores, strict=True):
+        assert np.array_equal(one.features, other.features)
+
+
+def test_an_interrupted_featurization_goes_on_with_the_same_curvature(run, tmp_path):
+    root, trainer, _ = run
+    shutil.copytree(root / "store", tmp_path / "store")
+    expected = trainer.attribute(datamodule=Texts()).scores
+    for entry in FeatureStore(tmp_path / "store"):
+        written = np.load(entry.path / "written.npy", mmap_mode="r+")
+        written[10:] = False
+        meta = entry.path / "meta.json"
+        text = meta.read_text()
+        assert '"checksums"' in text
+        meta.write_text(text.replace('"checksums"', '"before"'))
+    found = fresh(tmp_path).attribute(Model(), datamodule=Texts()).scores
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["curvature.pt", "features.npy"])
+def test_damage_is_named(run, tmp_path, name):
+    root, _, _ = run
+    shutil.copytree(root / "store", tmp_path / "store")
+    path = next(iter(FeatureStore(tmp_path / "store"))).path / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}.*damaged"):
+        fresh(tmp_path).attribute(Model(), datamodule=Texts())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"preconditioner": "none"}, {"damping": 0.3}, {"proj_dim": 64}, {"curvature": False}, {"estimator": "trak"}],
+)
+def test_a_store_of_whitened_gradients_is_of_no_other_setting(run, other):
+    root, _, _ = run
+    with pytest.raises(ValueError, match=r"was made with .*(preconditioner|projection)"):
+        fresh(root, **other).attribute(Model(), datamodule=Texts())
+
+
+def test_a_store_without_whitening_goes_on_without(tmp_path):
+    trainer, _ = fitted(tmp_path, preconditioner="none", proj_dim=64)
+    expected = trainer.attribute(datamodule=Texts()).scores
+    found = fresh(tmp_path).attribute(Model(), datamodule=Texts())
+    assert found.info.preconditioner is None
+    torch.testing.assert_close(found.scores, expected)
+
+
+@pytest.mark.parametrize(
+    ("module_type", "settings"),
+    [
+        (OwnOutput, {}),
+        (Model, {"projector": "sparse"}),
+        (Model, {"damping": 0.1}),
+        (Model, {"temperature": 1}),
+        (Model, {"curvature": False}),
+        (Model, {"estimator": "trak"}),
+        (Model, {"preconditioner": "none"}),
+    ],
+)
+def test_other_outputs_and_settings_are_not_whitened_by_default(tmp_path, module_type, settings):
+    trainer, _ = fitted(tmp_path, module_type, proj_dim=16, **settings)
+    assert trainer.attribute(datamodule=Texts()).info.preconditioner is None
+
+
+def test_damping_is_relative_to_the_mean_eigenvalue(tmp_path):
+    trainer, _ = fitted(tmp_path, preconditioner="kronecker", damping=0.3)
+    info = trainer.attribute(datamodule=Texts()).info
+    assert (info.preconditioner, set(info.dampings)) == ("kronecker", {0.3})
+    assert FeatureStore(tmp_path / "store").manifest["preconditioner"]["damping"] == 0.3
+
+
+def test_labels_must_be_drawn_by_the_module(tmp_path):
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store", preconditioner="kronecker"), max_epochs=1)
+    with pytest.raises(ValueError, match=r"needs labels drawn .* Classifier does not define"):
+        trainer.fit(Classifier(), datamodule=Blobs())
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"projector": "sparse"}, "projector must be left out, got projector='sparse'"),
+        ({"curvature": False}, "curvature must be left out, got curvature=False"),
+        ({"estimator": "trak"}, "estimator must be left out, got estimator='trak'"),
+    ],
+)
+def test_what_whitening_replaces_must_be_left_out(other, message):
+    with pytest.raises(ValueError, match=message):
+        TRAKCallback("store", preconditioner="kronecker", **other)
+
+
+def test_its_name_is_checked():
+    with pytest.raises(ValueError, match="preconditioner must be one of 'auto', 'kronecker', 'none', got 'ekfac'"):
+        TRAKCallback("store", preconditioner="ekfac")
