@@ -14,7 +14,7 @@ from lightning_trak.gradients import Gradient, Sink
 from lightning_trak.gradients.gradient import as_rows
 
 _VOCABULARY = 8  # a matrix with so many times more rows than columns is taken for a table of words
-_LARGEST = 4096  # entries of an axis: a larger one gets no basis, since that takes the cube of them
+_LARGEST = 1024  # entries of an axis: a larger one gets no basis, since that takes the cube of them
 
 
 class EigenBasis:
@@ -126,7 +126,7 @@ def _axes(shape: torch.Size) -> tuple[bool, bool]:
 
 
 def _second_moment(vectors: Tensor | None) -> Tensor | None:
-    return None if vectors is None else (vectors.mT @ vectors).double()
+    return None if vectors is None else vectors.float().mT @ vectors.float()
 
 
 def _plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -134,7 +134,7 @@ def _plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 def _eigenvectors(moment: Tensor | None) -> Tensor | None:
-    return None if moment is None else torch.linalg.eigh(moment)[1].float()
+    return None if moment is None else torch.linalg.eigh(moment)[1]
 
 
 class Eigenvalues:
@@ -173,11 +173,11 @@ class Eigenvalues:
 
         yield add
         for name, values in rotated.items():
-            squares = values.double().square_().sum(0)
+            squares = values.square_().sum(0)
             self._sums[name] = self._sums[name] + squares if name in self._sums else squares
         self._examples += size
 
     def curvature(self) -> Curvature:
         """Return the curvature, with Λ the mean over examples."""
-        means = {name: (total / self._examples).float() for name, total in self._sums.items()}
+        means = {name: total / self._examples for name, total in self._sums.items()}
         return Curvature({name: self._bases[name] for name in means}, means)

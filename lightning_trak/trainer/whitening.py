@@ -37,7 +37,7 @@ def same_features(new: Array, stored: Array) -> bool:
     """Say whether features, or Q or w, are the same up to rounding."""
     if new.dtype.names is not None:
         return difference(new, stored) <= 0.05
-    return bool(np.linalg.norm(new - stored) <= 0.05 * np.linalg.norm(stored) + 1e-3)
+    return not np.linalg.norm(new - stored) > 0.05 * np.linalg.norm(stored) + 1e-3  # damage by NaN is told later
 
 
 def whitening_at(loop: FeaturizationLoop, entry: CheckpointEntry, description: str) -> Whitening | None:

@@ -36,6 +36,18 @@ def test_the_largest_entries_are_kept():
         np.testing.assert_allclose(row[largest], values[largest], rtol=1e-3)
 
 
+@pytest.mark.parametrize("p", [1, 31, 32, 1000, 1001, 5003])
+def test_long_rows(p):
+    """Also with many equal entries."""
+    features = torch.randn(3, p, generator=torch.Generator().manual_seed(0))
+    features[1] = 1.0
+    features[2, p // 2 :] = 0.0
+    k = min(p, 3)
+    for row, record in zip(features.abs().numpy(), largest_entries(features, k), strict=True):
+        assert len({*record["indices"].tolist()}) == k
+        np.testing.assert_array_equal(np.sort(row[record["indices"]]), np.sort(row)[-k:])
+
+
 def test_squares_are_of_all_entries():
     features = torch.randn(4, 30)
     np.testing.assert_allclose(largest_entries(features, 3)["squares"], features.double().square().sum(1), rtol=1e-6)
