@@ -7,6 +7,7 @@ The rooms, in the order of the data. Each may import those above it::
     tasks         what a module tells: model output f, loss L(f), Q = −∂L/∂f, w = ∂²L/∂f²; ready mixins
     gradients     per-sample gradients of f: engines, a rule for each type of layer, and what selects among them
     projection    random projections
+    curvature     Kronecker factors of the loss's curvature, and gradients whitened by them
     features      gradients, projected as they appear
     store         checkpoints on disk: weights, features, sums over the train set
     influence     the estimator: features in, scores out

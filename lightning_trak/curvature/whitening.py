@@ -21,6 +21,12 @@ VERSION = 1  # count it up when the same examples come to other whitened feature
 class Preconditioner:
     """How gradients are whitened and stored.
 
+    At each checkpoint, labels are drawn from the predictions for some training examples. A first pass over them gives
+    the Kronecker factors of each parameter's Fisher information, a second its eigenvalues Λ. Gradients are then divided
+    by √(Λ + λ) along the eigenvectors, and each training example's largest entries are stored. Scores are inner
+    products of whitened gradients, times q / n: the influence with the inverse of the damped Fisher information, as in
+    Grosse et al., "Studying large language model generalization with influence functions", arXiv 2308.03296, Section 2.
+
     Attributes:
         entries: how many entries of each training example are stored: its largest.
         damping: λ of each parameter, relative to its mean eigenvalue.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-_BLOCK = 4096  # records read at once
+_TABLE = 2**26  # numbers of a dense table of sparse rows, at most
 _CHUNKS = 16  # for each entry that is kept: more give a closer bound
 
 Array = npt.NDArray[Any]
@@ -58,7 +60,7 @@ def largest_entries(features: Tensor, k: int) -> Array:
     indices = torch.stack([_largest(row, k) for row in features]) if len(features) else torch.zeros(0, k).long()
     values = features.gather(1, indices)
     scale = values.abs().amax(1)
-    records["squares"] = features.square().sum(1).cpu().numpy()
+    records["squares"] = torch.linalg.vector_norm(features, dim=1).square().cpu().numpy()
     records["scale"] = scale.cpu().numpy()
     records["indices"] = indices.cpu().numpy()
     records["values"] = (values / scale.where(scale > 0, 1)[:, None]).cpu().numpy()
@@ -79,64 +81,104 @@ def _largest(row: Tensor, k: int) -> Tensor:
     return candidates[sizes[candidates].topk(k)[1]]
 
 
-def columns_of(records: Records) -> Tensor:
-    """Return which entries of φ any record has, in order: the only ones that inner products with records need."""
-    found = np.zeros(0, np.int64)
-    for block in records.blocks(_BLOCK):
-        found = np.union1d(found, block["indices"])
-    return torch.from_numpy(found)
-
-
-class SparseBlock(NamedTuple):
+@dataclass(frozen=True)
+class SparseMatrix:
     """A sparse matrix of r rows with k entries each.
 
     Attributes:
-        columns: of the entries, (r, k).
+        columns: of the entries, (r, k), in every row each column once.
         values: of the entries, (r, k), float32.
 
-    >>> SparseBlock(torch.tensor([[2, 0]]), torch.tensor([[10.0, 1.0]])) @ torch.eye(3)
-    tensor([[ 1.,  0., 10.]])
+    >>> one = SparseMatrix(torch.tensor([[2, 0]]), torch.tensor([[10.0, 1.0]]))
+    >>> other = SparseMatrix(torch.tensor([[5, 2], [1, 0]]), torch.tensor([[7.0, 3.0], [0.0, 4.0]]))
+    >>> one @ other.T
+    tensor([[30.,  4.]])
     """
 
     columns: Tensor
     values: Tensor
+
+    @classmethod
+    def of_records(cls, records: Array) -> SparseMatrix:
+        """Return what `largest_entries` returned, as a matrix."""
+        values = records["values"].astype(np.float32) * records["scale"][:, None]
+        return cls(torch.from_numpy(records["indices"].astype(np.int64)), torch.from_numpy(values))
 
     @property
     def shape(self) -> torch.Size:
         """(r, k)."""
         return self.values.shape
 
-    def to(self, device: torch.device) -> SparseBlock:
-        """Return the matrix on a device."""
-        return SparseBlock(self.columns.to(device), self.values.to(device))
+    def __len__(self) -> int:
+        return len(self.values)
 
-    def __matmul__(self, other: Tensor) -> Tensor:
-        """Multiply with a dense matrix, (columns, m) → (r, m): weighted sums of its rows."""
-        return embedding_bag(self.columns, other.contiguous(), mode="sum", per_sample_weights=self.values)
+    def to(self, device: torch.device) -> SparseMatrix:
+        """Return the matrix on a device."""
+        return SparseMatrix(self.columns.to(device), self.values.to(device))
+
+    def __truediv__(self, number: float) -> SparseMatrix:
+        return SparseMatrix(self.columns, self.values / number)
+
+    @property
+    def T(self) -> Transposed:  # noqa: N802 - as a tensor has it
+        """The transpose, to multiply with from the left."""
+        return Transposed(self)
+
+    def __matmul__(self, other: Transposed) -> Tensor:
+        """Return the inner products of all rows with those of the other matrix, (r, m)."""
+        return torch.cat([self._times(table) for table in other.tables], 1)
+
+    def _times(self, table: tuple[Tensor, Tensor]) -> Tensor:
+        """Add up rows of a table, each weighted by an entry that is in its column."""
+        columns, rows = table
+        places = torch.searchsorted(columns, self.columns.contiguous()).clamp(max=len(columns) - 1)
+        places = places.where(columns[places] == self.columns, len(columns))  # the last row is zero
+        return embedding_bag(places, rows, mode="sum", per_sample_weights=self.values)
+
+
+class Transposed:
+    """The transpose of a sparse matrix, as tables of the columns that have entries.
+
+    Attributes:
+        tables: of some of the rows at a time: their columns, (c,), in order; and a dense matrix (c + 1, rows), whose
+            last row is zero.
+    """
+
+    def __init__(self, matrix: SparseMatrix) -> None:
+        size = max(1, math.isqrt(_TABLE // max(1, matrix.shape[1])))
+        self.tables = [
+            _table(columns, values)
+            for columns, values in zip(matrix.columns.split(size), matrix.values.split(size), strict=True)
+        ]
+
+
+def _table(columns: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    used, places = columns.unique(return_inverse=True)
+    table = values.new_zeros(len(used) + 1, len(columns))
+    rows = torch.arange(len(columns), device=columns.device)[:, None].expand_as(columns)
+    table[places, rows] = values
+    return used, table
 
 
 class SparseRows:
-    """Records as rows of a sparse matrix, (n, columns), read in order.
+    """Records as rows of a sparse matrix, read in order.
 
     Args:
         records: of n examples.
-        columns: the entries of φ that become columns, in order; see `columns_of`.
+        dimension: p, the number of columns.
     """
 
-    def __init__(self, records: Records, columns: Tensor) -> None:
-        self._records, self._columns = records, columns.numpy()
+    def __init__(self, records: Records, dimension: int) -> None:
+        self._records, self._dimension = records, dimension
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(n, columns)."""
-        return self._records.shape[0], len(self._columns)
+        """(n, p)."""
+        return self._records.shape[0], self._dimension
 
-    def blocks(self, size: int) -> Iterator[SparseBlock]:
+    def blocks(self, size: int) -> Iterator[SparseMatrix]:
         """Yield all rows in order, ``size`` at a time."""
-        for block in self._records.blocks(size):
-            places = np.searchsorted(self._columns, block["indices"])
-            values = block["values"].astype(np.float32) * block["scale"][:, None]
-            yield SparseBlock(torch.from_numpy(places), torch.from_numpy(values))
+        yield from map(SparseMatrix.of_records, self._records.blocks(size))
 
 
 def difference(one: Array, other: Array) -> float:

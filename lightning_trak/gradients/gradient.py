@@ -190,7 +190,7 @@ class RowsGradient(Gradient):
     def sketch(self, left: Matrix, right: Matrix) -> Tensor:
         """Look up the rows of ``left`` instead of multiplying by it; see `Gradient.sketch`."""
         if left is None:
-            return _times(self.dense(), right)
+            return RowsGradient(self.indices, _times(self.values, right), self.shape[0]).dense()
         return left.to(self.values.dtype)[self.indices].mT @ _times(self.values, right)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:

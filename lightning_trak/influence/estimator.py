@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,11 +40,11 @@ class Solved(NamedTuple):
     """The solutions of H x = φ(z) for all targets z, at one checkpoint.
 
     Attributes:
-        vectors: H⁻¹ φ(z), (m, k).
+        vectors: H⁻¹ φ(z), (m, k); a sparse matrix if φ is.
         damping: λ.
     """
 
-    vectors: Tensor
+    vectors: Any
     damping: Damping
 
 
@@ -122,24 +122,23 @@ class Estimator:
         by_rule = self.options.damping != "auto" or not needs_cross_validation(sums, self._trainings)
         return by_rule or sums.cross_validated is not None
 
-    def __call__(self, targets: Sequence[Tensor]) -> Scores:
+    def __call__(self, targets: Sequence[Any]) -> Scores:
         """Return the scores of targets, from their features φ(z), (m, k), at each checkpoint."""
         return self.scores([self.solve(train, phi) for train, phi in zip(self.trains, targets, strict=True)])
 
-    def solve(self, train: TrainFeatures, targets: Tensor, sums: GaussNewton | None = None) -> Solved:
+    def solve(self, train: TrainFeatures, targets: Any, sums: GaussNewton | None = None) -> Solved:
         """Solve H x = φ(z) for all targets at one checkpoint.
 
         Args:
             train: one of ``trains``.
-            targets: φ(z), (m, k).
+            targets: φ(z), (m, k); of whitened features, a sparse matrix if those of the train set are.
             sums: what `accumulate` returned for ``train``, if it was called; H in it is overwritten.
 
         Raises:
             ValueError: if H is singular.
         """
         if train.squares is not None:
-            vectors = (targets / train.shape[0]).T.contiguous().T  # sparse products take the transpose
-            return Solved(vectors, self._whitened_damping())
+            return Solved(targets / train.shape[0], self._whitened_damping())
         state, damping = self._factor(train, sums)
         return Solved(
             solve(state, targets.to(self.device)).cpu(), damping

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_trak.influence.gauss_newton import CholeskyFactor, factor, quadratic_form  # noqa: F401 - for the doctest
-from lightning_trak.influence.train_features import CPU, TrainFeatures
+from lightning_trak.influence.train_features import CPU, Matrix, TrainFeatures
 from lightning_trak.precision import full_precision
 
 _SAMPLED = 64  # training examples whose scores at every checkpoint are kept
@@ -165,9 +165,10 @@ def _score_blocks(
         yield parts[0][0], (_product(part[1], part[2], x, device) for part, x in zip(parts, solved, strict=True))
 
 
-def _product(features: Tensor, loss_grad: Tensor, solved: Tensor, device: torch.device) -> Tensor:
+def _product(features: Matrix, loss_grad: Tensor, solved: Any, device: torch.device) -> Tensor:
     with full_precision():
-        return (features.to(device) @ solved.to(device).T) * loss_grad.to(device)[:, None]
+        products: Tensor = features.to(device) @ solved.to(device).T
+        return products * loss_grad.to(device)[:, None]
 
 
 def _mean(blocks: Iterator[Tensor]) -> Tensor:

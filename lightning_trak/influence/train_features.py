@@ -32,8 +32,8 @@ class Matrix(Protocol):
         """Return it on a device."""
         ...
 
-    def __matmul__(self, other: Tensor) -> Tensor:
-        """Multiply with a dense matrix."""
+    def __matmul__(self, other: Any) -> Tensor:
+        """Multiply with the transpose of the targets' features."""
         ...
 
 

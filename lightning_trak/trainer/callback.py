@@ -73,6 +73,11 @@ class TRAKCallback(Callback):
         estimator: ``"gauss_newton"``: φ(z)ᵀ H⁻¹ φ(zᵢ) qᵢ of each checkpoint, averaged over checkpoints. ``"trak"``: the
             TRAK paper's, without soft thresholding: H = Φᵀ Φ, λ = 0 unless ``damping`` is given, no temperature, and Q
             averaged apart from H⁻¹. It is that of the reference implementation up to a factor for each checkpoint.
+        preconditioner: ``"kronecker"``: whiten gradients by the curvature of each parameter (EK-FAC) before they are
+            compressed, and store the ``proj_dim / 8`` largest entries of each example. This needs a mixin that draws
+            labels from the predictions: language modelling, segmentation, multilabel. ``"none"``: project gradients,
+            and put the curvature of the outputs into H. ``"auto"``: ``"kronecker"`` for these mixins, if their output
+            and loss are not overridden, and projector, damping, temperature, curvature and estimator are defaults.
         seed: chooses the projections.
         batch_size: of featurization. None: that of the loader, or less where memory is short.
         overwrite: True: delete what earlier runs left in the store when training begins, unless it is resumed. False:
@@ -84,7 +89,11 @@ class TRAKCallback(Callback):
     near-duplicates of a target, such as leaks, damp less: with ``damping=0.1``, what sets an example apart from its
     class counts more.
 
-    A checkpoint takes ``4 · n · proj_dim`` bytes for its features, beside its weights. An interrupted run goes on with
+    With ``preconditioner="kronecker"``, λ of each parameter is ``damping`` times the mean eigenvalue of its curvature,
+    1 times for ``"auto"``; there is no H. See `Preconditioner`.
+
+    A checkpoint takes ``4 · n · proj_dim`` bytes for its features, beside its weights; of whitened gradients a fifth,
+    and up to three times the size of the weights for the curvature. An interrupted run goes on with
     the missing rows. ``damping``, ``temperature``, ``curvature`` and ``estimator`` may change without featurizing
     again. The other settings belong to the store: to change one, use another ``dirpath``. `Attribution.info` has the
     values that ``"auto"`` chose.

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_trak.features.largest import SparseRows, columns_of
+from lightning_trak.features.largest import SparseMatrix, SparseRows
 from lightning_trak.influence import SUMS_VERSION, Estimator, GaussNewton, TrainFeatures, TrainingTime
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.files import explained_os_errors
@@ -22,6 +22,7 @@ from lightning_trak.trainer.framework import rank_zero_warn
 from lightning_trak.trainer.whitening import record_of, same_features, stored_form, whitening_at
 
 Array = npt.NDArray[Any]
+_MORE = 8  # times as many entries are kept of a target as of a training example
 
 
 def add_checkpoint(store: FeatureStore, digest: str, weights: Weights, meta: dict[str, Any]) -> None:
@@ -103,23 +104,23 @@ def check_features(loop: FeaturizationLoop, entry: CheckpointEntry) -> None:
         loop.run(weights, entry.digest, rows, compare, "Checking the store", whitening_at(loop, entry, ""))
 
 
-def train_features(entry: CheckpointEntry, whitened: bool) -> TrainFeatures:
+def train_features(entry: CheckpointEntry, dimension: int | None) -> TrainFeatures:
     """Return the train set's features at a complete checkpoint; Φ is verified whenever it is read.
 
     Args:
         entry: the checkpoint.
-        whitened: whether they are whitened; then each has its largest entries alone.
+        dimension: p, if they are whitened: then each has its largest entries alone.
     """
     training = entry.meta.get("training_time")
     features: Any = entry.verified("features")
     return TrainFeatures(
-        SparseRows(features, columns_of(features)) if whitened else features,
+        features if dimension is None else SparseRows(features, dimension),
         entry.verified("loss_grad").read(),
         entry.verified("curvature").read(),
         training_time=None if training is None else TrainingTime(**training),
         logistic=entry.meta.get("logistic", False),
         n_trainable=entry.meta.get("n_trainable") or 0,
-        squares=np.array(entry.features["squares"]) if whitened else None,
+        squares=None if dimension is None else np.array(entry.features["squares"]),
     )
 
 
@@ -139,17 +140,17 @@ def sums_of(entry: CheckpointEntry, estimator: Estimator, train: TrainFeatures) 
     return sums
 
 
-def featurize_targets(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> Tensor:
-    """Return the targets' features at a checkpoint, (m, k)."""
-    columns = None if loop.preconditioner is None else columns_of(entry.verified("features"))
-    features = torch.zeros(loop.size, loop.dimension if columns is None else len(columns))
+def featurize_targets(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> Tensor | SparseMatrix:
+    """Return the targets' features at a checkpoint, (m, k); of whitened ones, the largest entries."""
+    record = record_of(loop, _MORE)
+    features: Array = np.zeros(loop.size, record) if record else np.zeros((loop.size, loop.dimension), np.float32)
 
     def receive(rows: Sequence[int], block: Tensor, *_: Array) -> None:
-        features[list(rows)] = (block if columns is None else block[:, columns.to(block.device)]).cpu()
+        features[rows] = stored_form(loop, block, _MORE)
 
     weights = load_weights(entry.weights_path, entry.digest)
     with naming(entry, can_leave_out=False):  # the cause is in the targets
         whitening = whitening_at(loop, entry, "")
         description = f"Featurizing targets at checkpoint {number}"
         loop.run(weights, entry.digest, range(loop.size), receive, description, whitening)
-    return features
+    return torch.from_numpy(features) if record is None else SparseMatrix.of_records(features)

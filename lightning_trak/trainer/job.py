@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_trak.features.largest import SparseMatrix
 from lightning_trak.gradients.function import check_fit
 from lightning_trak.influence import Estimator, Options, TrainingTime
 from lightning_trak.store.checkpoint import CheckpointEntry
@@ -65,7 +66,7 @@ class Job:
     loaders: Loaders
     options: Options
 
-    def target_features(self) -> list[Tensor]:
+    def target_features(self) -> list[Tensor | SparseMatrix]:
         """Return φ(z) of all targets, (m, k), at every checkpoint."""
         loop = self.plan.loop(self.trainer, self.model, self.loaders.targets(), self.loaders.train, "target")
         first, last, total = self.entries[0], self.entries[-1], len(self.entries)
@@ -75,10 +76,10 @@ class Job:
 
     def estimator(self) -> Estimator:
         """Return the estimator over the train features of all checkpoints."""
-        whitened = self.plan.preconditioner is not None
+        dimension = None if self.plan.preconditioner is None else self.plan.n_params
         device = self.trainer.strategy.root_device
         device = device if device.type == "cuda" else torch.device("cpu")  # others lack float64
-        return Estimator([train_features(entry, whitened) for entry in self.entries], self.options, device)
+        return Estimator([train_features(entry, dimension) for entry in self.entries], self.options, device)
 
 
 @contextmanager

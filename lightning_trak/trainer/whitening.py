@@ -21,16 +21,18 @@ from lightning_trak.trainer.featurization import FeaturizationLoop
 Array = npt.NDArray[Any]
 
 
-def stored_form(loop: FeaturizationLoop, features: Tensor) -> Array:
+def stored_form(loop: FeaturizationLoop, features: Tensor, times: int = 1) -> Array:
     """Return features as the store has them: as they are, or the largest entries of whitened ones."""
     own = loop.preconditioner
-    return features.cpu().numpy() if own is None else largest_entries(features, min(own.entries, loop.dimension))
+    return (
+        features.cpu().numpy() if own is None else largest_entries(features, min(times * own.entries, loop.dimension))
+    )
 
 
-def record_of(loop: FeaturizationLoop) -> np.dtype[Any] | None:
-    """Return the type of a training example's record; None if features are stored as they are."""
+def record_of(loop: FeaturizationLoop, times: int = 1) -> np.dtype[Any] | None:
+    """Return the type of an example's record, of ``times`` as many entries; None if features are kept as they are."""
     own = loop.preconditioner
-    return None if own is None else record_type(min(own.entries, loop.dimension), loop.dimension)
+    return None if own is None else record_type(min(times * own.entries, loop.dimension), loop.dimension)
 
 
 def same_features(new: Array, stored: Array) -> bool:

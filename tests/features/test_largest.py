@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_trak.features.largest import SparseRows, columns_of, difference, largest_entries, record_type
+from lightning_trak.features.largest import SparseMatrix, SparseRows, difference, largest_entries, record_type
 
 
 class Records:
@@ -72,23 +72,25 @@ def test_as_many_as_there_are():
 
 
 @pytest.mark.parametrize("block", [1, 4, 100])
-def test_sparse_rows_are_the_records(block):
+def test_products_of_sparse_rows_are_those_of_dense_ones(block):
     features = torch.randn(11, 40, generator=torch.Generator().manual_seed(1))
-    records = Records(largest_entries(features, 5))
-    columns = columns_of(records)
-    assert columns.tolist() == sorted({*records.records["indices"].ravel().tolist()})
-    rows = SparseRows(records, columns)
-    assert rows.shape == (11, len(columns))
-    found = torch.cat([part @ torch.eye(len(columns)) for part in rows.blocks(block)])
-    np.testing.assert_allclose(found, dense(records.records, 40)[:, columns], rtol=1e-6)
+    targets = torch.randn(5, 40, generator=torch.Generator().manual_seed(2))
+    records, others = Records(largest_entries(features, 5)), largest_entries(targets, 9)
+    rows, matrix = SparseRows(records, 40), SparseMatrix.of_records(others)
+    assert (rows.shape, matrix.shape, len(matrix)) == ((11, 40), (5, 9), 5)
+    found = torch.cat([part @ (matrix / 2).T for part in rows.blocks(block)])
+    expected = dense(records.records, 40) @ dense(others, 40).T / 2
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    assert (expected == 0).any()  # of rows without a common entry
 
 
-def test_inner_products_need_the_columns_alone():
-    features, targets = torch.randn(6, 40), torch.randn(3, 40)
-    records = Records(largest_entries(features, 7))
-    columns = columns_of(records)
-    found = torch.cat([part @ targets[:, columns].T for part in SparseRows(records, columns).blocks(4)])
-    np.testing.assert_allclose(found, dense(records.records, 40) @ targets.numpy().T, rtol=1e-4, atol=1e-5)
+def test_many_targets_come_in_several_tables():
+    entries = 2**20
+    columns = torch.stack([torch.arange(entries) + 2 * row for row in range(9)])
+    matrix = SparseMatrix(columns, torch.ones(9, entries))
+    assert [len(columns) for columns, _ in matrix.T.tables] == [entries + 14, entries]
+    one = SparseMatrix(torch.tensor([[0, 3, entries + 1, 10**9]]), torch.tensor([[1.0, 2.0, 4.0, 8.0]]))
+    assert (one @ matrix.T).tolist() == [[3.0, 6.0, *[4.0] * 7]]
 
 
 def test_difference_is_that_of_dense_arrays():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_trak.features.largest import SparseBlock
+from lightning_trak.features.largest import SparseMatrix
 from lightning_trak.influence import Estimator, Options, TrainFeatures
 
 N, M, P = 12, 4, 30
@@ -14,6 +14,11 @@ RNG = np.random.default_rng(0)
 FEATURES = [RNG.normal(size=(N, P)).astype("f4") for _ in range(2)]
 TARGETS = [torch.from_numpy(RNG.normal(size=(M, P)).astype("f4")) for _ in range(2)]
 LOSS_GRADS = [RNG.uniform(size=N).astype("f4") for _ in range(2)]
+
+
+def sparse(values):
+    """All entries, as a sparse matrix."""
+    return SparseMatrix(torch.arange(P).expand(len(values), -1), torch.as_tensor(values))
 
 
 class Sparse:
@@ -24,8 +29,10 @@ class Sparse:
 
     def blocks(self, size):
         for start in range(0, N, size):
-            values = torch.from_numpy(self.values[start : start + size])
-            yield SparseBlock(torch.arange(P).expand(len(values), -1), values)
+            yield sparse(self.values[start : start + size])
+
+
+SPARSE_TARGETS = [sparse(target) for target in TARGETS]
 
 
 def whitened(kind=lambda values: values):
@@ -41,16 +48,18 @@ def expected(loss_grads=LOSS_GRADS):
     return np.mean([(phi @ z.numpy().T) * q[:, None] / N for phi, z, q in terms], 0)
 
 
-@pytest.mark.parametrize("kind", [lambda values: values, Sparse], ids=["dense", "sparse"])
-def test_scores_are_inner_products(kind):
-    found = Estimator(whitened(kind))(TARGETS)
+@pytest.mark.parametrize(
+    ("kind", "targets"), [(lambda values: values, TARGETS), (Sparse, SPARSE_TARGETS)], ids=["dense", "sparse"]
+)
+def test_scores_are_inner_products(kind, targets):
+    found = Estimator(whitened(kind))(targets)
     np.testing.assert_allclose(found.mean, expected(), rtol=1e-4, atol=1e-6)
     assert found.spread.sample.shape == (2, N, M)
 
 
 def test_extremes_are_those_of_the_scores():
     estimator = Estimator(whitened(Sparse))
-    solved = [estimator.solve(train, z) for train, z in zip(estimator.trains, TARGETS, strict=True)]
+    solved = [estimator.solve(train, z) for train, z in zip(estimator.trains, SPARSE_TARGETS, strict=True)]
     top = estimator.extremes(solved, 3).top
     np.testing.assert_array_equal(top.indices, np.argsort(-expected(), 0)[:3].T)
 
