@@ -23,7 +23,10 @@ class LanguageModelingMixin(ClassifiedPartsMixin):
     - Q = 1 − p;
     - w = p (1 − p); a sequence has the weight T w in H, see `kernel_weight`.
 
-    L is a function of f, so its gradient is exactly −Q ∇f. This is the log-odds of the paper (TRAK, arXiv 2303.14186,
+    L is a function of f, so its gradient is exactly −Q ∇f. By default gradients are whitened by the curvature of all
+    tokens' losses, see ``TRAKCallback(preconditioner=...)``; then H and w are not used.
+
+    This is the log-odds of the paper (TRAK, arXiv 2303.14186,
     Section 3.3) for a sequence. Sequences count the same, however many tokens they have.
 
     These batches are understood; for others override `get_logits`, `get_labels` and `get_output_mask`:

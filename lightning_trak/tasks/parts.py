@@ -25,6 +25,9 @@ class PartsMixin(TRAKMixin):
 
     L is a function of f, so its gradient is exactly −Q ∇f. Examples count the same, however many parts they have.
 
+    Mixins that define `draw_labels` and ``drawn_loss`` are attributed with gradients that are whitened by the curvature
+    of all parts' losses, see ``TRAKCallback(preconditioner=...)``; then H and w are not used.
+
     Define `part_losses`, and `count_parts` where some parts do not count. Batches ``(x, y)`` and mappings with
     ``"labels"`` are understood; for others override `get_logits` and `get_labels`.
 
