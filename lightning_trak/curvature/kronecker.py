@@ -98,7 +98,7 @@ class SecondMoments:
         self._sums: dict[str, tuple[Tensor | None, Tensor | None]] = {}
 
     @contextmanager
-    def batch(self) -> Iterator[Sink]:
+    def batch(self, _: int = 1) -> Iterator[Sink]:
         """Yield a sink for the gradients of a batch. After an error nothing of the batch is kept."""
         parts: list[tuple[str, tuple[Tensor | None, Tensor | None]]] = []
         yield lambda _, name, gradient: parts.append((name, _moments(gradient)))
@@ -166,7 +166,7 @@ class Eigenvalues:
 
         def add(rows: slice, name: str, gradient: Gradient) -> None:
             """Add a part of a parameter's gradients: one that is used twice has two."""
-            part = self._bases[name].rotate(gradient).float()
+            part = self._bases.get(name, EigenBasis(None, None)).rotate(gradient).float()
             if name not in rotated:
                 rotated[name] = part.new_zeros(size, part.shape[1])
             rotated[name][rows] += part
@@ -180,4 +180,4 @@ class Eigenvalues:
     def curvature(self) -> Curvature:
         """Return the curvature, with Λ the mean over examples."""
         means = {name: total / self._examples for name, total in self._sums.items()}
-        return Curvature({name: self._bases[name] for name in means}, means)
+        return Curvature({name: self._bases.get(name, EigenBasis(None, None)) for name in means}, means)

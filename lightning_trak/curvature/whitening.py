@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any
@@ -46,11 +46,12 @@ class Preconditioner:
 class Whitening(Projector):
     """φ = (Λ + λ)^(−½) ⊙ Q_Sᵀ ∇f Q_A, (b, p): inner products of φ are those with the inverse of the damped curvature.
 
-    Here λ is ``damping`` times the mean of Λ over the parameter. A parameter without curvature gets λ alone.
+    Here λ is ``damping`` times the mean of Λ over the parameter. A parameter without curvature has zeros: the loss does
+    not depend on it.
 
     Args:
         curvature: of all parameters.
-        parameters: their names, in order.
+        sizes: the number of entries of each attributed parameter, in order.
         damping: relative to the mean eigenvalue of each parameter.
     """
 
@@ -59,14 +60,15 @@ class Whitening(Projector):
     def __init__(
         self,
         curvature: Curvature,
-        parameters: Sequence[str],
+        sizes: Mapping[str, int],
         damping: float,
     ) -> None:
         super().__init__()
-        scales = [_scales(curvature.eigenvalues[name], damping) for name in parameters]
-        starts = accumulate([0, *map(len, scales)])
-        bases = [curvature.bases[name] for name in parameters]
-        self._parts = {start: (basis, scale) for start, basis, scale in zip(starts, bases, scales, strict=False)}
+        starts = dict(zip(sizes, accumulate([0, *sizes.values()]), strict=False))
+        self._parts = {
+            starts[name]: (curvature.bases[name], _scales(values, damping))
+            for name, values in curvature.eigenvalues.items()
+        }
 
     def dimension(self, n_params: int) -> int:
         """Return ``n_params``."""
@@ -78,6 +80,8 @@ class Whitening(Projector):
 
     def add_gradient_(self, features: Tensor, gradient: Gradient, start: int, key: int) -> None:
         """Add the whitened gradients in the parameter's place; see `Projector.add_gradient_`."""
+        if start not in self._parts:
+            return
         basis, scales = self._parts[start]
         features[:, start : start + len(scales)] += basis.rotate(gradient) * scales
 

@@ -112,9 +112,10 @@ class FeaturizationLoop:
         return len(self._loader.dataset)  # type: ignore[arg-type]
 
     @property
-    def parameters(self) -> list[str]:
-        """The names of the attributed parameters, in order."""
-        return self._parameters
+    def sizes(self) -> dict[str, int]:
+        """The number of entries of each attributed parameter, in order."""
+        own = dict(self._module.named_parameters())
+        return {name: own[name].numel() for name in self._parameters}
 
     @property
     def device(self) -> torch.device:
@@ -124,15 +125,14 @@ class FeaturizationLoop:
     @property
     def dimension(self) -> int:
         """k, the number of features."""
-        parameters = dict(self._module.named_parameters())
-        return self._projector.dimension(sum(parameters[name].numel() for name in self._parameters))
+        return self._projector.dimension(sum(self.sizes.values()))
 
     @property
     def n_trainable(self) -> int:
         """The number of trained parameters; if all are frozen, of attributed ones."""
         own = dict(self._module.named_parameters())
         trained = sum(value.numel() for value in own.values() if value.requires_grad)
-        return trained or sum(own[name].numel() for name in self._parameters)
+        return trained or sum(self.sizes.values())
 
     def label_targets(self, load: Callable[[], Weights]) -> None:
         """Let the module label targets, if it can, with the weights that ``load`` returns."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor
 from lightning_trak.curvature import Curvature, Eigenvalues, SecondMoments, Whitening
 from lightning_trak.features.largest import difference, largest_entries, record_type
 from lightning_trak.gradients import Engine, ModelFunction, Sink
+from lightning_trak.gradients.engine import NotPrepared
+from lightning_trak.isolation.random_states import seed_all
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.files import explained_os_errors
 from lightning_trak.store.weights import Weights, load_weights, save_weights, weights_digest
@@ -55,32 +58,40 @@ def whitening_at(loop: FeaturizationLoop, entry: CheckpointEntry, description: s
         with explained_os_errors(entry.path):
             save_weights(tensors, path)
         entry.supplement({"curvature": weights_digest(tensors)})
-    return Whitening(curvature.to(loop.device), loop.parameters, loop.preconditioner.damping)
+    return Whitening(curvature.to(loop.device), loop.sizes, loop.preconditioner.damping)
 
 
 def estimate_curvature(loop: FeaturizationLoop, weights: Weights, digest: str, description: str) -> Curvature:
     """Estimate the curvature of the loss at a checkpoint from some training examples, in two passes over them."""
     assert loop.preconditioner is not None
-    rows = np.unique(np.linspace(0, loop.size - 1, min(loop.size, loop.preconditioner.examples)).round().astype(int))
+    n = min(loop.size, loop.preconditioner.examples)
+    rows = np.unique(np.linspace(0, loop.size - 1, n).round().astype(int)).tolist()
     moments = SecondMoments()
-
-    def add_moments(function: ModelFunction, engine: Engine, batch_rows: Sequence[int], batch: Any) -> None:
-        with moments.batch() as sink:
-            drawn_gradients(function, engine, batch, len(batch_rows), sink)
-
-    loop.each_batch(weights, digest, rows.tolist(), add_moments, f"{description}: factors")
+    add = _adding(moments.batch, seed=0)
+    loop.each_batch(weights, digest, rows, add, f"{description}: factors")
     eigenvalues = Eigenvalues(moments.bases())
-
-    def add_squares(function: ModelFunction, engine: Engine, batch_rows: Sequence[int], batch: Any) -> None:
-        with eigenvalues.batch(len(batch_rows)) as sink:
-            drawn_gradients(function, engine, batch, len(batch_rows), sink)
-
-    loop.each_batch(weights, digest, rows.tolist(), add_squares, f"{description}: eigenvalues")
+    add = _adding(eigenvalues.batch, seed=1)
+    loop.each_batch(weights, digest, rows, add, f"{description}: eigenvalues")
     return eigenvalues.curvature()
 
 
-def drawn_gradients(function: ModelFunction, engine: Engine, batch: Any, size: int, sink: Sink) -> None:
-    """Send the gradients of the loss with drawn labels to ``sink``."""
-    with torch.no_grad():
-        labels = function.call(function.module.draw_labels, batch)
-    engine(function.of("drawn_loss"), (batch, labels), size, sink)
+def _adding(
+    batch_of: Callable[[int], AbstractContextManager[Sink]], seed: int
+) -> Callable[[ModelFunction, Engine, Sequence[int], Any], None]:
+    """Return what sends the gradients of a batch's loss, with drawn labels, to the sink of ``batch_of``."""
+
+    def add(function: ModelFunction, engine: Engine, rows: Sequence[int], batch: Any) -> None:
+        size = len(rows)
+        seed_all(2 * rows[0] + seed)  # the same labels whenever and wherever the curvature is estimated
+        with torch.no_grad():
+            labels = function.call(function.module.draw_labels, batch)
+        loss, drawn = function.of("drawn_loss"), (batch, labels)
+        try:
+            with batch_of(size) as sink:
+                engine(loss, drawn, size, sink)
+        except NotPrepared:  # a layer that drawn labels reach, and not the output
+            engine.prepare(loss, drawn, size)
+            with batch_of(size) as sink:
+                engine(loss, drawn, size, sink)
+
+    return add

@@ -171,11 +171,10 @@ def curvature_of(gradients):
 
 
 def whitened(curvature, gradients, damping):
-    names = list(gradients)
-    whitening, size = Whitening(curvature, names, damping), next(iter(gradients.values())).size
-    sizes = [gradients[name].shape.numel() for name in names]
-    features = torch.zeros(size, sum(sizes))
-    for name, start in zip(names, np.cumsum([0, *sizes]).tolist(), strict=False):
+    sizes = {name: gradient.shape.numel() for name, gradient in gradients.items()}
+    whitening, size = Whitening(curvature, sizes, damping), next(iter(gradients.values())).size
+    features = torch.zeros(size, sum(sizes.values()))
+    for name, start in zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False):
         whitening.add_gradient_(features, gradients[name], start, key=0)
     assert whitening.dimension(features.shape[1]) == features.shape[1]
     return features
@@ -207,6 +206,17 @@ def test_a_parameter_without_curvature_counts_nothing():
     features = whitened(curvature_of(gradients), {**gradients, "bias": DenseGradient(torch.ones(3, 2))}, damping=1.0)
     assert not features[:, -2:].any()
     assert features.isfinite().all()
+    never_reached = curvature_of({"weight": outer()})
+    assert not whitened(never_reached, {**gradients, "bias": DenseGradient(torch.ones(3, 2))}, 1.0)[:, -2:].any()
+
+
+def test_a_parameter_that_only_the_second_pass_reaches_has_no_basis():
+    eigenvalues = Eigenvalues({})
+    with eigenvalues.batch(1) as sink:
+        sink(slice(0, 1), "bias", DenseGradient(torch.tensor([[2.0, 3.0]])))
+    curvature = eigenvalues.curvature()
+    assert curvature.eigenvalues["bias"].tolist() == [4, 9]
+    assert curvature.bases["bias"].left is None
 
 
 def test_a_curvature_is_what_its_tensors_say():
@@ -221,6 +231,6 @@ def test_a_curvature_is_what_its_tensors_say():
 
 
 def test_a_block_of_entries_cannot_be_whitened():
-    whitening = Whitening(curvature_of({"weight": outer()}), ["weight"], 1.0)
+    whitening = Whitening(curvature_of({"weight": outer()}), {"weight": 10}, 1.0)
     with pytest.raises(NotImplementedError, match="add_gradient_"):
         whitening.add_(torch.zeros(1, 10), torch.zeros(1, 10), 0, 0)

@@ -178,13 +178,14 @@ def test_training_is_not_disturbed(tmp_path):
         assert torch.equal(one, other)
 
 
-def test_the_same_labels_are_drawn_again(tmp_path):
-    stores = []
-    for name in ("one", "other"):
-        fitted(tmp_path / name)
-        stores.append(FeatureStore(tmp_path / name / "store"))
-    for one, other in zip(*stores, strict=True):
-        assert np.array_equal(one.features, other.features)
+def test_the_same_labels_are_drawn_again(run, tmp_path):
+    """Later, from the files, whatever was drawn before."""
+    torch.rand(7)
+    files = sorted((run[0] / "files").iterdir())
+    fresh(tmp_path).attribute(Model(), datamodule=Texts(), ckpt_path=files)
+    first, again = FeatureStore(run[0] / "store"), FeatureStore(tmp_path / "store")
+    for digest in first.digests:
+        assert np.array_equal(first[digest].features, again[digest].features)
 
 
 def test_an_interrupted_featurization_goes_on_with_the_same_curvature(run, tmp_path):
