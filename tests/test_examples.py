@@ -107,16 +107,16 @@ def test_language_model(tmp_path):
         sys.executable,
         EXAMPLES / "language_model.py",
         "--epochs",
-        "3",
+        "4",
         "--n-train",
-        "400",
+        "200",
         "--output",
         tmp_path,
     ]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     assert len(re.findall(r"\ntarget \d+: .*\n  completion: .*\n(?:  #\d+ \([+-].*\n){3}", result.stdout)) == 3
-    first = re.search(r"the first for (\d+) of 40 targets \(by chance: 0.10\)", result.stdout)
-    among = re.search(r"the first 5 for (\d+) of 40 targets \(by chance: 0.50\)", result.stdout)
+    first = re.search(r"the first for (\d+) of 40 targets \(by chance: 0.20\)", result.stdout)
+    among = re.search(r"the first 5 for (\d+) of 40 targets \(by chance: 1.00\)", result.stdout)
     assert int(first[1]) >= 25
     assert int(among[1]) >= int(first[1])
 

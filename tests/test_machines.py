@@ -19,10 +19,14 @@ MACHINES = {
     "AVX-512 without bfloat16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
     "AVX-512 with bfloat16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
     "AMX": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"},
-    "one thread": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-    "eight threads": {"OMP_NUM_THREADS": "8", "MKL_NUM_THREADS": "8"},
-    "another locale and time zone": {"LC_ALL": "C", "LANG": "tr_TR.UTF-8", "TZ": "Pacific/Chatham"},
-    "other hashes": {"PYTHONHASHSEED": "123"},
+    "one thread, another locale and time zone": {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "LC_ALL": "C",
+        "LANG": "tr_TR.UTF-8",
+        "TZ": "Pacific/Chatham",
+    },
+    "eight threads, other hashes": {"OMP_NUM_THREADS": "8", "MKL_NUM_THREADS": "8", "PYTHONHASHSEED": "123"},
 }
 
 PROGRAM = """if True:

@@ -169,11 +169,11 @@ def bert_lora(layers: int = 12) -> L.LightningModule:
     return module
 
 
-def gpt2(layers: int = 12) -> L.LightningModule:
+def gpt2(layers: int = 12, vocabulary: int = 50257) -> L.LightningModule:
     """GPT-2 small."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return LanguageModel(GPT2LMHeadModel(GPT2Config(n_layer=layers)))
+    return LanguageModel(GPT2LMHeadModel(GPT2Config(n_layer=layers, vocab_size=vocabulary)))
 
 
 def tagger() -> L.LightningModule:

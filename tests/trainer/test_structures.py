@@ -613,7 +613,7 @@ def registered(module, layer):
 
 
 @settings(
-    max_examples=50,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     database=None,
