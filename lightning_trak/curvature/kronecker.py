@@ -10,10 +10,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lightning_trak.gradients import Gradient, Sink
+from lightning_trak.gradients import DenseGradient, Gradient, Sink
 from lightning_trak.gradients.gradient import as_rows
 
 _VOCABULARY = 8  # a matrix with so many times more rows than columns is taken for a table of words
+_VECTORS = 64  # of an example, at most, from which second moments are summed
 _LARGEST = 1024  # entries of an axis: a larger one gets no basis, since that takes the cube of them
 
 
@@ -40,6 +41,8 @@ class EigenBasis:
         if len(gradient.shape) < 2 or (self.left is None and self.right is None):
             rows = as_rows(gradient.dense())
             return rows if self.left is None else rows @ self.left.to(rows)
+        if gradient.positions > max(gradient.shape[0], prod(gradient.shape[1:])):
+            gradient = DenseGradient(gradient.dense())  # cheaper than to rotate what is summed at every position
         return gradient.sketch(self.left, self.right).flatten(1)
 
 
@@ -77,7 +80,7 @@ class Curvature:
 
 
 class SecondMoments:
-    """Adds up S = Σ l lᵀ and A = Σ r rᵀ of each parameter's gradients; see `Gradient.factors`.
+    """Adds up S = Σ l lᵀ and A = Σ r rᵀ of each parameter's gradients; see `Gradient.left_factor`.
 
     Takes per-sample gradients of a loss whose labels are drawn from the predictions: their outer products are, on
     average, the Fisher information. S ⊗ A is then the approximation of Martens and Grosse, "Optimizing neural networks
@@ -113,9 +116,9 @@ class SecondMoments:
 
 def _moments(gradient: Gradient) -> tuple[Tensor | None, Tensor | None]:
     """Return the second moments of rows and columns; None along an axis that gets no basis."""
-    left, right = gradient.factors()
     rows, columns = _axes(gradient.shape)
-    return _second_moment(left if rows else None), _second_moment(right if columns else None)
+    left, right = gradient.left_factor() if rows else None, gradient.right_factor() if columns else None
+    return _second_moment(left, gradient.size), _second_moment(right, gradient.size)
 
 
 def _axes(shape: torch.Size) -> tuple[bool, bool]:
@@ -125,8 +128,13 @@ def _axes(shape: torch.Size) -> tuple[bool, bool]:
     return (vector or rows < _VOCABULARY * columns) and rows <= _LARGEST, not vector and columns <= _LARGEST
 
 
-def _second_moment(vectors: Tensor | None) -> Tensor | None:
-    return None if vectors is None else vectors.float().mT @ vectors.float()
+def _second_moment(vectors: Tensor | None, size: int) -> Tensor | None:
+    """Return Σ v vᵀ of vectors, (N, d) → (d, d), of at most 64 evenly spaced ones of each example."""
+    if vectors is None:
+        return None
+    step = max(1, len(vectors) // max(1, _VECTORS * size)) | 1  # odd, so that all columns of an image have their turn
+    some = vectors[::step].float()
+    return step * some.mT @ some
 
 
 def _plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:

@@ -39,14 +39,21 @@ class Gradient(ABC):
     def sketch(self, left: Matrix, right: Matrix) -> Tensor:
         """Return LᵀGᵢR for every example's gradient Gᵢ read as (O, I): (O, r), (I, s) → (b, r, s)."""
 
+    positions: int = 0
+    """T, the number of terms of which each example's gradient is the sum; 0 where that says nothing of the cost."""
+
     @abstractmethod
-    def factors(self) -> tuple[Tensor | None, Tensor]:
-        """Return l, (N, O), and r, (M, I), whose second moments are those of the rows and columns of G read as (O, I).
+    def left_factor(self) -> Tensor | None:
+        """Return l, (N, O), whose second moment is that of the columns of G read as (O, I).
 
         For Gᵢ = Σₜ lᵢₜ rᵢₜᵀ these are the factors themselves, as in K-FAC (Martens and Grosse, "Optimizing neural
         networks with Kronecker-factored approximate curvature", arXiv 1503.05671). For other forms these are the
-        columns and the rows of G. None stands for unit vectors, whose second moment is diagonal.
+        columns of G. None stands for unit vectors, whose second moment is diagonal.
         """
+
+    @abstractmethod
+    def right_factor(self) -> Tensor:
+        """Return r, (M, I), whose second moment is that of the rows of G; see `left_factor`."""
 
     @abstractmethod
     def __getitem__(self, rows: slice) -> Gradient:
@@ -107,10 +114,13 @@ class DenseGradient(Gradient):
         """See `Gradient.sketch`."""
         return _sketch(self.values, left, right)
 
-    def factors(self) -> tuple[Tensor | None, Tensor]:
-        """Return the columns and the rows of all G; see `Gradient.factors`."""
-        rows = self.values.reshape(self.size, *_as_matrix(self.shape))
-        return rows.mT.flatten(0, 1), rows.flatten(0, 1)
+    def left_factor(self) -> Tensor:
+        """Return the columns of all G; see `Gradient.left_factor`."""
+        return self.values.reshape(self.size, *_as_matrix(self.shape)).mT.flatten(0, 1)
+
+    def right_factor(self) -> Tensor:
+        """Return the rows of all G; see `Gradient.right_factor`."""
+        return self.values.reshape(self.size, *_as_matrix(self.shape)).flatten(0, 1)
 
     def __getitem__(self, rows: slice) -> DenseGradient:
         return DenseGradient(self.values[rows])
@@ -137,6 +147,7 @@ class OuterGradient(Gradient):
         self.left = left.reshape(len(left), prod(left.shape[1:-1]), left.shape[-1])
         self.right = right.reshape(self.left.shape[:2] + right.shape[-1:])
         self.size, self.shape = len(left), torch.Size((left.shape[-1], right.shape[-1]))
+        self.positions = self.left.shape[1]
 
     def dense(self) -> Tensor:
         """Multiply, sum over positions."""
@@ -151,9 +162,13 @@ class OuterGradient(Gradient):
         left = self.left.to(weights) * weights[:, None, None]
         return left.flatten(0, 1).T @ self.right.to(weights).flatten(0, 1)
 
-    def factors(self) -> tuple[Tensor | None, Tensor]:
-        """Return l and r at all positions; see `Gradient.factors`."""
-        return self.left.flatten(0, 1), self.right.flatten(0, 1)
+    def left_factor(self) -> Tensor:
+        """Return l at all positions; see `Gradient.left_factor`."""
+        return self.left.flatten(0, 1)
+
+    def right_factor(self) -> Tensor:
+        """Return r at all positions; see `Gradient.right_factor`."""
+        return self.right.flatten(0, 1)
 
     def __getitem__(self, rows: slice) -> OuterGradient:
         return OuterGradient(self.left[rows], self.right[rows])
@@ -198,9 +213,12 @@ class RowsGradient(Gradient):
         values = self.values.to(weights) * weights[:, None, None]
         return weights.new_zeros(self.shape).index_add_(0, self.indices.flatten(), values.flatten(0, 1))
 
-    def factors(self) -> tuple[Tensor | None, Tensor]:
-        """Return the values: the other factors are unit vectors; see `Gradient.factors`."""
-        return None, self.values.flatten(0, 1)
+    def left_factor(self) -> None:
+        """Return None: the factors are unit vectors; see `Gradient.left_factor`."""
+
+    def right_factor(self) -> Tensor:
+        """Return the values; see `Gradient.right_factor`."""
+        return self.values.flatten(0, 1)
 
     def __getitem__(self, rows: slice) -> RowsGradient:
         return RowsGradient(self.indices[rows], self.values[rows], self.shape[0])
@@ -241,7 +259,7 @@ class ConvGradient(Gradient):
         self.inputs, self.grads = _same_dtype(inputs, grads)
         self.shape, self.groups = shape, groups
         self.stride, self.padding, self.dilation = stride, padding, dilation
-        self.size = len(inputs)
+        self.size, self.positions = len(inputs), prod(grads.shape[2:])
 
     def dense(self) -> Tensor:
         """Unfold the input, and multiply."""
@@ -294,9 +312,13 @@ class ConvGradient(Gradient):
         per_group = self.inputs.shape[1] // self.groups * prod(self.shape[2:])
         return columns.permute(order).reshape(self.size, self.groups, per_group, prod(self.grads.shape[2:]))
 
-    def factors(self) -> tuple[Tensor | None, Tensor]:
-        """Return output gradients and unfolded inputs at all positions; see `Gradient.factors`."""
-        return self.grads.flatten(2).mT.flatten(0, 1), self._columns().mT.flatten(0, 2)
+    def left_factor(self) -> Tensor:
+        """Return output gradients at all positions; see `Gradient.left_factor`."""
+        return self.grads.flatten(2).mT.flatten(0, 1)
+
+    def right_factor(self) -> Tensor:
+        """Return unfolded inputs at all positions; see `Gradient.right_factor`."""
+        return self._columns().mT.flatten(0, 2)
 
     def __getitem__(self, rows: slice) -> ConvGradient:
         return self._of(self.inputs[rows], self.grads[rows])
@@ -315,6 +337,7 @@ class _Folded(Gradient):
 
     def __init__(self, rows: Gradient, size: int) -> None:
         self._rows, self.size, self.shape = rows, size, rows.shape
+        self.positions = rows.positions * rows.size // size if size else 0
 
     def dense(self) -> Tensor:
         return self._rows.dense().unflatten(0, (self.size, -1)).sum(1)
@@ -322,8 +345,11 @@ class _Folded(Gradient):
     def sketch(self, left: Matrix, right: Matrix) -> Tensor:
         return self._rows.sketch(left, right).unflatten(0, (self.size, -1)).sum(1)
 
-    def factors(self) -> tuple[Tensor | None, Tensor]:
-        return self._rows.factors()
+    def left_factor(self) -> Tensor | None:
+        return self._rows.left_factor()
+
+    def right_factor(self) -> Tensor:
+        return self._rows.right_factor()
 
     def __getitem__(self, rows: slice) -> Gradient:
         count = self._rows.size // self.size

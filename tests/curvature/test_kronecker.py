@@ -42,26 +42,26 @@ def convolution(groups=1):
 
 @pytest.mark.parametrize("gradient", [outer(), convolution()], ids=["outer", "convolution"])
 def test_factors_of_one_example_give_its_gradient(gradient):
-    left, right = gradient[1:2].factors()
+    left, right = gradient[1:2].left_factor(), gradient[1:2].right_factor()
     torch.testing.assert_close(left.T @ right, gradient.dense()[1].flatten(1))
 
 
 def test_factors_of_groups_are_those_of_every_group():
     gradient = convolution(groups=2)
-    left, right = gradient.factors()
+    left, right = gradient.left_factor(), gradient.right_factor()
     assert left.shape == (3 * 5, 4)
     assert right.shape == (3 * 2 * 5, 9)
     whole = ConvGradient(
         gradient.inputs, gradient.grads, torch.Size((4, 6, 3)), stride=(2,), padding=(1,), dilation=(1,)
     )
-    columns = whole.factors()[1].unflatten(1, (2, 9))
+    columns = whole.right_factor().unflatten(1, (2, 9))
     expected = torch.einsum("tgi,tgj->ij", columns, columns)
     torch.testing.assert_close(right.T @ right, expected)
 
 
 def test_factors_of_dense_gradients_are_their_rows_and_columns():
     values = torch.randn(3, 4, 2, 2)
-    left, right = DenseGradient(values).factors()
+    left, right = DenseGradient(values).left_factor(), DenseGradient(values).right_factor()
     matrices = values.flatten(2)
     torch.testing.assert_close(left.T @ left, sum(g @ g.T for g in matrices))
     torch.testing.assert_close(right.T @ right, sum(g.T @ g for g in matrices))
@@ -69,11 +69,11 @@ def test_factors_of_dense_gradients_are_their_rows_and_columns():
 
 def test_factors_of_looked_up_rows():
     gradient = RowsGradient(torch.tensor([[0, 2]]), torch.randn(1, 2, 3), rows=4)
-    left, right = gradient.factors()
+    left, right = gradient.left_factor(), gradient.right_factor()
     assert left is None
     torch.testing.assert_close(right, gradient.values[0])
     folded = convolution().fold(1)
-    assert folded.factors()[0].shape == (15, 4)
+    assert folded.left_factor().shape == (15, 4)
 
 
 def test_bases_are_eigenvectors_of_the_second_moments():
@@ -87,6 +87,28 @@ def test_bases_are_eigenvectors_of_the_second_moments():
         moment = sum(np.outer(vector, vector) for vector in factor.double().flatten(0, 1).numpy())
         rotated = q.double().numpy().T @ moment @ q.double().numpy()
         np.testing.assert_allclose(rotated, np.diag(np.linalg.eigvalsh(moment)), atol=1e-4)
+
+
+def test_of_many_positions_some_are_enough():
+    """Every third of 200: eigenvectors of very different eigenvalues are found all the same."""
+    scales = torch.tensor([1.0, 10.0, 100.0])
+    moments = SecondMoments()
+    with moments.batch() as sink:
+        sink(slice(0, 9), "weight", OuterGradient(torch.randn(9, 200, 3) * scales, torch.randn(9, 200, 2)))
+    basis = moments.bases()["weight"]
+    torch.testing.assert_close(basis.left.abs(), torch.eye(3), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "gradient", [outer(), convolution(), OuterGradient(torch.randn(3, 90, 2), torch.randn(3, 90, 5))]
+)
+def test_rotations_are_products_with_the_bases(gradient):
+    rows, columns = gradient.shape[0], gradient.shape[1:].numel()
+    left, right = torch.linalg.qr(torch.randn(rows, rows))[0], torch.linalg.qr(torch.randn(columns, columns))[0]
+    expected = [(left.T @ g.flatten(1) @ right).flatten() for g in gradient.dense()]
+    torch.testing.assert_close(EigenBasis(left, right).rotate(gradient), torch.stack(expected), rtol=1e-3, atol=1e-4)
+    expected = [(g.flatten(1) @ right).flatten() for g in gradient.dense()]
+    torch.testing.assert_close(EigenBasis(None, right).rotate(gradient), torch.stack(expected), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
