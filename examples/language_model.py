@@ -176,7 +176,7 @@ def main() -> None:
         logger=False,
         callbacks=[
             ModelCheckpoint(folder / "checkpoints", save_top_k=-1, save_weights_only=True),
-            TRAKCallback(folder / "attributions", proj_dim=512),
+            TRAKCallback(folder / "attributions"),
         ],
     )
     trainer.fit(model, datamodule=data)
