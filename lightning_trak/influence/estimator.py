@@ -138,7 +138,8 @@ class Estimator:
             ValueError: if H is singular.
         """
         if train.squares is not None:
-            return Solved(targets / train.shape[0], self._whitened_damping())
+            given = 1.0 if isinstance(self.options.damping, str) else self.options.damping
+            return Solved(targets / train.shape[0], Damping(given, "relative to each parameter's mean eigenvalue"))
         state, damping = self._factor(train, sums)
         return Solved(
             solve(state, targets.to(self.device)).cpu(), damping
@@ -173,10 +174,6 @@ class Estimator:
         damping = self._damping(train, sums)
         _check_rank(sums, damping.value)
         return factor(sums.matrix, damping.value), damping
-
-    def _whitened_damping(self) -> Damping:
-        given = self.options.damping
-        return Damping(1.0 if isinstance(given, str) else given, "relative to each parameter's mean eigenvalue")
 
     def _damping(self, train: TrainFeatures, sums: GaussNewton) -> Damping:
         if not isinstance(self.options.damping, str):

@@ -104,7 +104,8 @@ def featurized(
         digests = _select(trainer, store, ckpt_path)
         _featurize_missing(trainer, model, store, plan, data, digests)
         rank_zero_info(f"TRAKCallback: averaging over {pool_of(store, digests)}.")
-        options = Options(callback.damping, callback.temperature, callback.curvature, callback.estimator)
+        damping = callback.damping if plan.preconditioner is None else plan.preconditioner.damping
+        options = Options(damping, callback.temperature, callback.curvature, callback.estimator)
         yield Job(trainer, model, store, plan, [store[digest] for digest in digests], data, options)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -65,10 +65,14 @@ def _preconditioner(settings: Settings, module: Any, manifest: dict[str, Any] | 
             " MultilabelMixin with their own model_output and loss, define draw_labels(self, batch) and"
             " drawn_loss(self, drawn), or leave preconditioner out."
         )
-    entries = max(1, settings.proj_dim // _PER_ENTRY)
+    chosen = Preconditioner(max(1, settings.proj_dim // _PER_ENTRY))
     if stored is not None and settings.proj_dim == PROJ_DIM:
-        entries = stored["entries"]
-    return Preconditioner(entries, 1.0 if isinstance(settings.damping, str) else settings.damping)
+        chosen = replace(chosen, entries=stored["entries"])
+    if not isinstance(settings.damping, str):
+        chosen = replace(chosen, damping=settings.damping)
+    elif stored is not None:
+        chosen = replace(chosen, damping=stored["damping"])
+    return chosen
 
 
 class Plan:

@@ -255,6 +255,8 @@ def test_damping_is_relative_to_the_mean_eigenvalue(tmp_path):
     info = trainer.attribute(datamodule=Texts()).info
     assert (info.preconditioner, set(info.dampings)) == ("kronecker", {0.3})
     assert FeatureStore(tmp_path / "store").manifest["preconditioner"]["damping"] == 0.3
+    later = fresh(tmp_path).attribute(Model(), datamodule=Texts())  # settings left at their defaults are the store's
+    assert (later.info.preconditioner, set(later.info.dampings)) == ("kronecker", {0.3})
 
 
 def test_labels_must_be_drawn_by_the_module(tmp_path):
