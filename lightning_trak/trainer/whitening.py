@@ -26,10 +26,9 @@ Array = npt.NDArray[Any]
 
 def stored_form(loop: FeaturizationLoop, features: Tensor, times: int = 1) -> Array:
     """Return features as the store has them: as they are, or the largest entries of whitened ones."""
-    own = loop.preconditioner
-    return (
-        features.cpu().numpy() if own is None else largest_entries(features, min(times * own.entries, loop.dimension))
-    )
+    if loop.preconditioner is None:
+        return features.cpu().numpy()
+    return largest_entries(features, min(times * loop.preconditioner.entries, loop.dimension))
 
 
 def record_of(loop: FeaturizationLoop, times: int = 1) -> np.dtype[Any] | None:
