@@ -315,7 +315,7 @@ def test_outputs_after_retraining(tmp_path):
     contrast = [half[chosen] for half in train_pairs()]
     targets = Copies().predict_dataloader().dataset.tensors
     places = [next(iter((contrast[0] == x).all(1).nonzero()[:, 0].tolist()), -1) for x in targets[0]]
-    assert max(places) >= 0
+    assert any(place != -1 for place in places)
     expected = [
         margins_without(made[0], [half[i : i + 1] for half in targets], contrast, place).sum()
         for i, place in enumerate(places)

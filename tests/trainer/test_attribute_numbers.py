@@ -205,7 +205,6 @@ def test_self_influence_is_of_the_loss(tmp_path, run):
     before = snapshot(trainer, module)
     found = trainer.attribute_self()
     assert_same(before, snapshot(trainer, module))
-    assert (found >= 0).all()
     paths, influences = sorted((root / "files").iterdir()), []
     for path in paths:
         one = fresh(root).attribute_self(Classifier(), datamodule=data, ckpt_path=path)
