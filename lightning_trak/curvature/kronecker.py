@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
 
 from lightning_trak.gradients import DenseGradient, Gradient, Sink
-from lightning_trak.gradients.gradient import as_rows
+from lightning_trak.gradients.gradient import as_rows, is_word_table, matrix_shape
 
-_VOCABULARY = 8  # a matrix with so many times more rows than columns is taken for a table of words
 _VECTORS = 64  # of an example, at most, from which second moments are summed
 _LARGEST = 1024  # entries of an axis: a larger one gets no basis, since that takes the cube of them
 
@@ -41,7 +39,7 @@ class EigenBasis:
         if len(gradient.shape) < 2 or (self.left is None and self.right is None):
             rows = as_rows(gradient.dense())
             return rows if self.left is None else rows @ self.left.to(rows)
-        if gradient.positions > max(gradient.shape[0], prod(gradient.shape[1:])):
+        if gradient.positions > max(matrix_shape(gradient.shape)):
             gradient = DenseGradient(gradient.dense())  # cheaper than to rotate what is summed at every position
         return gradient.sketch(self.left, self.right).flatten(1)
 
@@ -123,9 +121,9 @@ def _moments(gradient: Gradient) -> tuple[Tensor | None, Tensor | None]:
 
 def _axes(shape: torch.Size) -> tuple[bool, bool]:
     """Say of both axes of a parameter whether they get a basis."""
-    rows, columns = shape[0] if shape else 1, prod(shape[1:])
+    rows, columns = matrix_shape(shape)
     vector = len(shape) < 2
-    return (vector or rows < _VOCABULARY * columns) and rows <= _LARGEST, not vector and columns <= _LARGEST
+    return (vector or not is_word_table(shape)) and rows <= _LARGEST, not vector and columns <= _LARGEST
 
 
 def _second_moment(vectors: Tensor | None, size: int) -> Tensor | None:

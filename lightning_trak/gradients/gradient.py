@@ -14,6 +14,7 @@ Matrix = Tensor | None
 
 
 _DENSE_BYTES = 2**24  # of per-sample gradients that are added up at once
+_VOCABULARY = 8  # a matrix with so many times more rows than columns is taken for a table of words
 _SUMMED = 8  # examples of a convolution whose gradients are added up at once
 
 
@@ -26,10 +27,12 @@ class Gradient(ABC):
     Attributes:
         size: b, the number of examples.
         shape: the parameter's shape.
+        positions: the number of terms of which each gradient is the sum; 0 where that says nothing of the cost.
     """
 
     size: int
     shape: torch.Size
+    positions: int = 0
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -38,9 +41,6 @@ class Gradient(ABC):
     @abstractmethod
     def sketch(self, left: Matrix, right: Matrix) -> Tensor:
         """Return LᵀGᵢR for every example's gradient Gᵢ read as (O, I): (O, r), (I, s) → (b, r, s)."""
-
-    positions: int = 0
-    """T, the number of terms of which each example's gradient is the sum; 0 where that says nothing of the cost."""
 
     @abstractmethod
     def left_factor(self) -> Tensor | None:
@@ -90,9 +90,19 @@ def as_rows(values: Tensor) -> Tensor:
     return values.reshape(len(values), prod(values.shape[1:]))
 
 
-def _as_matrix(shape: torch.Size) -> tuple[int, int]:
-    """Return (O, I), the sizes of a parameter that is read as a matrix."""
+def matrix_shape(shape: torch.Size) -> tuple[int, int]:
+    """Return (O, I) for a parameter of this shape, read as a matrix.
+
+    >>> matrix_shape(torch.Size((4, 3, 2))), matrix_shape(torch.Size((5,))), matrix_shape(torch.Size(()))
+    ((4, 6), (5, 1), (1, 1))
+    """
     return (shape[0] if shape else 1), prod(shape[1:])
+
+
+def is_word_table(shape: torch.Size) -> bool:
+    """Say whether a parameter with O ≥ 8 I is taken for a table of words, or an output layer over them."""
+    rows, columns = matrix_shape(shape)
+    return rows >= _VOCABULARY * columns
 
 
 class DenseGradient(Gradient):
@@ -116,11 +126,11 @@ class DenseGradient(Gradient):
 
     def left_factor(self) -> Tensor:
         """Return the columns of all G; see `Gradient.left_factor`."""
-        return self.values.reshape(self.size, *_as_matrix(self.shape)).mT.flatten(0, 1)
+        return self.values.reshape(self.size, *matrix_shape(self.shape)).mT.flatten(0, 1)
 
     def right_factor(self) -> Tensor:
         """Return the rows of all G; see `Gradient.right_factor`."""
-        return self.values.reshape(self.size, *_as_matrix(self.shape)).flatten(0, 1)
+        return self.values.reshape(self.size, *matrix_shape(self.shape)).flatten(0, 1)
 
     def __getitem__(self, rows: slice) -> DenseGradient:
         return DenseGradient(self.values[rows])

@@ -7,12 +7,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lightning_trak.gradients.gradient import Gradient, as_rows
+from lightning_trak.gradients.gradient import Gradient, as_rows, is_word_table, matrix_shape
 from lightning_trak.projection.philox import random_signs
 from lightning_trak.projection.projector import Drawn, Projector
 from lightning_trak.projection.sparse import SparseProjector
 
-_VOCABULARY = 8  # a parameter with so many times more rows than columns is taken for an embedding table
 _MORE = 8  # times r: the columns of an embedding table's L
 _LEFT, _RIGHT = 2, 3  # fourth word of the Philox counter; the sparse projection has 1, the dense one 0
 
@@ -61,9 +60,9 @@ class FactoredProjector(Projector):
         if len(shape) < 2 or shape[0] < self.rank or prod(shape) <= self.rank**2:
             super().add_gradient_(features, gradient, start, key)
             return
-        rows, columns = shape[0], prod(shape[1:])
-        vocabulary = rows >= _VOCABULARY * columns
-        left = self._matrix(start, rows, self.rank * (_MORE if vocabulary else 1), _LEFT, key, features.device)
+        rows, columns = matrix_shape(shape)
+        left_rank = self.rank * (_MORE if is_word_table(shape) else 1)
+        left = self._matrix(start, rows, left_rank, _LEFT, key, features.device)
         right = self._matrix(start, columns, self.rank, _RIGHT, key, features.device)
         self._sparse.add_(features, as_rows(gradient.sketch(left, right)).float(), start, key)
 
