@@ -37,6 +37,10 @@ class Preconditioner:
     damping: float = 1.0
     examples: int = 1000
 
+    def entries_of(self, n_params: int, times: int = 1) -> int:
+        """Return how many entries are kept of an example: ``times`` as many as of a training example, at most all."""
+        return min(times * self.entries, n_params)
+
     @property
     def configuration(self) -> dict[str, Any]:
         """All that features depend on: part of the store's manifest."""

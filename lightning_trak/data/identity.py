@@ -95,13 +95,13 @@ _SAMPLED = 1024
 ROW_CHARACTERS = 4  # of a row's hexadecimal digest: enough to find the row that differs; ``data`` decides equality
 
 
-def sampled_rows(n: int) -> list[int]:
-    """Return the rows by which datasets of n examples are compared: up to 1024, evenly spaced, with first and last.
+def sampled_rows(n: int, most: int = _SAMPLED) -> list[int]:
+    """Return some of n rows, evenly spaced, with first and last: by default those by which datasets are compared.
 
-    >>> sampled_rows(3), len(sampled_rows(5000)), sampled_rows(5000)[-1]
-    ([0, 1, 2], 1024, 4999)
+    >>> sampled_rows(3), len(sampled_rows(5000)), sampled_rows(5000)[-1], sampled_rows(9, most=3)
+    ([0, 1, 2], 1024, 4999, [0, 4, 8])
     """
-    return sorted({round(row) for row in np.linspace(0, n - 1, min(n, _SAMPLED))})
+    return sorted({round(row) for row in np.linspace(0, n - 1, min(n, most))})
 
 
 def difference(former: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -69,8 +69,7 @@ def attribute(
         estimator, solved = job.estimator(), []
         for entry, train, phi in zip(job.entries, estimator.trains, targets, strict=True):
             with naming(entry):
-                sums = sums_of(entry, estimator, train) if train.squares is None else None
-                solved.append(estimator.solve(train, phi, sums))
+                solved.append(estimator.solve(train, phi, sums_of(entry, estimator, train)))
         n_train, n_targets = job.store.n_train, len(targets[0])
         with progress(trainer, "Scoring", n_blocks(n_train, n_targets)) as advance:
             if top_k is None:
@@ -134,7 +133,6 @@ def attribute_self(
         with progress(trainer, "Scoring", len(job.entries)) as advance:
             for entry, train in zip(job.entries, estimator.trains, strict=True):
                 with naming(entry):
-                    sums = sums_of(entry, estimator, train) if train.squares is None else None
-                    total += estimator.self_influence(train, sums)
+                    total += estimator.self_influence(train, sums_of(entry, estimator, train))
                 advance(1)
     return total / len(job.entries)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lightning_trak.data.identity import sampled_rows
 from lightning_trak.features.largest import SparseMatrix, SparseRows
 from lightning_trak.influence import SUMS_VERSION, Estimator, GaussNewton, TrainFeatures, TrainingTime
 from lightning_trak.store.checkpoint import CheckpointEntry
@@ -22,6 +23,7 @@ from lightning_trak.trainer.framework import rank_zero_warn
 from lightning_trak.trainer.whitening import record_of, same_features, stored_form, whitening_at
 
 Array = npt.NDArray[Any]
+_CHECKED = 8  # stored rows that are computed again
 _MORE = 8  # times as many entries are kept of a target as of a training example
 
 
@@ -70,7 +72,7 @@ def featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number
         entry.write(batch_rows, stored_form(loop, features), loss_grad, curvature)
 
     with naming(entry):
-        whitening = whitening_at(loop, entry, f"Curvature of checkpoint {number}{where}")
+        whitening = whitening_at(loop, entry, weights, f"Curvature of checkpoint {number}{where}")
         projection = loop.run(weights, entry.digest, rows, receive, description, whitening)
     if projection is not None and rows:
         if len(rows) == loop.size:  # after an interruption, it knows the last rows only
@@ -87,7 +89,7 @@ def check_features(loop: FeaturizationLoop, entry: CheckpointEntry) -> None:
         ValueError: if they differ from the stored rows.
     """
     written = entry.written_rows()
-    rows = written[np.unique(np.linspace(0, len(written) - 1, min(8, len(written))).round().astype(int))].tolist()
+    rows = written[sampled_rows(len(written), _CHECKED)].tolist()
 
     def compare(batch_rows: Sequence[int], features: Tensor, *arrays: Array) -> None:
         news = (stored_form(loop, features), *arrays)
@@ -101,7 +103,8 @@ def check_features(loop: FeaturizationLoop, entry: CheckpointEntry) -> None:
 
     with naming(entry, can_leave_out=False):  # the cause affects all checkpoints
         weights = load_weights(entry.weights_path, entry.digest)
-        loop.run(weights, entry.digest, rows, compare, "Checking the store", whitening_at(loop, entry, ""))
+        whitening = whitening_at(loop, entry, weights)
+        loop.run(weights, entry.digest, rows, compare, "Checking the store", whitening)
 
 
 def train_features(entry: CheckpointEntry, dimension: int | None) -> TrainFeatures:
@@ -124,8 +127,13 @@ def train_features(entry: CheckpointEntry, dimension: int | None) -> TrainFeatur
     )
 
 
-def sums_of(entry: CheckpointEntry, estimator: Estimator, train: TrainFeatures) -> GaussNewton:
-    """Return the estimator's sums over the train set at a checkpoint; the store caches them."""
+def sums_of(entry: CheckpointEntry, estimator: Estimator, train: TrainFeatures) -> GaussNewton | None:
+    """Return the estimator's sums over the train set at a checkpoint; the store caches them.
+
+    None for whitened features, which need none.
+    """
+    if train.squares is not None:
+        return None
     options = estimator.options
     key: dict[str, Any] = {"version": SUMS_VERSION, "estimator": options.estimator, "curvature": options.curvature}
     key["temperature"] = estimator.temperature
@@ -150,7 +158,7 @@ def featurize_targets(loop: FeaturizationLoop, entry: CheckpointEntry, number: s
 
     weights = load_weights(entry.weights_path, entry.digest)
     with naming(entry, can_leave_out=False):  # the cause is in the targets
-        whitening = whitening_at(loop, entry, "")
+        whitening = whitening_at(loop, entry, weights)
         description = f"Featurizing targets at checkpoint {number}"
         loop.run(weights, entry.digest, range(loop.size), receive, description, whitening)
     return torch.from_numpy(features) if record is None else SparseMatrix.of_records(features)

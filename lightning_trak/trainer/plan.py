@@ -32,9 +32,9 @@ class Settings:
     parameters: str | Sequence[str] | None
     seed: int
     batch_size: int | None
-    preconditioner: str = "auto"
-    damping: float | str = "auto"
-    all_by_default: bool = True  # whether what the estimator depends on is left at its defaults
+    preconditioner: str
+    damping: float | str
+    all_by_default: bool  # whether what the estimator depends on is left at its defaults
 
 
 def parameters_to_be(settings: Settings, trainer: Any, module: Any) -> str | None:
@@ -128,7 +128,7 @@ class Plan:
     def proj_dim(self) -> int:
         """k, the number of stored features of a training example."""
         if self.preconditioner is not None:
-            return min(self.preconditioner.entries, self.n_params)
+            return self.preconditioner.entries_of(self.n_params)
         return self.projector.dimension(self.n_params)
 
     @property

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.curvature import Curvature, Eigenvalues, SecondMoments, Whitening
+from lightning_trak.data.identity import sampled_rows
 from lightning_trak.features.largest import difference, largest_entries, record_type
 from lightning_trak.gradients import Engine, ModelFunction, Sink
 from lightning_trak.gradients.engine import NotPrepared
@@ -28,13 +29,13 @@ def stored_form(loop: FeaturizationLoop, features: Tensor, times: int = 1) -> Ar
     """Return features as the store has them: as they are, or the largest entries of whitened ones."""
     if loop.preconditioner is None:
         return features.cpu().numpy()
-    return largest_entries(features, min(times * loop.preconditioner.entries, loop.dimension))
+    return largest_entries(features, loop.preconditioner.entries_of(loop.dimension, times))
 
 
 def record_of(loop: FeaturizationLoop, times: int = 1) -> np.dtype[Any] | None:
     """Return the type of an example's record, of ``times`` as many entries; None if features are kept as they are."""
     own = loop.preconditioner
-    return None if own is None else record_type(min(times * own.entries, loop.dimension), loop.dimension)
+    return None if own is None else record_type(own.entries_of(loop.dimension, times), loop.dimension)
 
 
 def same_features(new: Array, stored: Array) -> bool:
@@ -44,15 +45,24 @@ def same_features(new: Array, stored: Array) -> bool:
     return not np.linalg.norm(new - stored) > 0.05 * np.linalg.norm(stored) + 1e-3  # damage by NaN is told later
 
 
-def whitening_at(loop: FeaturizationLoop, entry: CheckpointEntry, description: str) -> Whitening | None:
-    """Return the whitening at a checkpoint; None without a preconditioner. Its curvature is estimated once."""
+def whitening_at(
+    loop: FeaturizationLoop, entry: CheckpointEntry, weights: Weights, description: str = ""
+) -> Whitening | None:
+    """Return the whitening at a checkpoint; None without a preconditioner. Its curvature is estimated once.
+
+    Args:
+        loop: reads the train set, unless the curvature is in the store.
+        entry: the checkpoint.
+        weights: the checkpoint's weights.
+        description: what the progress bar says while the curvature is estimated.
+    """
     if loop.preconditioner is None:
         return None
     path, digest = entry.path / "curvature.pt", entry.meta.get("curvature")
     if digest is not None:
         curvature = Curvature.from_tensors(load_weights(path, digest))
     else:
-        curvature = estimate_curvature(loop, load_weights(entry.weights_path, entry.digest), entry.digest, description)
+        curvature = estimate_curvature(loop, weights, entry.digest, description)
         tensors = curvature.tensors()
         with explained_os_errors(entry.path):
             save_weights(tensors, path)
@@ -63,8 +73,7 @@ def whitening_at(loop: FeaturizationLoop, entry: CheckpointEntry, description: s
 def estimate_curvature(loop: FeaturizationLoop, weights: Weights, digest: str, description: str) -> Curvature:
     """Estimate the curvature of the loss at a checkpoint from some training examples, in two passes over them."""
     assert loop.preconditioner is not None
-    n = min(loop.size, loop.preconditioner.examples)
-    rows = np.unique(np.linspace(0, loop.size - 1, n).round().astype(int)).tolist()
+    rows = sampled_rows(loop.size, loop.preconditioner.examples)
     moments = SecondMoments()
     add = _adding(moments.batch, seed=0)
     loop.each_batch(weights, digest, rows, add, f"{description}: factors")
