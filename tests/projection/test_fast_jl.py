@@ -47,6 +47,7 @@ def fake(monkeypatch):
     monkeypatch.setitem(sys.modules, "fast_jl", module)
     gpu = types.SimpleNamespace(multi_processor_count=4)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     return module
 
 
@@ -164,8 +165,10 @@ def test_a_missing_one_is_replaced(fake, monkeypatch):
         assert isinstance(fast_jl_or_rademacher(512, "cpu"), RademacherProjector)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a CUDA device")
 def test_a_missing_gpu_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "fast_jl", FakeFastJL())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="needs a CUDA device and torch finds none"):
+        FastJLProjector(512)
     with pytest.warns(UserWarning, match="It needs a CUDA device"):
         assert isinstance(fast_jl_or_rademacher(512), RademacherProjector)
