@@ -26,8 +26,8 @@ class LanguageModelingMixin(ClassifiedPartsMixin):
     L is a function of f, so its gradient is exactly −Q ∇f. By default gradients are whitened by the curvature of all
     tokens' losses, see ``TRAKCallback(preconditioner=...)``; then H and w are not used.
 
-    This is the log-odds of the paper (TRAK, arXiv 2303.14186,
-    Section 3.3) for a sequence. Sequences count the same, however many tokens they have.
+    This is the log-odds of the paper (TRAK, arXiv 2303.14186, Section 3.3) for a sequence. Sequences count the same,
+    however many tokens they have.
 
     These batches are understood; for others override `get_logits`, `get_labels` and `get_output_mask`:
 
