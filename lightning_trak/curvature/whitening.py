@@ -14,7 +14,7 @@ from lightning_trak.curvature.kronecker import Curvature
 from lightning_trak.gradients import Gradient
 from lightning_trak.projection import Projector
 
-VERSION = 1  # count it up when the same examples come to other whitened features
+VERSION = 2  # count it up when the same examples come to other whitened features
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,22 @@ class Preconditioner:
     products of whitened gradients, times q / n: the influence with the inverse of the damped Fisher information, as in
     Grosse et al., "Studying large language model generalization with influence functions", arXiv 2308.03296, Section 2.
 
+    If labels are drawn of what the model output leaves open, the output's own curvature is added when scores are
+    computed, see `OutputCurvature`. Then λ follows from the training time, where that is known.
+
     Attributes:
         entries: how many entries of each training example are stored: its largest.
-        damping: λ of each parameter, relative to its mean eigenvalue.
+        target_entries: how many of a target.
+        damping: λ of each parameter, relative to its mean eigenvalue; None: from the training time, else 1.
         examples: how many training examples the curvature is estimated from.
+        rest: whether labels are drawn of what the model output leaves open.
     """
 
     entries: int
-    damping: float = 1.0
+    target_entries: int
+    damping: float | None = 1.0
     examples: int = 1000
-
-    def entries_of(self, n_params: int, times: int = 1) -> int:
-        """Return how many entries are kept of an example: ``times`` as many as of a training example, at most all."""
-        return min(times * self.entries, n_params)
+    rest: bool = False
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -50,8 +53,8 @@ class Preconditioner:
 class Whitening(Projector):
     """φ = (Λ + λ)^(−½) ⊙ Q_Sᵀ ∇f Q_A, (b, p): inner products of φ are those with the inverse of the damped curvature.
 
-    Here λ is ``damping`` times the mean of Λ over the parameter. A parameter without curvature has zeros: the loss does
-    not depend on it.
+    Here λ is the curvature's strength; if it has none, ``damping`` times the mean of Λ over the parameter. Then a
+    parameter without curvature has zeros: the loss does not depend on it.
 
     Args:
         curvature: of all parameters.
@@ -70,7 +73,7 @@ class Whitening(Projector):
         super().__init__()
         starts = dict(zip(sizes, accumulate([0, *sizes.values()]), strict=False))
         self._parts = {
-            starts[name]: (curvature.bases[name], _scales(values, damping))
+            starts[name]: (curvature.bases[name], _scales(values, damping, curvature.strength))
             for name, values in curvature.eigenvalues.items()
         }
 
@@ -90,8 +93,10 @@ class Whitening(Projector):
         features[:, start : start + len(scales)] += basis.rotate(gradient) * scales
 
 
-def _scales(eigenvalues: Tensor, damping: float) -> Tensor:
+def _scales(eigenvalues: Tensor, damping: float, strength: float | None) -> Tensor:
     """Return (Λ + λ)^(−½); zero where the parameter has no curvature at all."""
+    if strength is not None:
+        return (eigenvalues + strength).rsqrt()
     mean = eigenvalues.mean()
     if mean <= 0:
         return torch.zeros_like(eigenvalues)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -119,6 +119,18 @@ class SparseMatrix:
     def __truediv__(self, number: float) -> SparseMatrix:
         return SparseMatrix(self.columns, self.values / number)
 
+    def __getitem__(self, rows: Tensor) -> SparseMatrix:
+        return SparseMatrix(self.columns[rows], self.values[rows])
+
+    def squares(self) -> Tensor:
+        """Return the squared norm of every row, (r,)."""
+        return self.values.square().sum(1)
+
+    @classmethod
+    def stacked(cls, parts: Sequence[SparseMatrix]) -> SparseMatrix:
+        """Return the rows of several matrices, one below the other."""
+        return cls(torch.cat([part.columns for part in parts]), torch.cat([part.values for part in parts]))
+
     @property
     def T(self) -> Transposed:  # noqa: N802 - as a tensor has it
         """The transpose, to multiply with from the left."""
@@ -139,17 +151,22 @@ class SparseMatrix:
 class Transposed:
     """The transpose of a sparse matrix, as tables of the columns that have entries.
 
-    Attributes:
-        tables: of some of the rows at a time: their columns, (c,), in order; and a dense matrix (c + 1, rows), whose
-            last row is zero.
+    Args:
+        matrix: of m rows.
     """
 
     def __init__(self, matrix: SparseMatrix) -> None:
-        size = max(1, math.isqrt(_TABLE // max(1, matrix.shape[1])))
-        self.tables = [
-            _table(columns, values)
-            for columns, values in zip(matrix.columns.split(size), matrix.values.split(size), strict=True)
-        ]
+        self._matrix = matrix
+
+    @property
+    def tables(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield, for some of the rows at a time, their columns, (c,), and a dense matrix (c + 1, rows).
+
+        Columns are in order; the matrix's last row is zero.
+        """
+        size = max(1, math.isqrt(_TABLE // max(1, self._matrix.shape[1])))
+        for columns, values in zip(self._matrix.columns.split(size), self._matrix.values.split(size), strict=True):
+            yield _table(columns, values)
 
 
 def _table(columns: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

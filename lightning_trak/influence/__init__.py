@@ -3,9 +3,10 @@
 May import nothing of the package but `precision`. `Estimator` works on features from anywhere.
 """
 
-from lightning_trak.influence.damping import Damping
+from lightning_trak.influence.damping import Damping, whitening_strength
 from lightning_trak.influence.estimator import Estimator, Options, Solved
 from lightning_trak.influence.gauss_newton import SUMS_VERSION, GaussNewton
+from lightning_trak.influence.output_curvature import Corrected, OutputCurvature
 from lightning_trak.influence.scores import Extremes, Ranked, Scores, Spread, rank
 from lightning_trak.influence.temperature import is_logistic
 from lightning_trak.influence.train_features import TrainFeatures, n_blocks
@@ -13,11 +14,13 @@ from lightning_trak.influence.training_time import TrainingTime
 
 __all__ = [
     "SUMS_VERSION",
+    "Corrected",
     "Damping",
     "Estimator",
     "Extremes",
     "GaussNewton",
     "Options",
+    "OutputCurvature",
     "Ranked",
     "Scores",
     "Solved",
@@ -27,4 +30,5 @@ __all__ = [
     "is_logistic",
     "n_blocks",
     "rank",
+    "whitening_strength",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from lightning_trak.influence.damping import (
     choose_damping,
     damping_of,
     needs_cross_validation,
+    whitening_strength,
 )
 from lightning_trak.influence.gauss_newton import (
     CholeskyFactor,
@@ -24,6 +25,7 @@ from lightning_trak.influence.gauss_newton import (
     factor,
     solve,
 )
+from lightning_trak.influence.output_curvature import OutputCurvature
 from lightning_trak.influence.scores import (
     Extremes,
     Scores,
@@ -40,12 +42,14 @@ class Solved(NamedTuple):
     """The solutions of H x = φ(z) for all targets z, at one checkpoint.
 
     Attributes:
-        vectors: H⁻¹ φ(z), (m, k); a sparse matrix if φ is.
+        vectors: H⁻¹ φ(z), (m, k); a sparse matrix if φ is, or `Corrected`.
         damping: λ.
+        factor: with which to multiply the scores of every training example, (n,); None for 1.
     """
 
     vectors: Any
     damping: Damping
+    factor: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,12 @@ class Estimator:
 
     At one checkpoint τ = φ(z)ᵀ H⁻¹ φ(zᵢ) qᵢ. Here H = Φᵀ diag(w) Φ + λ·mean(diag)·I is the damped Gauss–Newton matrix
     of the training loss in feature space. τ is the change of f(z) by one Newton step on zᵢ. Scores are averaged over
-    checkpoints, each with its own q. Features that are whitened by the curvature of the mean loss, over all parameters,
-    need no other matrix: H = n I. With ``estimator="trak"`` they are those of Park et al., "TRAK", arXiv 2303.14186,
+    checkpoints, each with its own q.
+
+    Features that are whitened by the curvature of the mean loss, over all parameters, need no other matrix: H = n I.
+    For features that are whitened by what the outputs leave open, see `OutputCurvature`.
+
+    With ``estimator="trak"`` they are those of Park et al., "TRAK", arXiv 2303.14186,
     Eq. 15 and 17.
 
     Args:
@@ -97,7 +105,8 @@ class Estimator:
         self, trains: Sequence[TrainFeatures], options: Options = Options(), device: torch.device = CPU
     ) -> None:
         self.options, self.device = options, device
-        auto_damping = options.damping == "auto" and all(train.squares is None for train in trains)
+        by_all = any(train.squares is not None and not train.whitened_by_rest for train in trains)
+        auto_damping = options.damping == "auto" and not by_all
         self.temperature = choose_temperature(options.temperature, trains, auto_damping=auto_damping)
         if self.temperature != 1:
             trains = [tempered(train, self.temperature) for train in trains]
@@ -137,9 +146,12 @@ class Estimator:
         Raises:
             ValueError: if H is singular.
         """
+        if train.whitened_by_rest:
+            curvature = OutputCurvature(train, self.device)
+            factor = None if curvature.is_whole else curvature.own_part()[1]
+            return Solved((curvature.solve(targets) / train.shape[0]).to(CPU), self._given(train), factor)
         if train.squares is not None:
-            given = 1.0 if isinstance(self.options.damping, str) else self.options.damping
-            return Solved(targets / train.shape[0], Damping(given, "relative to each parameter's mean eigenvalue"))
+            return Solved(targets / train.shape[0], self._given(train))
         state, damping = self._factor(train, sums)
         return Solved(
             solve(state, targets.to(self.device)).cpu(), damping
@@ -149,6 +161,9 @@ class Estimator:
         self, train: TrainFeatures, sums: GaussNewton | None = None, advance: Callable[[], object] = lambda: None
     ) -> Tensor:
         """Return by how much training on each example lowers its own loss, (n,), at one checkpoint; see `solve`."""
+        if train.whitened_by_rest:
+            own, _ = OutputCurvature(train, self.device).own_part()
+            return torch.from_numpy(train.loss_grad).square() * own / train.shape[0]
         if train.squares is not None:
             squares, loss_grad = torch.from_numpy(train.squares), torch.from_numpy(train.loss_grad)
             return loss_grad.square() * squares / train.shape[0]
@@ -161,12 +176,28 @@ class Estimator:
             solved: what `solve` returned at each checkpoint.
             advance: called after every block of rows, for progress.
         """
-        return scores(self.trains, [one.vectors for one in solved], advance, self.device)
+        return scores(self._corrected(solved), [one.vectors for one in solved], advance, self.device)
 
     def extremes(self, solved: Sequence[Solved], k: int, advance: Callable[[], object] = lambda: None) -> Extremes:
         """Return the k highest and lowest scores of each target; arguments as of `scores`, no (n, m) matrix is made."""
         k = min(k, self.trains[0].shape[0])
-        return extreme_scores(self.trains, [one.vectors for one in solved], k, advance, self.device)
+        return extreme_scores(self._corrected(solved), [one.vectors for one in solved], k, advance, self.device)
+
+    def _corrected(self, solved: Sequence[Solved]) -> list[TrainFeatures]:
+        """Return the train set at each checkpoint, with Q times the factor of the solution."""
+        pairs = zip(self.trains, solved, strict=True)
+        return [
+            train if one.factor is None else replace(train, loss_grad=train.loss_grad * one.factor.numpy())
+            for train, one in pairs
+        ]
+
+    def _given(self, train: TrainFeatures) -> Damping:
+        """Return the damping with which gradients were whitened."""
+        given = self.options.damping
+        strength = whitening_strength(train.training_time) if train.whitened_by_rest and given == "auto" else None
+        if strength is not None:
+            return Damping(strength, "from the training time")
+        return Damping(1.0 if isinstance(given, str) else given, "relative to each parameter's mean eigenvalue")
 
     def _factor(self, train: TrainFeatures, sums: GaussNewton | None) -> tuple[CholeskyFactor, Damping]:
         """Damp and factor H at one checkpoint."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.influence.gauss_newton import CholeskyFactor, factor, quadratic_form  # noqa: F401 - for the doctest
+from lightning_trak.influence.output_curvature import Corrected
 from lightning_trak.influence.train_features import CPU, Matrix, TrainFeatures
 from lightning_trak.precision import full_precision
 
@@ -167,7 +168,8 @@ def _score_blocks(
 
 def _product(features: Matrix, loss_grad: Tensor, solved: Any, device: torch.device) -> Tensor:
     with full_precision():
-        products: Tensor = features.to(device) @ solved.to(device).T
+        features, solved = features.to(device), solved.to(device)
+        products: Tensor = solved.products(features) if isinstance(solved, Corrected) else features @ solved.T
         return products * loss_grad.to(device)[:, None]
 
 

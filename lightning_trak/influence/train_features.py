@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -63,6 +63,7 @@ class TrainFeatures:
         logistic: whether the loss is softplus(−f), see `is_logistic`.
         n_trainable: the number of trainable parameters; 0 where that is unknown.
         squares: ‖φ‖², (n,), if φ is whitened by the curvature; else None.
+        whitened_by_rest: whether that is the curvature of what the outputs leave open: see `OutputCurvature`.
 
     Arrays must be writable, or memory-mapped copy-on-write (``mmap_mode="c"``): else torch cannot read them in place.
     """
@@ -74,6 +75,7 @@ class TrainFeatures:
     logistic: bool = False
     n_trainable: int = 0
     squares: Array | None = None
+    whitened_by_rest: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -96,6 +98,11 @@ class TrainFeatures:
 
 def _matrix(array: Array | Matrix) -> Matrix:
     return torch.from_numpy(np.asarray(array)) if isinstance(array, np.ndarray) else array
+
+
+def stack(parts: Sequence[Any]) -> Any:
+    """Return blocks of rows as one: of tensors, or of sparse matrices, which know how."""
+    return torch.cat(list(parts)) if isinstance(parts[0], Tensor) else parts[0].stacked(parts)
 
 
 def block_size(n_targets: int) -> int:

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 from lightning_trak.data.batch import NumberedBatch
 from lightning_trak.isolation.module_state import ModuleState, unchanged
 
+_PREDICTED = ("model_output", "part_losses", "output_to_loss", "per_sample_loss")  # what drawn labels must belong to
+
 
 class TRAKMixin:
     """Defines what to attribute: the model output f, and the loss L as a function of f.
@@ -32,8 +34,13 @@ class TRAKMixin:
     A module that defines ``model_output`` works without the mixin too. Park et al., "TRAK: Attributing Model
     Behavior at Scale", ICML 2023, arXiv 2303.14186.
 
+    A mixin may also define ``draw_labels(batch)`` and ``drawn_loss((batch, labels))``, (b,). The first draws labels
+    from the predictions, and returns None where none are left to draw. On average, the outer product of the second's
+    gradient is the Fisher information of the labels. See ``TRAKCallback(preconditioner=...)``.
+
     Attributes:
         example_numbers: what `number_examples` returned for the current batch; None where rows are unknown.
+        draws_rest: whether drawn labels leave out what the model output tells, whose curvature w ∇f ∇fᵀ then is added.
 
     >>> class Logistic(TRAKMixin, torch.nn.Linear):
     ...     def model_output(self, batch):
@@ -46,6 +53,7 @@ class TRAKMixin:
     """
 
     example_numbers: Tensor | None = None
+    draws_rest: bool = False
 
     def prepare_checkpoint(self) -> None:
         """Compute what ``model_output`` needs once per checkpoint, at the checkpoint's weights. Optional.
@@ -210,7 +218,7 @@ def draws_labels(module: Any) -> bool:
         return next((place for place, kind in enumerate(kinds) if name in vars(kind)), len(kinds))
 
     drawn = place("draw_labels")
-    return drawn < len(kinds) and drawn <= min(map(place, ("model_output", "part_losses", "output_to_loss")))
+    return drawn < len(kinds) and drawn <= min(map(place, _PREDICTED))
 
 
 def own_method(module: Any, name: str) -> Callable[..., Any] | None:

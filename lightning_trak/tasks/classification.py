@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import cross_entropy, softplus
 
 from lightning_trak.tasks.base import TRAKMixin
 from lightning_trak.tasks.batch import forward, labels, labels_in_range, labels_or_none
@@ -29,6 +29,9 @@ class ClassificationMixin(TRAKMixin):
     - ``class_weights``: L, Q and w are multiplied by the weight of the label;
     - ``label_smoothing`` ε and two classes: L = (1 − ε/2) softplus(−f) + (ε/2) softplus(f) and Q = 1 − ε/2 − p. With
       more classes the smoothed loss is no function of f. That is an error: define ``per_sample_loss``.
+
+    With three classes and more, gradients can be whitened by what f leaves open: which of the other classes it is. See
+    ``TRAKCallback(preconditioner="kronecker")``.
 
     TRAK, arXiv 2303.14186, Section 3.3. Batches ``(x, y)`` and mappings with ``"labels"`` (Hugging Face inputs, whose
     model returns ``.logits``) are understood; for others override `get_logits` and `get_labels`.
@@ -53,6 +56,7 @@ class ClassificationMixin(TRAKMixin):
     temperature: float | Tensor  # no values here: a module may register buffers or parameters of these names
     class_weights: Tensor | None
     label_smoothing: float = 0.0
+    draws_rest = True
 
     def get_logits(self, batch: Any) -> Tensor:
         """Return the logits, (b, classes), (b, 1) or (b,): ``self(x)``, or ``self(**inputs)`` for a mapping."""
@@ -77,23 +81,14 @@ class ClassificationMixin(TRAKMixin):
 
     def model_output(self, batch: Any) -> Tensor:
         """Return the log-odds of every example's label, (b,)."""
-        logits, classes = self.get_logits(batch) / getattr(self, "temperature", 1), self.get_labels(batch)
-        if _is_single(logits):
-            logits, classes = _two_at_least(logits), None if classes is None else _binary(classes)
-        _check_logits(logits)
+        logits, classes = self._logits_and_classes(batch)
         if self.label_smoothing and logits.shape[1] > 2:
             raise ValueError(
                 f"label_smoothing={self.label_smoothing} with {logits.shape[1]} classes: the loss is no function of the"
                 " log-odds of the label. Set label_smoothing = 0 in the module, and let per_sample_loss(self, batch)"
                 " return the smoothed losses, (b,)."
             )
-        classes = logits.argmax(1) if classes is None else classes
-        classes = _checked_labels(classes, len(logits))
-        with labels_in_range(
-            f"get_labels returned labels outside of 0 to {logits.shape[1] - 1}, the classes of get_logits",
-            "Override get_labels(self, batch); it may return None for targets without labels.",
-        ):
-            others = logits.scatter(1, classes[:, None], float("-inf"))
+        others = _without(logits, classes)
         return logits.gather(1, classes[:, None]).squeeze(1) - others.logsumexp(1)
 
     def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
@@ -107,6 +102,40 @@ class ClassificationMixin(TRAKMixin):
             loss = loss + smoothed * softplus(output)
         weights = self._weights(output, classes)
         return loss if weights is None else loss * weights
+
+    def draw_labels(self, batch: Any) -> Tensor | None:
+        """Return another class than the label for every example, drawn from the predictions, (b,).
+
+        None for two classes: there is one other class, and nothing to draw.
+        """
+        logits, classes = self._logits_and_classes(batch)
+        if logits.shape[1] == 2:
+            return None
+        return torch.distributions.Categorical(logits=_without(logits, classes)).sample()
+
+    def drawn_loss(self, drawn: tuple[Any, Tensor]) -> Tensor:
+        """Return −√(1 − p) log q for every example, (b,), with q the drawn class's share of all others' probability.
+
+        By the chain rule, the Fisher information of the class is that of "the label or not", w ∇f ∇fᵀ, plus 1 − p times
+        that of the other classes among themselves. On average, the outer product of this loss's gradient is the second.
+
+        Args:
+            drawn: the batch, and what `draw_labels` returned for it.
+        """
+        batch, others = drawn
+        logits, classes = self._logits_and_classes(batch)
+        unlikely = -logits.detach().log_softmax(1).gather(1, classes[:, None]).squeeze(1).expm1()  # 1 − p
+        losses = unlikely.clamp(min=0).sqrt() * cross_entropy(_without(logits, classes), others, reduction="none")
+        weights = self._weights(losses, classes)
+        return losses if weights is None else losses * weights.sqrt()
+
+    def _logits_and_classes(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return logits divided by the temperature, (b, classes), and labels, or the predicted classes, (b,)."""
+        logits, classes = self.get_logits(batch) / getattr(self, "temperature", 1), self.get_labels(batch)
+        if _is_single(logits):
+            logits, classes = _two_at_least(logits), None if classes is None else _binary(classes)
+        _check_logits(logits)
+        return logits, _checked_labels(logits.argmax(1) if classes is None else classes, len(logits))
 
     def reduce_losses(self, losses: Tensor, batch: Any) -> Tensor:
         """Return the mean; with ``class_weights``, the sum divided by the sum of weights, as ``cross_entropy`` does."""
@@ -130,6 +159,15 @@ class ClassificationMixin(TRAKMixin):
             "Give it one weight for each class, (classes,).",
         ):
             return weights[classes]
+
+
+def _without(logits: Tensor, classes: Tensor) -> Tensor:
+    """Return logits with −∞ in place of every example's own class, (b, classes)."""
+    with labels_in_range(
+        f"get_labels returned labels outside of 0 to {logits.shape[1] - 1}, the classes of get_logits",
+        "Override get_labels(self, batch); it may return None for targets without labels.",
+    ):
+        return logits.scatter(1, classes[:, None], float("-inf"))
 
 
 def _is_single(logits: Tensor) -> bool:

@@ -24,7 +24,6 @@ from lightning_trak.trainer.whitening import record_of, same_features, stored_fo
 
 Array = npt.NDArray[Any]
 _CHECKED = 8  # stored rows that are computed again
-_MORE = 8  # times as many entries are kept of a target as of a training example
 
 
 def add_checkpoint(store: FeatureStore, digest: str, weights: Weights, meta: dict[str, Any]) -> None:
@@ -107,12 +106,13 @@ def check_features(loop: FeaturizationLoop, entry: CheckpointEntry) -> None:
         loop.run(weights, entry.digest, rows, compare, "Checking the store", whitening)
 
 
-def train_features(entry: CheckpointEntry, dimension: int | None) -> TrainFeatures:
+def train_features(entry: CheckpointEntry, dimension: int | None, *, rest: bool = False) -> TrainFeatures:
     """Return the train set's features at a complete checkpoint; Φ is verified whenever it is read.
 
     Args:
         entry: the checkpoint.
         dimension: p, if they are whitened: then each has its largest entries alone.
+        rest: whether they are whitened by what the outputs leave open.
     """
     training = entry.meta.get("training_time")
     features: Any = entry.verified("features")
@@ -124,6 +124,7 @@ def train_features(entry: CheckpointEntry, dimension: int | None) -> TrainFeatur
         logistic=entry.meta.get("logistic", False),
         n_trainable=entry.meta.get("n_trainable") or 0,
         squares=None if dimension is None else np.array(entry.features["squares"]),
+        whitened_by_rest=rest,
     )
 
 
@@ -150,11 +151,11 @@ def sums_of(entry: CheckpointEntry, estimator: Estimator, train: TrainFeatures) 
 
 def featurize_targets(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> Tensor | SparseMatrix:
     """Return the targets' features at a checkpoint, (m, k); of whitened ones, the largest entries."""
-    record = record_of(loop, _MORE)
+    record = record_of(loop)
     features: Array = np.zeros(loop.size, record) if record else np.zeros((loop.size, loop.dimension), np.float32)
 
     def receive(rows: Sequence[int], block: Tensor, *_: Array) -> None:
-        features[rows] = stored_form(loop, block, _MORE)
+        features[rows] = stored_form(loop, block)
 
     weights = load_weights(entry.weights_path, entry.digest)
     with naming(entry, can_leave_out=False):  # the cause is in the targets

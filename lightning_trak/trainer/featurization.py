@@ -129,6 +129,14 @@ class FeaturizationLoop:
         return self._projector.dimension(sum(self.sizes.values()))
 
     @property
+    def entries(self) -> int | None:
+        """How many of the largest entries of an example are kept; None if all are."""
+        own = self.preconditioner
+        if own is None:
+            return None
+        return min(own.entries if self._examples == "train" else own.target_entries, self.dimension)
+
+    @property
     def n_trainable(self) -> int:
         """The number of trained parameters; if all are frozen, of attributed ones."""
         own = dict(self._module.named_parameters())
@@ -166,6 +174,8 @@ class FeaturizationLoop:
             check_unchanged(self._module, batch, versions)
             if not train:
                 return
+            if self.preconditioner is not None:
+                self._check_drawn(function, batch)
             if self._loss_terms.need_projection:
                 losses = function.of(PER_SAMPLE_LOSS)
                 self._try(losses, batch, alone, len(rows))
@@ -176,6 +186,15 @@ class FeaturizationLoop:
             engine = self._prepare(function, digest, projection_key(self._seed, digest), batch)
             if thorough:
                 self._try_whole_batch(function, engine)
+
+    def _check_drawn(self, function: ModelFunction, batch: Any) -> None:
+        with torch.no_grad():
+            drawn = function.call(self._module.draw_labels, batch)  # type: ignore[operator]
+        if drawn is None:
+            raise ValueError(
+                f"preconditioner='kronecker', but {type(self._module).__name__} has two classes: its output tells all,"
+                " and no other label is left to draw. Leave preconditioner out of TRAKCallback."
+            )
 
     def _try_whole_batch(self, function: ModelFunction, engine: Engine) -> None:
         """Check all outputs and gradients of the first batch, as far as memory allows."""

@@ -76,10 +76,11 @@ class Job:
 
     def estimator(self) -> Estimator:
         """Return the estimator over the train features of all checkpoints."""
-        dimension = None if self.plan.preconditioner is None else self.plan.n_params
+        own = self.plan.preconditioner
+        dimension, rest = None if own is None else self.plan.n_params, own is not None and own.rest
         device = self.trainer.strategy.root_device
         device = device if device.type == "cuda" else torch.device("cpu")  # others lack float64
-        return Estimator([train_features(entry, dimension) for entry in self.entries], self.options, device)
+        return Estimator([train_features(entry, dimension, rest=rest) for entry in self.entries], self.options, device)
 
 
 @contextmanager
@@ -104,7 +105,8 @@ def featurized(
         digests = _select(trainer, store, ckpt_path)
         _featurize_missing(trainer, model, store, plan, data, digests)
         rank_zero_info(f"TRAKCallback: averaging over {pool_of(store, digests)}.")
-        damping = callback.damping if plan.preconditioner is None else plan.preconditioner.damping
+        own = plan.preconditioner
+        damping = callback.damping if own is None else "auto" if own.damping is None else own.damping
         options = Options(damping, callback.temperature, callback.curvature, callback.estimator)
         yield Job(trainer, model, store, plan, [store[digest] for digest in digests], data, options)
 

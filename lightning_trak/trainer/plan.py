@@ -18,7 +18,9 @@ from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import is_finetuning, rank_zero_warn
 from lightning_trak.trainer.reports import Reports
 
-_PER_ENTRY = 8  # of proj_dim, for each of the largest entries: 256 of 2048
+# Of the default proj_dim of 2048, how many entries of training examples and targets are kept.
+_ENTRIES, _TARGET_ENTRIES = 1 / 8, 1.0  # 256, 2048
+_ENTRIES_OF_REST, _TARGET_ENTRIES_OF_REST = 1 / 2, 4.0  # 1024, 8192: there the largest hold less of the whole
 PROJ_DIM, SEED = 2048, 0  # the callback's defaults; a store that exists replaces them by its own
 
 
@@ -54,20 +56,23 @@ def parameters_to_be(settings: Settings, trainer: Any, module: Any) -> str | Non
 def _preconditioner(settings: Settings, module: Any, manifest: dict[str, Any] | None) -> Preconditioner | None:
     """Return how gradients are whitened; None if they are not: see ``TRAKCallback(preconditioner=...)``."""
     stored = None if manifest is None else manifest.get("preconditioner")
+    rest = bool(getattr(module, "draws_rest", False))
     if settings.preconditioner == "none" or (settings.preconditioner == "auto" and not settings.all_by_default):
         return None
-    if settings.preconditioner == "auto" and not (draws_labels(module) if manifest is None else stored):
+    if settings.preconditioner == "auto" and not ((draws_labels(module) and not rest) if manifest is None else stored):
         return None
     if not draws_labels(module):
         raise ValueError(
             "preconditioner='kronecker' needs labels drawn from the predictions, which"
-            f" {type(module).__name__} does not define. Use LanguageModelingMixin, SegmentationMixin or"
-            " MultilabelMixin with their own model_output and loss, define draw_labels(self, batch) and"
+            f" {type(module).__name__} does not define. Use ClassificationMixin or a mixin of"
+            " many parts, with their own model_output and loss, define draw_labels(self, batch) and"
             " drawn_loss(self, drawn), or leave preconditioner out."
         )
-    chosen = Preconditioner(max(1, settings.proj_dim // _PER_ENTRY))
+    parts = (_ENTRIES_OF_REST, _TARGET_ENTRIES_OF_REST) if rest else (_ENTRIES, _TARGET_ENTRIES)
+    entries, target_entries = (max(1, int(settings.proj_dim * part)) for part in parts)
+    chosen = Preconditioner(entries, target_entries, damping=None if rest else 1.0, rest=rest)
     if stored is not None and settings.proj_dim == PROJ_DIM:
-        chosen = replace(chosen, entries=stored["entries"])
+        chosen = replace(chosen, entries=stored["entries"], target_entries=stored["target_entries"])
     if not isinstance(settings.damping, str):
         chosen = replace(chosen, damping=settings.damping)
     elif stored is not None:
@@ -128,7 +133,7 @@ class Plan:
     def proj_dim(self) -> int:
         """k, the number of stored features of a training example."""
         if self.preconditioner is not None:
-            return self.preconditioner.entries_of(self.n_params)
+            return min(self.preconditioner.entries, self.n_params)
         return self.projector.dimension(self.n_params)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from lightning_trak.data.identity import sampled_rows
 from lightning_trak.features.largest import difference, largest_entries, record_type
 from lightning_trak.gradients import Engine, ModelFunction, Sink
 from lightning_trak.gradients.engine import NotPrepared
+from lightning_trak.influence import TrainingTime, whitening_strength
 from lightning_trak.isolation.random_states import seed_all
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.files import explained_os_errors
@@ -25,17 +27,15 @@ from lightning_trak.trainer.featurization import FeaturizationLoop
 Array = npt.NDArray[Any]
 
 
-def stored_form(loop: FeaturizationLoop, features: Tensor, times: int = 1) -> Array:
-    """Return features as the store has them: as they are, or the largest entries of whitened ones."""
-    if loop.preconditioner is None:
-        return features.cpu().numpy()
-    return largest_entries(features, loop.preconditioner.entries_of(loop.dimension, times))
+def stored_form(loop: FeaturizationLoop, features: Tensor) -> Array:
+    """Return features as they are kept: as they are, or the largest entries of whitened ones."""
+    kept = loop.entries
+    return features.cpu().numpy() if kept is None else largest_entries(features, kept)
 
 
-def record_of(loop: FeaturizationLoop, times: int = 1) -> np.dtype[Any] | None:
-    """Return the type of an example's record, of ``times`` as many entries; None if features are kept as they are."""
-    own = loop.preconditioner
-    return None if own is None else record_type(own.entries_of(loop.dimension, times), loop.dimension)
+def record_of(loop: FeaturizationLoop) -> np.dtype[Any] | None:
+    """Return the type of an example's record of largest entries; None if features are kept as they are."""
+    return None if loop.entries is None else record_type(loop.entries, loop.dimension)
 
 
 def same_features(new: Array, stored: Array) -> bool:
@@ -62,12 +62,14 @@ def whitening_at(
     if digest is not None:
         curvature = Curvature.from_tensors(load_weights(path, digest))
     else:
-        curvature = estimate_curvature(loop, weights, entry.digest, description)
+        time = entry.meta.get("training_time")
+        strength = whitening_strength(TrainingTime(**time)) if time and loop.preconditioner.damping is None else None
+        curvature = replace(estimate_curvature(loop, weights, entry.digest, description), strength=strength)
         tensors = curvature.tensors()
         with explained_os_errors(entry.path):
             save_weights(tensors, path)
         entry.supplement({"curvature": weights_digest(tensors)})
-    return Whitening(curvature.to(loop.device), loop.sizes, loop.preconditioner.damping)
+    return Whitening(curvature.to(loop.device), loop.sizes, loop.preconditioner.damping or 1.0)
 
 
 def estimate_curvature(loop: FeaturizationLoop, weights: Weights, digest: str, description: str) -> Curvature:

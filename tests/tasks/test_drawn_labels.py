@@ -152,7 +152,72 @@ class OwnDraws(TRAKMixin):
 class Classifier(ClassificationMixin, nn.Linear): ...
 
 
+class OwnLoss(Classifier):
+    def per_sample_loss(self, batch): ...
+
+
 def test_which_modules_draw_labels():
     """Not one with an output of its own, which may be another: labels belong to the mixin's."""
     assert all(draws_labels(module) for module in (Words(), Tagger(1, 1), Segmenter(1, 1, 1), OwnDraws()))
-    assert not any(draws_labels(module) for module in (OtherOutput(), Classifier(1, 2), nn.Linear(1, 1)))
+    assert draws_labels(Classifier(1, 3))
+    assert not any(draws_labels(module) for module in (OtherOutput(), OwnLoss(1, 3), nn.Linear(1, 1)))
+
+
+def set_nothing(module): ...
+
+
+def set_temperature(module):
+    module.temperature = 0.7
+
+
+def set_weights(module):
+    module.class_weights = torch.tensor([1.0, 3.0, 0.5, 2.0])
+
+
+@pytest.mark.parametrize("setting", [set_nothing, set_temperature, set_weights], ids=lambda setting: setting.__name__)
+def test_the_output_and_the_other_classes_together_give_the_hessian(setting):
+    """w ∇f ∇fᵀ of the output, and the other classes as often as they are predicted: the chain rule of information."""
+    torch.manual_seed(0)
+    module, batch = Classifier(3, 4).double(), (torch.randn(1, 3).double(), torch.tensor([2]))
+    setting(module)
+    parameters = tuple(module.parameters())
+    weight = getattr(module, "class_weights", torch.ones(4))[2].item()
+    scale = getattr(module, "temperature", 1)
+
+    def loss(matrix, bias):
+        logits = nn.functional.linear(batch[0], matrix, bias) / scale
+        return weight * nn.functional.cross_entropy(logits, batch[1])
+
+    blocks = torch.autograd.functional.hessian(loss, parameters)
+    rows = [
+        torch.cat([block.reshape(value.numel(), -1) for block in row], 1)
+        for row, value in zip(blocks, parameters, strict=True)
+    ]
+    hessian = torch.cat(rows)
+    total = module.out_to_loss_curvature(batch) * outer(module.model_output(batch), parameters)
+    p = (module(batch[0]) / scale).softmax(1)[0]
+    for other in (0, 1, 3):
+        drawn = module.drawn_loss((batch, torch.tensor([other])))
+        total += p[other] / (1 - p[2]) * outer(drawn, parameters)
+    torch.testing.assert_close(total, hessian)
+
+
+def outer(value, parameters):
+    gradient = flat(torch.autograd.grad(value.sum(), parameters))
+    return torch.outer(gradient, gradient)
+
+
+def test_other_classes_are_drawn_as_often_as_predicted():
+    torch.manual_seed(0)
+    module, n = Classifier(3, 4), 20_000
+    x, y = torch.randn(1, 3).expand(n, 3), torch.full((n,), 2)
+    p = module(x[:1]).softmax(1)[0]
+    found = torch.bincount(module.draw_labels((x, y)), minlength=4) / n
+    expected = p.index_fill(0, torch.tensor([2]), 0) / (1 - p[2])
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
+    assert found[2] == 0
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_two_classes_leave_none_to_draw(outputs):
+    assert Classifier(3, outputs).draw_labels((torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))) is None

@@ -70,6 +70,19 @@ class OwnOutput(Model):
         return super().model_output(batch)
 
 
+class OwnClassifier(Classifier):
+    def model_output(self, batch):
+        return super().model_output(batch)
+
+
+class TwoClasses(Classifier):
+    def get_logits(self, batch):
+        return super().get_logits(batch)[:, :2]
+
+    def get_labels(self, batch):
+        return batch[1].clamp(max=1)
+
+
 def fitted(root, module_type=Model, seed=0, **kwargs):
     L.seed_everything(seed, verbose=False)
     saving = ModelCheckpoint(root / "files", save_top_k=-1, filename="{epoch}")
@@ -259,10 +272,17 @@ def test_damping_is_relative_to_the_mean_eigenvalue(tmp_path):
     assert (later.info.preconditioner, set(later.info.dampings)) == ("kronecker", {0.3})
 
 
-def test_labels_must_be_drawn_by_the_module(tmp_path):
+@pytest.mark.parametrize(
+    ("module_type", "message"),
+    [
+        (OwnClassifier, "needs labels drawn .* OwnClassifier does not define"),
+        (TwoClasses, "TwoClasses has two classes"),
+    ],
+)
+def test_labels_must_be_left_to_draw(tmp_path, module_type, message):
     trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store", preconditioner="kronecker"), max_epochs=1)
-    with pytest.raises(ValueError, match=r"needs labels drawn .* Classifier does not define"):
-        trainer.fit(Classifier(), datamodule=Blobs())
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(module_type(), datamodule=Blobs())
 
 
 @pytest.mark.parametrize(
@@ -281,3 +301,60 @@ def test_what_whitening_replaces_must_be_left_out(other, message):
 def test_its_name_is_checked():
     with pytest.raises(ValueError, match="preconditioner must be one of 'auto', 'kronecker', 'none', got 'ekfac'"):
         TRAKCallback("store", preconditioner="ekfac")
+
+
+class SGDClassifier(Classifier):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.5, weight_decay=0.01)
+
+
+def rest_float64(module, curvature, dataset, strength):
+    """Slow and obvious, as `whitened_float64`: φ of the log-odds of the label, and p of the label."""
+    module = copy.deepcopy(module).double().eval()
+    rows, probabilities = [], []
+    for x, y in dataset:
+        p = module(x[None].double()).softmax(1)[0, y]
+        gradients = torch.autograd.grad(torch.log(p / (1 - p)), list(module.parameters()))
+        parts = []
+        for (name, _), gradient in zip(module.named_parameters(), gradients, strict=True):
+            values = curvature.eigenvalues[name].double()
+            rotated = curvature.bases[name].rotate(DenseGradient(gradient[None].float()))[0].double()
+            parts.append(rotated / (values + (values.mean() if strength is None else strength)).sqrt())
+        rows.append(torch.cat(parts).numpy())
+        probabilities.append(p.item())
+    return np.array(rows), np.array(probabilities)
+
+
+@pytest.mark.parametrize(("module_type", "known"), [(SGDClassifier, True), (Classifier, False)])
+def test_classes_are_whitened_by_what_the_label_leaves_open(tmp_path, module_type, known):
+    """τ = φ_zᵀ (I + Φᵀ diag(w / n) Φ)⁻¹ φᵢ qᵢ / n, q and w of outputs divided by 1.3, λ from SGD's training time."""
+    L.seed_everything(0, verbose=False)
+    callback = TRAKCallback(tmp_path / "store", preconditioner="kronecker", proj_dim=1000)
+    trainer, module, data = make_trainer(tmp_path, callback, max_epochs=2), module_type(), Blobs()
+    trainer.fit(module, datamodule=data)
+    attribution, own = trainer.attribute(datamodule=data), trainer.attribute_self(datamodule=data)
+    data.setup("test")
+    store, expected, expected_own = FeatureStore(tmp_path / "store"), 0.0, 0.0
+    for entry in store:
+        module.load_state_dict(torch.load(entry.weights_path, weights_only=True))
+        curvature = Curvature.from_tensors(torch.load(entry.path / "curvature.pt", weights_only=True))
+        strength = None
+        if known:
+            steps = entry.meta["global_step"]
+            strength = 1 / (0.5 * steps * 0.05 / 0.5) + 0.01
+        train, p = rest_float64(module, curvature, data.train_set, strength)
+        targets, _ = rest_float64(module, curvature, data.test_set, strength)
+        q = 1 / (1 + ((p / (1 - p)) ** (1 / 1.3)))
+        q, w = q / 1.3, q * (1 - q) / 1.3**2
+        n = len(p)
+        inverse = np.linalg.inv(np.eye(train.shape[1]) + train.T @ (w[:, None] * train) / n)
+        expected = expected + train @ inverse @ targets.T * q[:, None] / n / len(store)
+        expected_own = expected_own + q**2 * np.einsum("ip,pq,iq->i", train, inverse, train) / n / len(store)
+    np.testing.assert_allclose(attribution.scores, expected, rtol=2e-2, atol=5e-3 * np.abs(expected).max())
+    np.testing.assert_allclose(own, expected_own, rtol=2e-2, atol=2e-3 * np.abs(expected_own).max())
+    assert attribution.info.preconditioner == "kronecker"
+    assert set(attribution.info.damping_rules) == {
+        "from the training time" if known else "relative to each parameter's mean eigenvalue"
+    }
+    again = fresh(tmp_path).attribute(module_type(), datamodule=data)  # settings left at their defaults are the store's
+    torch.testing.assert_close(again.scores, attribution.scores)

@@ -1,0 +1,127 @@
+"""The curvature of the outputs, w ∇f ∇fᵀ, beside that of whitened features: solved among examples, not entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_trak.influence.train_features import CPU, Matrix, TrainFeatures, stack
+from lightning_trak.precision import full_precision
+
+LARGEST = 4096  # examples in the matrix, which is dense and factored
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """x(z) = φ(z) − Σ_s α_s φ_s for targets z: whitened features, less what the outputs' curvature takes of them.
+
+    Attributes:
+        targets: φ(z), m rows.
+        sample: φ_s of some training examples, s rows.
+        parts: α, (m, s).
+    """
+
+    targets: Any
+    sample: Any
+    parts: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """(m, entries)."""
+        return self.targets.shape  # type: ignore[no-any-return]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def to(self, device: torch.device) -> Corrected:
+        """Return it on a device."""
+        return Corrected(self.targets.to(device), self.sample.to(device), self.parts.to(device))
+
+    def __truediv__(self, number: float) -> Corrected:
+        return Corrected(self.targets / number, self.sample, self.parts / number)
+
+    def products(self, features: Matrix) -> Tensor:
+        """Return x(z)ᵀ φ for every row φ of ``features``, (r, m)."""
+        return features @ self.targets.T - (features @ self.sample.T) @ self.parts.T
+
+
+class OutputCurvature:
+    """H / n = I + Φᵀ diag(w / n) Φ: the Fisher information of outputs, and of what they leave open.
+
+    By the chain rule, the Fisher information of a label is w ∇f ∇fᵀ, of the output, plus that of the other labels among
+    themselves. The features Φ are whitened by the second, which thus is I. By the identity of Woodbury, with
+    R = diag(w)^½ Φ,
+
+        n H⁻¹ φ = φ − Rᵀ (n I + R Rᵀ)⁻¹ R φ,
+
+    so a matrix of n rows is factored, whatever the number of entries. Of more than 4096 training examples, evenly
+    spaced ones stand for all. Then an example's own part in H is put right, by the formula of Sherman and Morrison:
+    without its own part, it would look as if nothing like it were in the train set.
+
+    Args:
+        train: whitened features of the train set.
+        device: where matrices are multiplied.
+        largest: how many examples are in the matrix, at most.
+
+    >>> train = TrainFeatures(np.eye(2, dtype="f4"), np.ones(2, "f4"), np.array([2, 0], "f4"), squares=np.ones(2, "f4"))
+    >>> OutputCurvature(train).solve(torch.eye(2)).products(torch.eye(2))
+    tensor([[0.5000, 0.0000],
+            [0.0000, 1.0000]])
+    """
+
+    def __init__(self, train: TrainFeatures, device: torch.device = CPU, largest: int = LARGEST) -> None:
+        n = train.shape[0]
+        self._train, self._device = train, device
+        chosen = np.unique(np.linspace(0, n - 1, min(n, largest)).round().astype(np.int64))
+        self._chosen = torch.from_numpy(chosen)
+        self._count = len(chosen)
+        self._roots = torch.from_numpy(np.array(train.curvature)[chosen]).clamp(min=0).sqrt().to(device)
+        self._sample = self._rows()
+        with full_precision():
+            products = (self._sample @ self._sample.T).double()
+        matrix = self._roots[:, None] * products * self._roots
+        matrix.diagonal().add_(self._count)
+        self._lower = torch.linalg.cholesky(matrix)
+
+    def solve(self, targets: Any) -> Corrected:
+        """Return n H⁻¹ φ(z) of the targets, in which an example's own part is not put right: see `own_part`."""
+        targets = targets.to(self._device)
+        with full_precision():
+            products = self._roots[:, None] * (self._sample @ targets.T)
+        parts = torch.cholesky_solve(products.double(), self._lower)
+        return Corrected(targets, self._sample, (self._roots[:, None] * parts).float().T.contiguous())
+
+    def own_part(self) -> tuple[Tensor, Tensor]:
+        """Return φᵀ n H⁻¹ φ of every training example, and the factor that puts scores right, (n,) each.
+
+        Let ℓ be φᵀ n H⁻¹ φ with H of the chosen examples, and c the weight in H that the example lacks: w / n, or less
+        by w / s for one of the s that were chosen. The factor is 1 / (1 + c ℓ), and the first result is ℓ / (1 + c ℓ).
+        """
+        n = self._train.shape[0]
+        leverages, missing = torch.zeros(n), torch.from_numpy(np.array(self._train.curvature)).clamp(min=0) / n
+        missing[self._chosen] *= 1 - n / self._count
+        for rows, features, *_ in self._train.blocks(self._count, self._device):
+            with full_precision():
+                products = self._roots[:, None] * (self._sample @ features.T)
+            half = torch.linalg.solve_triangular(self._lower, products.double(), upper=False)
+            own = features.squares() if hasattr(features, "squares") else features.square().sum(1)
+            leverages[rows] = (own - half.square().sum(0).to(own)).clamp(min=0).cpu()
+        factor = 1 / (1 + missing * leverages)
+        return leverages * factor, factor
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all training examples are in the matrix, so that nothing must be put right."""
+        return self._count == self._train.shape[0]
+
+    def _rows(self) -> Any:
+        """Return the features of the chosen examples."""
+        parts = []
+        for rows, features, *_ in self._train.blocks(device=self._device):
+            here = self._chosen[(self._chosen >= rows.start) & (self._chosen < rows.stop)] - rows.start
+            parts.append(features[here.to(self._device)])
+        return stack(parts)
