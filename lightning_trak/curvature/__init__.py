@@ -5,6 +5,6 @@ Per-sample gradients of a loss with drawn labels come in, eigenbases and eigenva
 """
 
 from lightning_trak.curvature.kronecker import Curvature, EigenBasis, Eigenvalues, SecondMoments
-from lightning_trak.curvature.whitening import Preconditioner, Whitening
+from lightning_trak.curvature.whitening import Preconditioner, Whitening, rescaling
 
-__all__ = ["Curvature", "EigenBasis", "Eigenvalues", "Preconditioner", "SecondMoments", "Whitening"]
+__all__ = ["Curvature", "EigenBasis", "Eigenvalues", "Preconditioner", "SecondMoments", "Whitening", "rescaling"]

@@ -93,6 +93,24 @@ class Whitening(Projector):
         features[:, start : start + len(scales)] += basis.rotate(gradient) * scales
 
 
+def rescaling(curvature: Curvature, sizes: Mapping[str, int], strength: float) -> Tensor:
+    """Return √((Λ + λ) / (Λ + λ')), (p,), which turns features that are whitened with λ into those with λ'.
+
+    Args:
+        curvature: of all parameters, with its strength λ.
+        sizes: the number of entries of each attributed parameter, in order.
+        strength: λ'.
+
+    >>> curvature = Curvature({}, {"weight": torch.tensor([1.0, 2.0])}, strength=1.0)
+    >>> rescaling(curvature, {"weight": 2}, strength=0.0)
+    tensor([1.4142, 1.2247])
+    """
+    assert curvature.strength is not None
+    zeros = {name: torch.zeros(size) for name, size in sizes.items()}
+    values = torch.cat([curvature.eigenvalues.get(name, zeros[name]).cpu() for name in sizes])
+    return ((values + curvature.strength) / (values + strength)).sqrt()
+
+
 def _scales(eigenvalues: Tensor, damping: float, strength: float | None) -> Tensor:
     """Return (Λ + λ)^(−½); zero where the parameter has no curvature at all."""
     if strength is not None:

@@ -119,6 +119,10 @@ class SparseMatrix:
     def __truediv__(self, number: float) -> SparseMatrix:
         return SparseMatrix(self.columns, self.values / number)
 
+    def scaled(self, scales: Tensor | None) -> SparseMatrix:
+        """Multiply every column with its entry of ``scales``, (p,); None for 1."""
+        return self if scales is None else SparseMatrix(self.columns, self.values * scales[self.columns])
+
     def __getitem__(self, rows: Tensor) -> SparseMatrix:
         return SparseMatrix(self.columns[rows], self.values[rows])
 
@@ -183,10 +187,11 @@ class SparseRows:
     Args:
         records: of n examples.
         dimension: p, the number of columns.
+        scales: to multiply columns with, (p,); None for 1.
     """
 
-    def __init__(self, records: Records, dimension: int) -> None:
-        self._records, self._dimension = records, dimension
+    def __init__(self, records: Records, dimension: int, scales: Tensor | None = None) -> None:
+        self._records, self._dimension, self._scales = records, dimension, scales
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -195,7 +200,8 @@ class SparseRows:
 
     def blocks(self, size: int) -> Iterator[SparseMatrix]:
         """Yield all rows in order, ``size`` at a time."""
-        yield from map(SparseMatrix.of_records, self._records.blocks(size))
+        for block in self._records.blocks(size):
+            yield SparseMatrix.of_records(block).scaled(self._scales)
 
 
 def difference(one: Array, other: Array) -> float:

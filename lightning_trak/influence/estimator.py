@@ -194,7 +194,7 @@ class Estimator:
     def _given(self, train: TrainFeatures) -> Damping:
         """Return the damping with which gradients were whitened."""
         given = self.options.damping
-        strength = whitening_strength(train.training_time) if train.whitened_by_rest and given == "auto" else None
+        strength = whitening_strength(self._trainings) if train.whitened_by_rest and given == "auto" else None
         if strength is not None:
             return Damping(strength, "from the training time")
         return Damping(1.0 if isinstance(given, str) else given, "relative to each parameter's mean eigenvalue")

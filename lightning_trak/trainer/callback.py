@@ -35,7 +35,7 @@ from lightning_trak.trainer.framework import (
 )
 from lightning_trak.trainer.loaders import train_loader_of_fit
 from lightning_trak.trainer.loss_check import LossCheck
-from lightning_trak.trainer.plan import PROJ_DIM, SEED, Plan, Settings, parameters_to_be
+from lightning_trak.trainer.plan import PROJ_DIM, SEED, Plan, Settings, left_to_draw, parameters_to_be
 from lightning_trak.trainer.reports import Reports
 
 _FINISH_LATER = "trainer.attribute(...) computes what is missing, once the cause is fixed."
@@ -212,7 +212,8 @@ class TRAKCallback(Callback):
         with undisturbed(trainer, pl_module):
             loader = train_loader_of_fit(trainer, pl_module)
             parameters = parameters_to_be(self.settings, trainer, pl_module)
-            plan = Plan(self.settings, self.reports, pl_module, parameters=parameters)
+            left = left_to_draw(self.settings, trainer, pl_module, loader)
+            plan = Plan(self.settings, self.reports, pl_module, parameters=parameters, left=left)
             loop = plan.loop(trainer, pl_module, loader, lambda: loader, "train")
             loop.preflight(copy_of_weights(pl_module), thorough=True)
             self.train_loader = loader

@@ -106,18 +106,21 @@ def check_features(loop: FeaturizationLoop, entry: CheckpointEntry) -> None:
         loop.run(weights, entry.digest, rows, compare, "Checking the store", whitening)
 
 
-def train_features(entry: CheckpointEntry, dimension: int | None, *, rest: bool = False) -> TrainFeatures:
+def train_features(
+    entry: CheckpointEntry, dimension: int | None, *, rest: bool = False, scales: Tensor | None = None
+) -> TrainFeatures:
     """Return the train set's features at a complete checkpoint; Φ is verified whenever it is read.
 
     Args:
         entry: the checkpoint.
         dimension: p, if they are whitened: then each has its largest entries alone.
         rest: whether they are whitened by what the outputs leave open.
+        scales: to multiply their entries with, (p,); None for 1.
     """
     training = entry.meta.get("training_time")
     features: Any = entry.verified("features")
     return TrainFeatures(
-        features if dimension is None else SparseRows(features, dimension),
+        features if dimension is None else SparseRows(features, dimension, scales),
         entry.verified("loss_grad").read(),
         entry.verified("curvature").read(),
         training_time=None if training is None else TrainingTime(**training),

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.features.largest import SparseMatrix
 from lightning_trak.gradients.function import check_fit
-from lightning_trak.influence import Estimator, Options, TrainingTime
+from lightning_trak.influence import Estimator, Options, TrainingTime, whitening_strength
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import load_weights, read_checkpoint, read_weights, weights_digest, weights_in
@@ -39,7 +40,8 @@ from lightning_trak.trainer.framework import (
     rank_zero_info,
 )
 from lightning_trak.trainer.loaders import Loaders
-from lightning_trak.trainer.plan import Plan
+from lightning_trak.trainer.plan import Plan, left_to_draw
+from lightning_trak.trainer.whitening import rescaled
 
 CkptPath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 
@@ -72,7 +74,18 @@ class Job:
         first, last, total = self.entries[0], self.entries[-1], len(self.entries)
         loop.label_targets(lambda: load_weights(last.weights_path, last.digest))
         loop.preflight(load_weights(first.weights_path, first.digest), first.digest)
-        return [featurize_targets(loop, entry, f"{number}/{total}") for number, entry in enumerate(self.entries, 1)]
+        found = [featurize_targets(loop, entry, f"{number}/{total}") for number, entry in enumerate(self.entries, 1)]
+        pairs = zip(found, self.scales(), strict=True)
+        return [one.scaled(scales) if isinstance(one, SparseMatrix) else one for one, scales in pairs]
+
+    def scales(self) -> list[Tensor | None]:
+        """Return by what to multiply whitened features at every checkpoint, so that all have one λ; see `rescaled`."""
+        own, metas = self.plan.preconditioner, [entry.meta for entry in self.entries]
+        times = [TrainingTime(**meta["training_time"]) for meta in metas if meta.get("training_time")]
+        by_time = own is not None and own.rest and own.damping is None and len(times) == len(metas)
+        strength = whitening_strength(times) if by_time else None
+        sizes = {name: prod(shape) for name, shape in self.plan.shapes.items()}
+        return [rescaled(entry, sizes, strength) for entry in self.entries]
 
     def estimator(self) -> Estimator:
         """Return the estimator over the train features of all checkpoints."""
@@ -80,7 +93,9 @@ class Job:
         dimension, rest = None if own is None else self.plan.n_params, own is not None and own.rest
         device = self.trainer.strategy.root_device
         device = device if device.type == "cuda" else torch.device("cpu")  # others lack float64
-        return Estimator([train_features(entry, dimension, rest=rest) for entry in self.entries], self.options, device)
+        pairs = zip(self.entries, self.scales(), strict=True)
+        trains = [train_features(entry, dimension, rest=rest, scales=scales) for entry, scales in pairs]
+        return Estimator(trains, self.options, device)
 
 
 @contextmanager
@@ -158,8 +173,10 @@ def _open_store(
     """Open the store, or create it for given checkpoint files; check that it is of this model and data."""
     path = callback.store_path(trainer)
     if not (path / "manifest.json").exists() and create:
-        plan = Plan(callback.settings, callback.reports, model)
-        return FeatureStore.create(path, plan.manifest(data.train())), plan
+        train = data.train()
+        left = left_to_draw(callback.settings, trainer, model, train)
+        plan = Plan(callback.settings, callback.reports, model, left=left)
+        return FeatureStore.create(path, plan.manifest(train)), plan
     if trainer.fast_dev_run and not (path / "manifest.json").exists():
         raise framework_of(trainer).MisconfigurationException(
             "This Trainer ran with fast_dev_run, which saves no checkpoint, so there is nothing to attribute. Fit"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_trak.curvature import Curvature, Eigenvalues, SecondMoments, Whitening
+from lightning_trak.curvature import Curvature, Eigenvalues, SecondMoments, Whitening, rescaling
 from lightning_trak.data.identity import sampled_rows
 from lightning_trak.features.largest import difference, largest_entries, record_type
 from lightning_trak.gradients import Engine, ModelFunction, Sink
@@ -63,13 +63,25 @@ def whitening_at(
         curvature = Curvature.from_tensors(load_weights(path, digest))
     else:
         time = entry.meta.get("training_time")
-        strength = whitening_strength(TrainingTime(**time)) if time and loop.preconditioner.damping is None else None
+        strength = whitening_strength([TrainingTime(**time)]) if time and loop.preconditioner.damping is None else None
         curvature = replace(estimate_curvature(loop, weights, entry.digest, description), strength=strength)
         tensors = curvature.tensors()
         with explained_os_errors(entry.path):
             save_weights(tensors, path)
         entry.supplement({"curvature": weights_digest(tensors)})
     return Whitening(curvature.to(loop.device), loop.sizes, loop.preconditioner.damping or 1.0)
+
+
+def rescaled(entry: CheckpointEntry, sizes: Mapping[str, int], strength: float | None) -> Tensor | None:
+    """Return by what to multiply whitened features so that λ is ``strength``, (p,); None if nothing is to be done.
+
+    When a checkpoint is featurized, nobody knows how long training will go on.
+    """
+    digest = entry.meta.get("curvature")
+    if strength is None or digest is None:
+        return None
+    curvature = Curvature.from_tensors(load_weights(entry.path / "curvature.pt", digest))
+    return None if curvature.strength in (None, strength) else rescaling(curvature, sizes, strength)
 
 
 def estimate_curvature(loop: FeaturizationLoop, weights: Weights, digest: str, description: str) -> Curvature:

@@ -340,7 +340,7 @@ def test_classes_are_whitened_by_what_the_label_leaves_open(tmp_path, module_typ
         curvature = Curvature.from_tensors(torch.load(entry.path / "curvature.pt", weights_only=True))
         strength = None
         if known:
-            steps = entry.meta["global_step"]
+            steps = max(one.meta["global_step"] for one in store)
             strength = 1 / (0.5 * steps * 0.05 / 0.5) + 0.01
         train, p = rest_float64(module, curvature, data.train_set, strength)
         targets, _ = rest_float64(module, curvature, data.test_set, strength)
