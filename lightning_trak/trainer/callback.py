@@ -35,7 +35,7 @@ from lightning_trak.trainer.framework import (
 )
 from lightning_trak.trainer.loaders import train_loader_of_fit
 from lightning_trak.trainer.loss_check import LossCheck
-from lightning_trak.trainer.plan import PROJ_DIM, SEED, Plan, Settings, left_to_draw, parameters_to_be
+from lightning_trak.trainer.plan import PROJ_DIM, SEED, Plan, Settings, parameters_to_be
 from lightning_trak.trainer.reports import Reports
 
 _FINISH_LATER = "trainer.attribute(...) computes what is missing, once the cause is fixed."
@@ -74,10 +74,12 @@ class TRAKCallback(Callback):
             TRAK paper's, without soft thresholding: H = Φᵀ Φ, λ = 0 unless ``damping`` is given, no temperature, and Q
             averaged apart from H⁻¹. It is that of the reference implementation up to a factor for each checkpoint.
         preconditioner: ``"kronecker"``: whiten gradients by the curvature of each parameter (EK-FAC) before they are
-            compressed, and store the ``proj_dim / 8`` largest entries of each example. This needs a mixin that draws
-            labels from the predictions: language modelling, segmentation, multilabel. ``"none"``: project gradients,
-            and put the curvature of the outputs into H. ``"auto"``: ``"kronecker"`` for these mixins, if their output
-            and loss are not overridden, and projector, damping, temperature, curvature and estimator are defaults.
+            compressed, and store the largest entries of each example: ``proj_dim / 8``, or ``proj_dim / 2`` for
+            classification. This needs a mixin that draws labels from the predictions: language modelling, segmentation,
+            multilabel, and classification into three classes or more. ``"none"``: project gradients, and put the
+            curvature of the outputs into H. ``"auto"``: ``"kronecker"`` for these mixins except classification, if
+            their output and loss are not overridden, and projector, damping, temperature, curvature and estimator are
+            defaults. Classifiers predict retraining better with ``"kronecker"``, and take two to five times as long.
         seed: chooses the projections.
         batch_size: of featurization. None: that of the loader, or less where memory is short.
         overwrite: True: delete what earlier runs left in the store when training begins, unless it is resumed. False:
@@ -90,13 +92,14 @@ class TRAKCallback(Callback):
     class counts more.
 
     With ``preconditioner="kronecker"``, λ of each parameter is ``damping`` times the mean eigenvalue of its curvature,
-    1 times for ``"auto"``; there is no H. See `Preconditioner`.
+    1 times for ``"auto"``; there is no H. For classification, the curvature of the output is in H besides, see
+    `OutputCurvature`, and λ of ``"auto"`` follows from the training time, where that is known. See `Preconditioner`.
 
-    A checkpoint takes ``4 · n · proj_dim`` bytes for its features, beside its weights; of whitened gradients a fifth,
-    and up to three times the size of the weights for the curvature. An interrupted run goes on with
-    the missing rows. ``damping``, ``temperature``, ``curvature`` and ``estimator`` may change without featurizing
-    again. The other settings belong to the store: to change one, use another ``dirpath``. `Attribution.info` has the
-    values that ``"auto"`` chose.
+    A checkpoint takes ``4 · n · proj_dim`` bytes for its features, beside its weights. Whitened gradients take a fifth
+    of that, or three quarters for classification, and their curvature up to three times the size of the weights. An
+    interrupted run goes on with the missing rows. ``damping``, ``temperature``, ``curvature`` and ``estimator`` may
+    change without featurizing again. The other settings belong to the store: to change one, use another ``dirpath``.
+    `Attribution.info` has the values that ``"auto"`` chose.
 
     Before stored features are used, a few are computed again. Data, parameters and settings are compared with those of
     the store, and a difference is an error. Of a large train set only 1024 examples are compared, so give a run on
@@ -212,8 +215,7 @@ class TRAKCallback(Callback):
         with undisturbed(trainer, pl_module):
             loader = train_loader_of_fit(trainer, pl_module)
             parameters = parameters_to_be(self.settings, trainer, pl_module)
-            left = left_to_draw(self.settings, trainer, pl_module, loader)
-            plan = Plan(self.settings, self.reports, pl_module, parameters=parameters, left=left)
+            plan = Plan(self.settings, self.reports, pl_module, parameters=parameters)
             loop = plan.loop(trainer, pl_module, loader, lambda: loader, "train")
             loop.preflight(copy_of_weights(pl_module), thorough=True)
             self.train_loader = loader

@@ -40,7 +40,7 @@ from lightning_trak.trainer.framework import (
     rank_zero_info,
 )
 from lightning_trak.trainer.loaders import Loaders
-from lightning_trak.trainer.plan import Plan, left_to_draw
+from lightning_trak.trainer.plan import Plan
 from lightning_trak.trainer.whitening import rescaled
 
 CkptPath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
@@ -173,10 +173,8 @@ def _open_store(
     """Open the store, or create it for given checkpoint files; check that it is of this model and data."""
     path = callback.store_path(trainer)
     if not (path / "manifest.json").exists() and create:
-        train = data.train()
-        left = left_to_draw(callback.settings, trainer, model, train)
-        plan = Plan(callback.settings, callback.reports, model, left=left)
-        return FeatureStore.create(path, plan.manifest(train)), plan
+        plan = Plan(callback.settings, callback.reports, model)
+        return FeatureStore.create(path, plan.manifest(data.train())), plan
     if trainer.fast_dev_run and not (path / "manifest.json").exists():
         raise framework_of(trainer).MisconfigurationException(
             "This Trainer ran with fast_dev_run, which saves no checkpoint, so there is nothing to attribute. Fit"

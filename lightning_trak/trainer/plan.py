@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from lightning_trak.curvature import Preconditioner
@@ -15,8 +14,6 @@ from lightning_trak.gradients import Selector
 from lightning_trak.gradients.parameters import select_parameters
 from lightning_trak.projection import IdentityProjector, Projector, make_projector, restore_projector
 from lightning_trak.tasks.base import draws_labels
-from lightning_trak.tasks.batch import read_batches
-from lightning_trak.trainer.attachment import undisturbed
 from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import is_finetuning, rank_zero_warn
 from lightning_trak.trainer.reports import Reports
@@ -24,9 +21,6 @@ from lightning_trak.trainer.reports import Reports
 # Of the default proj_dim of 2048, how many entries of training examples and targets are kept.
 _ENTRIES, _TARGET_ENTRIES = 1 / 8, 1.0  # 256, 2048
 _ENTRIES_OF_REST, _TARGET_ENTRIES_OF_REST = 1 / 2, 4.0  # 1024, 8192: there the largest hold less of the whole
-# With one output an example, whitening pays for all its entries: of a larger model it takes several times a plain
-# forward and backward pass.
-_CHEAP = 2**17
 PROJ_DIM, SEED = 2048, 0  # the callback's defaults; a store that exists replaces them by its own
 
 
@@ -59,38 +53,14 @@ def parameters_to_be(settings: Settings, trainer: Any, module: Any) -> str | Non
     return "*"
 
 
-def left_to_draw(settings: Settings, trainer: Any, module: Any, loader: DataLoader[Any]) -> bool:
-    """Say whether labels are left to draw that the model output does not tell: not of two classes."""
-    if settings.preconditioner != "auto" or not settings.all_by_default or not draws_labels(module):
-        return False
-    if not getattr(module, "draws_rest", False):
-        return True
-    if settings.parameters is None and sum(value.numel() for value in module.parameters()) > _CHEAP:
-        return False
-    with undisturbed(trainer, module, loader.dataset, loader.collate_fn), torch.no_grad():
-        _, batch = next(read_batches(trainer, module, loader, [0], 1, num_workers=0))
-        return module.draw_labels(batch) is not None
-
-
-def _preconditioner(
-    settings: Settings, module: Any, manifest: dict[str, Any] | None, left: bool, n_params: int
-) -> Preconditioner | None:
-    """Return how gradients are whitened; None if they are not: see ``TRAKCallback(preconditioner=...)``.
-
-    Args:
-        settings: what the user asked for.
-        module: the model.
-        manifest: of an existing store.
-        left: what `left_to_draw` found.
-        n_params: p.
-    """
+def _preconditioner(settings: Settings, module: Any, manifest: dict[str, Any] | None) -> Preconditioner | None:
+    """Return how gradients are whitened; None if they are not: see ``TRAKCallback(preconditioner=...)``."""
     stored = None if manifest is None else manifest.get("preconditioner")
     rest = bool(getattr(module, "draws_rest", False))
     if settings.preconditioner == "none" or (settings.preconditioner == "auto" and not settings.all_by_default):
         return None
-    if settings.preconditioner == "auto" and not (
-        left and not (rest and n_params > _CHEAP) if manifest is None else stored
-    ):
+    by_default = draws_labels(module) and not rest if manifest is None else stored
+    if settings.preconditioner == "auto" and not by_default:
         return None
     if not draws_labels(module):
         raise ValueError(
@@ -103,7 +73,7 @@ def _preconditioner(
     entries, target_entries = (max(1, int(settings.proj_dim * part)) for part in parts)
     chosen = Preconditioner(entries, target_entries, damping=None if rest else 1.0, rest=rest)
     if stored is not None and settings.proj_dim == PROJ_DIM:
-        chosen = replace(chosen, entries=stored["entries"], target_entries=stored["target_entries"])
+        chosen = replace(chosen, entries=stored["entries"], target_entries=stored.get("target_entries", 0))
     if not isinstance(settings.damping, str):
         chosen = replace(chosen, damping=settings.damping)
     elif stored is not None:
@@ -120,7 +90,6 @@ class Plan:
         module: the model.
         manifest: of an existing store; settings that the user left at their defaults are taken from it.
         parameters: which to attribute, by name or pattern, if the settings name none.
-        left: what `left_to_draw` found, for a new store.
     """
 
     def __init__(
@@ -130,7 +99,6 @@ class Plan:
         module: Any,
         manifest: dict[str, Any] | None = None,
         parameters: str | Sequence[str] | None = None,
-        left: bool = False,
     ) -> None:
         self._reports = reports
         parameters, projector = settings.parameters or parameters, settings.projector
@@ -150,7 +118,7 @@ class Plan:
             self.parameters.sort(key=lambda name: places.get(name, len(places)))
         self.shapes = {name: list(own[name].shape) for name in self.parameters}
         self.n_params = sum(own[name].numel() for name in self.parameters)
-        self.preconditioner = _preconditioner(settings, module, manifest, left, self.n_params)
+        self.preconditioner = _preconditioner(settings, module, manifest)
         if self.preconditioner is None:
             self.projector = make_projector(projector, proj_dim, self.n_params)
         else:

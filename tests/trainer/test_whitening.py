@@ -263,6 +263,12 @@ def test_other_outputs_and_settings_are_not_whitened_by_default(tmp_path, module
     assert trainer.attribute(datamodule=Texts()).info.preconditioner is None
 
 
+def test_classes_are_not_whitened_by_default(tmp_path):
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store"), max_epochs=1)
+    trainer.fit(Classifier(), datamodule=Blobs())
+    assert trainer.attribute(datamodule=Blobs()).info.preconditioner is None
+
+
 def test_damping_is_relative_to_the_mean_eigenvalue(tmp_path):
     trainer, _ = fitted(tmp_path, preconditioner="kronecker", damping=0.3)
     info = trainer.attribute(datamodule=Texts()).info

@@ -29,17 +29,22 @@ class Method:
         score: returns scores, or several of which the best is taken.
         kept: what is kept of it for other cells, whose seconds then count.
         at_most: so many checkpoints.
+        keys: of which tasks.
         installed: says whether it can be run.
     """
 
     score: Callable[[str, Sequence[Path]], Tensor | list[Tensor]]
     kept: Callable[[str], str] | None = None
     at_most: int = 1000
+    keys: Sequence[str] = tuple(TASKS)
     installed: Callable[[], bool] = lambda: True
 
 
 METHODS = {
     "ours": Method(methods.ours),
+    "ours, kronecker": Method(
+        partial(methods.ours, preconditioner="kronecker"), keys=("digits", "noisy", "docstrings")
+    ),
     "ours, damping 0.3": Method(partial(methods.ours, damping=0.3)),
     "ours, as in the paper": Method(methods.paper),
     "traker": Method(methods.traker, lambda key: f"traker{methods.TRAKER_DIM}", at_most=methods.FEW),
@@ -106,7 +111,7 @@ def _rows(key: str, root: Path, n_subsets: int, repeats: int, tables: dict[str, 
         chosen = [file for run in files[: cell.runs] for file in cell.chosen(run)]
         training = sum(training_seconds(key, root, seed) for seed in range(cell.runs))
         for name, method in METHODS.items():
-            if len(chosen) <= method.at_most and method.installed():
+            if key in method.keys and len(chosen) <= method.at_most and method.installed():
                 table.results[cell.name, name] = _measure(key, method, chosen, truth, training)
         results = [table.results.get((cell.name, name)) for name in METHODS]
         slope = table.results[cell.name, "ours"].evaluation.slope
