@@ -79,9 +79,7 @@ def training_damping(trainings: Sequence[TrainingTime], n_train: int, scale: flo
     >>> training_damping([TrainingTime(time=4.0), TrainingTime(time=20.0)], n_train=100, scale=80.0)
     0.25
     """
-    strength = 1 / (PART_OF_TIME * max(training.time for training in trainings))
-    decay = sum(training.weight_decay for training in trainings) / len(trainings)
-    return max(LEAST_DAMPING, n_train * (strength + decay) / scale)
+    return max(LEAST_DAMPING, n_train * _strength(trainings, PART_OF_TIME) / scale)
 
 
 def whitening_strength(trainings: Sequence[TrainingTime]) -> float | None:
@@ -96,10 +94,14 @@ def whitening_strength(trainings: Sequence[TrainingTime]) -> float | None:
     >>> whitening_strength([TrainingTime(time=1.0, weight_decay=0.1), TrainingTime(time=4.0, weight_decay=0.1)])
     0.6
     """
-    longest = max((training.time for training in trainings), default=0.0)
-    if longest <= 0:
-        return None
-    return 1 / (PART_OF_TIME_WHITENED * longest) + sum(training.weight_decay for training in trainings) / len(trainings)
+    known = any(training.time > 0 for training in trainings)
+    return _strength(trainings, PART_OF_TIME_WHITENED) if known else None
+
+
+def _strength(trainings: Sequence[TrainingTime], part: float) -> float:
+    """Return the strength of ridge regression that goes as far as a part of the longest training, with its decay."""
+    decay = sum(training.weight_decay for training in trainings) / len(trainings)
+    return 1 / (part * max(training.time for training in trainings)) + decay
 
 
 def distance_to_optimum(gradient: Tensor, squares: float) -> float:

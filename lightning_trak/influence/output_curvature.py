@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_trak.influence.train_features import CPU, Matrix, TrainFeatures, stack
+from lightning_trak.influence.train_features import CPU, Matrix, TrainFeatures, evenly_spaced, stack
 from lightning_trak.precision import full_precision
 
 LARGEST = 4096  # examples in the matrix, which is dense and factored
@@ -28,11 +28,6 @@ class Corrected:
     targets: Any
     sample: Any
     parts: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        """(m, entries)."""
-        return self.targets.shape  # type: ignore[no-any-return]
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -53,12 +48,12 @@ class OutputCurvature:
     """H / n = I + Φᵀ diag(w / n) Φ: the Fisher information of outputs, and of what they leave open.
 
     By the chain rule, the Fisher information of a label is w ∇f ∇fᵀ, of the output, plus that of the other labels among
-    themselves. The features Φ are whitened by the second, which thus is I. By the identity of Woodbury, with
-    R = diag(w)^½ Φ,
+    themselves. The features Φ are whitened by the second, which thus is I. With R = diag(w)^½ Φ, the identity of
+    Woodbury says
 
-        n H⁻¹ φ = φ − Rᵀ (n I + R Rᵀ)⁻¹ R φ,
+        n H⁻¹ φ = φ − Rᵀ (n I + R Rᵀ)⁻¹ R φ.
 
-    so a matrix of n rows is factored, whatever the number of entries. Of more than 4096 training examples, evenly
+    A matrix of n rows is factored, whatever the number of entries. Of more than 4096 training examples, evenly
     spaced ones stand for all. Then an example's own part in H is put right, by the formula of Sherman and Morrison:
     without its own part, it would look as if nothing like it were in the train set.
 
@@ -76,10 +71,9 @@ class OutputCurvature:
     def __init__(self, train: TrainFeatures, device: torch.device = CPU, largest: int = LARGEST) -> None:
         n = train.shape[0]
         self._train, self._device = train, device
-        chosen = np.unique(np.linspace(0, n - 1, min(n, largest)).round().astype(np.int64))
-        self._chosen = torch.from_numpy(chosen)
-        self._count = len(chosen)
-        self._roots = torch.from_numpy(np.array(train.curvature)[chosen]).clamp(min=0).sqrt().to(device)
+        self._chosen = evenly_spaced(n, largest).unique()
+        self._count = len(self._chosen)
+        self._roots = torch.from_numpy(np.array(train.curvature))[self._chosen].clamp(min=0).sqrt().to(device)
         self._sample = self._rows()
         with full_precision():
             products = (self._sample @ self._sample.T).double()

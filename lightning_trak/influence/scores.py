@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_trak.influence.gauss_newton import CholeskyFactor, factor, quadratic_form  # noqa: F401 - for the doctest
 from lightning_trak.influence.output_curvature import Corrected
-from lightning_trak.influence.train_features import CPU, Matrix, TrainFeatures
+from lightning_trak.influence.train_features import CPU, Matrix, TrainFeatures, evenly_spaced
 from lightning_trak.precision import full_precision
 
 _SAMPLED = 64  # training examples whose scores at every checkpoint are kept
@@ -82,7 +82,7 @@ def scores(
             mean[rows] = _mean(blocks)
             advance()
         return Scores(mean, None)
-    sampled = torch.linspace(0, n - 1, min(n, _SAMPLED)).round().long()
+    sampled = evenly_spaced(n, _SAMPLED)
     spread = Spread(torch.zeros(n, m), torch.zeros(checkpoints, len(sampled), m))
     for rows, blocks in _score_blocks(trains, solved, device):
         here = (sampled >= rows.start) & (sampled < rows.stop)

@@ -100,6 +100,15 @@ def _matrix(array: Array | Matrix) -> Matrix:
     return torch.from_numpy(np.asarray(array)) if isinstance(array, np.ndarray) else array
 
 
+def evenly_spaced(n: int, most: int) -> Tensor:
+    """Return some of n rows, evenly spaced, at most ``most``, with first and last.
+
+    >>> evenly_spaced(9, most=3), evenly_spaced(2, most=3)
+    (tensor([0, 4, 8]), tensor([0, 1]))
+    """
+    return torch.linspace(0, n - 1, min(n, most)).round().long()
+
+
 def stack(parts: Sequence[Any]) -> Any:
     """Return blocks of rows as one: of tensors, or of sparse matrices, which know how."""
     return torch.cat(list(parts)) if isinstance(parts[0], Tensor) else parts[0].stacked(parts)

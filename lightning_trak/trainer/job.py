@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,10 @@ class Job:
         loop.label_targets(lambda: load_weights(last.weights_path, last.digest))
         loop.preflight(load_weights(first.weights_path, first.digest), first.digest)
         found = [featurize_targets(loop, entry, f"{number}/{total}") for number, entry in enumerate(self.entries, 1)]
-        pairs = zip(found, self.scales(), strict=True)
+        pairs = zip(found, self.scales, strict=True)
         return [one.scaled(scales) if isinstance(one, SparseMatrix) else one for one, scales in pairs]
 
+    @cached_property  # each needs the curvature's file
     def scales(self) -> list[Tensor | None]:
         """Return by what to multiply whitened features at every checkpoint, so that all have one λ; see `rescaled`."""
         own, metas = self.plan.preconditioner, [entry.meta for entry in self.entries]
@@ -93,7 +95,7 @@ class Job:
         dimension, rest = None if own is None else self.plan.n_params, own is not None and own.rest
         device = self.trainer.strategy.root_device
         device = device if device.type == "cuda" else torch.device("cpu")  # others lack float64
-        pairs = zip(self.entries, self.scales(), strict=True)
+        pairs = zip(self.entries, self.scales, strict=True)
         trains = [train_features(entry, dimension, rest=rest, scales=scales) for entry, scales in pairs]
         return Estimator(trains, self.options, device)
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_trak.features.largest import SparseMatrix
 from lightning_trak.influence import Estimator, Options, OutputCurvature, TrainFeatures, TrainingTime
+from tests.influence.sparse import Sparse, sparse
 
 N, M, P = 20, 4, 30
 RNG = np.random.default_rng(0)
@@ -15,22 +15,6 @@ FEATURES = (2 * RNG.normal(size=(N, P))).astype("f4")
 TARGETS = torch.from_numpy(RNG.normal(size=(M, P)).astype("f4"))
 LOSS_GRADS = RNG.uniform(0.1, 0.9, size=N).astype("f4")
 WEIGHTS = LOSS_GRADS * (1 - LOSS_GRADS)
-
-
-def sparse(values):
-    """All entries, as a sparse matrix."""
-    return SparseMatrix(torch.arange(P).expand(len(values), -1), torch.as_tensor(values))
-
-
-class Sparse:
-    """Rows as sparse matrices, a few at a time."""
-
-    def __init__(self, values):
-        self.values, self.shape = values, values.shape
-
-    def blocks(self, size):
-        for start in range(0, N, min(size, 7)):
-            yield sparse(self.values[start : start + min(size, 7)])
 
 
 def train(kind=lambda values: values, loss_grad=LOSS_GRADS, weights=WEIGHTS, **options):

@@ -6,30 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_trak.features.largest import SparseMatrix
 from lightning_trak.influence import Estimator, Options, TrainFeatures
+from tests.influence.sparse import Sparse, sparse
 
 N, M, P = 12, 4, 30
 RNG = np.random.default_rng(0)
 FEATURES = [RNG.normal(size=(N, P)).astype("f4") for _ in range(2)]
 TARGETS = [torch.from_numpy(RNG.normal(size=(M, P)).astype("f4")) for _ in range(2)]
 LOSS_GRADS = [RNG.uniform(size=N).astype("f4") for _ in range(2)]
-
-
-def sparse(values):
-    """All entries, as a sparse matrix."""
-    return SparseMatrix(torch.arange(P).expand(len(values), -1), torch.as_tensor(values))
-
-
-class Sparse:
-    """Rows as sparse matrices."""
-
-    def __init__(self, values):
-        self.values, self.shape = values, values.shape
-
-    def blocks(self, size):
-        for start in range(0, N, size):
-            yield sparse(self.values[start : start + size])
 
 
 SPARSE_TARGETS = [sparse(target) for target in TARGETS]

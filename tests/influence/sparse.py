@@ -1,0 +1,23 @@
+"""Dense arrays as sparse matrices of all their entries."""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_trak.features.largest import SparseMatrix
+
+
+def sparse(values):
+    """All entries, as a sparse matrix."""
+    return SparseMatrix(torch.arange(values.shape[1]).expand(len(values), -1), torch.as_tensor(values))
+
+
+class Sparse:
+    """Rows as sparse matrices, a few at a time."""
+
+    def __init__(self, values):
+        self.values, self.shape = values, values.shape
+
+    def blocks(self, size):
+        for part in torch.as_tensor(self.values).split(min(size, 7)):
+            yield sparse(part)
