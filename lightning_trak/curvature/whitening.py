@@ -14,7 +14,7 @@ from lightning_trak.curvature.kronecker import Curvature
 from lightning_trak.gradients import Gradient
 from lightning_trak.projection import Projector
 
-VERSION = 2  # count it up when the same examples come to other whitened features
+VERSION = 3  # count it up when the same examples come to other whitened features
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,10 @@ class TRAKMixin:
     A module that defines ``model_output`` works without the mixin too. Park et al., "TRAK: Attributing Model
     Behavior at Scale", ICML 2023, arXiv 2303.14186.
 
-    A mixin may also define ``draw_labels(batch)`` and ``drawn_loss((batch, labels))``, (b,). The first draws labels
-    from the predictions, and returns None where none are left to draw. On average, the outer product of the second's
-    gradient is the Fisher information of the labels. See ``TRAKCallback(preconditioner=...)``.
+    A mixin may also define ``draw_labels(batch, seeds)`` and ``drawn_loss((batch, labels))``, (b,). The first draws
+    labels from the predictions, by a seed for each example, so that they are the same in every batch. It returns None
+    where none are left to draw. On average, the outer product of the second's gradient is the Fisher information of
+    the labels. See ``TRAKCallback(preconditioner=...)``.
 
     Attributes:
         example_numbers: what `number_examples` returned for the current batch; None where rows are unknown.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, softplus
 
 from lightning_trak.tasks.base import TRAKMixin
 from lightning_trak.tasks.batch import forward, labels, labels_in_range, labels_or_none
+from lightning_trak.tasks.draws import draw_classes
 
 
 class ClassificationMixin(TRAKMixin):
@@ -103,15 +104,15 @@ class ClassificationMixin(TRAKMixin):
         weights = self._weights(output, classes)
         return loss if weights is None else loss * weights
 
-    def draw_labels(self, batch: Any) -> Tensor | None:
+    def draw_labels(self, batch: Any, seeds: Sequence[int]) -> Tensor | None:
         """Return another class than the label for every example, drawn from the predictions, (b,).
 
-        None for two classes: there is one other class, and nothing to draw.
+        None for two classes: there is one other class, and nothing to draw. See `TRAKMixin` for ``seeds``.
         """
         logits, classes = self._logits_and_classes(batch)
         if logits.shape[1] == 2:
             return None
-        return torch.distributions.Categorical(logits=_without(logits, classes)).sample()
+        return draw_classes(_without(logits, classes), seeds)
 
     def drawn_loss(self, drawn: tuple[Any, Tensor]) -> Tensor:
         """Return −√(1 − p) log q for every example, (b,), with q the drawn class's share of all others' probability.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from lightning_trak.tasks.batch import only_valid
+from lightning_trak.tasks.draws import draw_tags
 from lightning_trak.tasks.log_odds import log_odds
 from lightning_trak.tasks.parts import PartsMixin
 
@@ -85,9 +87,9 @@ class MultilabelMixin(PartsMixin):
         odds = 1 / torch.expm1(mean).clamp(min=torch.finfo(mean.dtype).tiny)
         return odds * (-output).sigmoid() ** 2 / self._divisor(batch)
 
-    def draw_labels(self, batch: Any) -> Tensor:
-        """Return labels of zeros and ones, drawn from the predictions, (b, c)."""
-        return torch.bernoulli(self.part_predictions(batch).sigmoid())
+    def draw_labels(self, batch: Any, seeds: Sequence[int]) -> Tensor:
+        """Return labels of zeros and ones, drawn from the predictions, (b, c); see `TRAKMixin` for ``seeds``."""
+        return draw_tags(self.part_predictions(batch), seeds)
 
     def drawn_loss(self, drawn: tuple[Any, Tensor]) -> Tensor:
         """Return the binary cross-entropies of drawn labels, summed and divided by √c, (b,); not for ``"sum"``.

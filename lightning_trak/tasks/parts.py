@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from lightning_trak.tasks.base import TRAKMixin
 from lightning_trak.tasks.batch import forward, labels, labels_in_range
+from lightning_trak.tasks.draws import draw_classes
 from lightning_trak.tasks.log_odds import log_odds
 
 
@@ -119,11 +121,13 @@ class ClassifiedPartsMixin(PartsMixin):
         ):
             return cross_entropy(logits, classes.long(), ignore_index=self.ignore_index, reduction="none")
 
-    def draw_labels(self, batch: Any) -> Tensor:
-        """Return a class for every part, drawn from the predictions, (b, ...); ``ignore_index`` where none counts."""
+    def draw_labels(self, batch: Any, seeds: Sequence[int]) -> Tensor:
+        """Return a class for every part, drawn from the predictions, (b, ...); ``ignore_index`` where none counts.
+
+        See `TRAKMixin` for ``seeds``.
+        """
         logits, classes = self.logits_and_classes(self.part_predictions(batch), self.part_labels(batch))
-        drawn = torch.distributions.Categorical(logits=logits.movedim(1, -1)).sample()
-        return drawn.masked_fill(classes == self.ignore_index, self.ignore_index)
+        return draw_classes(logits.movedim(1, -1), seeds).masked_fill(classes == self.ignore_index, self.ignore_index)
 
     def drawn_loss(self, drawn: tuple[Any, Tensor]) -> Tensor:
         """Return the sum of the cross-entropies of drawn classes, divided by √N, (b,), for N parts that count.

@@ -175,7 +175,7 @@ class FeaturizationLoop:
             if not train:
                 return
             if self.preconditioner is not None:
-                self._check_drawn(function, batch)
+                self._check_drawn(function, batch, len(rows))
             if self._loss_terms.need_projection:
                 losses = function.of(PER_SAMPLE_LOSS)
                 self._try(losses, batch, alone, len(rows))
@@ -187,9 +187,9 @@ class FeaturizationLoop:
             if thorough:
                 self._try_whole_batch(function, engine)
 
-    def _check_drawn(self, function: ModelFunction, batch: Any) -> None:
+    def _check_drawn(self, function: ModelFunction, batch: Any, size: int) -> None:
         with torch.no_grad():
-            drawn = function.call(self._module.draw_labels, batch)  # type: ignore[operator]
+            drawn = function.call(self._module.draw_labels, batch, [0] * size)  # type: ignore[operator]
         if drawn is None:
             raise ValueError(
                 f"preconditioner='kronecker', but {type(self._module).__name__} has two classes: its output tells all,"

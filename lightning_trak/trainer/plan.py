@@ -66,7 +66,7 @@ def _preconditioner(settings: Settings, module: Any, manifest: dict[str, Any] | 
         raise ValueError(
             "preconditioner='kronecker' needs labels drawn from the predictions, which"
             f" {type(module).__name__} does not define. Use ClassificationMixin or a mixin of"
-            " many parts, with their own model_output and loss, define draw_labels(self, batch) and"
+            " many parts, with their own model_output and loss, define draw_labels(self, batch, seeds) and"
             " drawn_loss(self, drawn), or leave preconditioner out."
         )
     parts = (_ENTRIES_OF_REST, _TARGET_ENTRIES_OF_REST) if rest else (_ENTRIES, _TARGET_ENTRIES)

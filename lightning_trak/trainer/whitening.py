@@ -18,7 +18,6 @@ from lightning_trak.features.largest import difference, largest_entries, record_
 from lightning_trak.gradients import Engine, ModelFunction, Sink
 from lightning_trak.gradients.engine import NotPrepared
 from lightning_trak.influence import TrainingTime, whitening_strength
-from lightning_trak.isolation.random_states import seed_all
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.files import explained_os_errors
 from lightning_trak.store.weights import Weights, load_weights, save_weights, weights_digest
@@ -104,9 +103,8 @@ def _adding(
 
     def add(function: ModelFunction, engine: Engine, rows: Sequence[int], batch: Any) -> None:
         size = len(rows)
-        seed_all(2 * rows[0] + seed)  # the same labels whenever and wherever the curvature is estimated
         with torch.no_grad():
-            labels = function.call(function.module.draw_labels, batch)
+            labels = function.call(function.module.draw_labels, batch, [2 * row + seed for row in rows])
         loss, drawn = function.of("drawn_loss"), (batch, labels)
         try:
             with batch_of(size) as sink:

@@ -158,7 +158,7 @@ def test_eigenvalues_are_those_of_whole_examples(engine):
     function = ModelFunction(module, module.state_dict(), names)
     batch = torch.randint(0, WORDS, (N, LENGTH), generator=torch.Generator().manual_seed(1))
     engine.prepare(function, batch, N)
-    drawn, loss = (batch, module.draw_labels(batch)), function.of("drawn_loss")
+    drawn, loss = (batch, module.draw_labels(batch, range(N))), function.of("drawn_loss")
     moments = SecondMoments()
     with moments.batch() as sink:
         engine(loss, drawn, N, sink)

@@ -131,7 +131,7 @@ def test_labels_are_drawn_as_often_as_predicted(task):
     module, batch, labels = task()
     n = 20_000
     many = tuple(part.expand(n, *part.shape[1:]) for part in batch) if isinstance(batch, tuple) else batch.expand(n, -1)
-    drawn = module.draw_labels(many).reshape(n, -1)
+    drawn = module.draw_labels(many, range(n)).reshape(n, -1)
     for one in labels:
         value = module.drawn_loss((batch, torch.tensor([one]))).item()
         expected = torch.tensor(-value * norm_of(module, torch.tensor([one]))).exp().item()
@@ -146,7 +146,7 @@ class OtherOutput(Words):
 
 class OwnDraws(TRAKMixin):
     def model_output(self, batch): ...
-    def draw_labels(self, batch): ...
+    def draw_labels(self, batch, seeds): ...
 
 
 class Classifier(ClassificationMixin, nn.Linear): ...
@@ -212,7 +212,7 @@ def test_other_classes_are_drawn_as_often_as_predicted():
     module, n = Classifier(3, 4), 20_000
     x, y = torch.randn(1, 3).expand(n, 3), torch.full((n,), 2)
     p = module(x[:1]).softmax(1)[0]
-    found = torch.bincount(module.draw_labels((x, y)), minlength=4) / n
+    found = torch.bincount(module.draw_labels((x, y), range(n)), minlength=4) / n
     expected = p.index_fill(0, torch.tensor([2]), 0) / (1 - p[2])
     torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
     assert found[2] == 0
@@ -220,4 +220,21 @@ def test_other_classes_are_drawn_as_often_as_predicted():
 
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_two_classes_leave_none_to_draw(outputs):
-    assert Classifier(3, outputs).draw_labels((torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))) is None
+    assert Classifier(3, outputs).draw_labels((torch.randn(4, 3), torch.tensor([0, 1, 1, 0])), range(4)) is None
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.__name__)
+def test_an_example_has_the_same_labels_in_every_batch(task):
+    """A shortage of memory, or another engine, changes the batches and must not change the curvature."""
+    torch.manual_seed(0)
+    module, batch, _ = task()
+    parts = batch if isinstance(batch, tuple) else (batch,)
+    many = [part.expand(50, *part.shape[1:]) for part in parts]
+
+    def drawn(rows):
+        own = [part[rows.start : rows.stop] for part in many]
+        return module.draw_labels(tuple(own) if isinstance(batch, tuple) else own[0], rows)
+
+    whole = drawn(range(50))
+    assert torch.equal(torch.cat([drawn(range(3)), drawn(range(3, 50))]), whole)
+    assert (whole != whole[0]).any()  # each by numbers of its own
