@@ -25,6 +25,7 @@ from lightning_trak.influence.gauss_newton import (
     factor,
     solve,
 )
+from lightning_trak.influence.left_out import LeftOut, step_without, sums_without
 from lightning_trak.influence.output_curvature import OutputCurvature
 from lightning_trak.influence.scores import (
     Extremes,
@@ -182,6 +183,34 @@ class Estimator:
         """Return the k highest and lowest scores of each target; arguments as of `scores`, no (n, m) matrix is made."""
         k = min(k, self.trains[0].shape[0])
         return extreme_scores(self._corrected(solved), [one.vectors for one in solved], k, advance, self.device)
+
+    def without(self, train: TrainFeatures, targets: Any, masks: Tensor, sums: GaussNewton | None = None) -> Tensor:
+        """Return the change of f(z) when sets of training examples are left out, (s, m), at one checkpoint.
+
+        For a set S it is −φ(z)ᵀ H_S⁻¹ Σ_{i∈S} qᵢ φ(zᵢ), one Newton step on the loss of the rest. Here
+        H_S = H − Σ_{i∈S} wᵢ φ(zᵢ) φ(zᵢ)ᵀ, with the same damping. It differs from the sum of −τ where the members are
+        alike: each of several duplicates alone has little influence, since the others stand in for it. Koh, Ang, Teo
+        and Liang, "On the accuracy of influence functions for measuring group effects", NeurIPS 2019, arXiv
+        1905.13289, Section 3.
+
+        Features that are whitened by the whole curvature do not hold the curvature of S, so there it is the sum, times
+        n / (n − |S|).
+
+        Args:
+            train: one of ``trains``.
+            targets: φ(z), (m, k), as for `solve`.
+            masks: (s, n), bool; row t says which training examples are in set t.
+            sums: what `accumulate` returned for ``train``, if it was called; H in it is overwritten.
+        """
+        left_out = LeftOut.of(train, masks)
+        if train.whitened_by_rest:
+            return OutputCurvature(train, self.device).without(targets, left_out)
+        if train.squares is not None:
+            return sums_without(train.shape[0], targets, left_out)
+        sums = self.accumulate(train) if sums is None else sums
+        damping = self._damping(train, sums).value
+        _check_rank(sums, damping)
+        return step_without(sums, damping, targets, left_out, curvature=self.options.curvature)
 
     def _corrected(self, solved: Sequence[Solved]) -> list[TrainFeatures]:
         """Return the train set at each checkpoint, with Q times the factor of the solution."""

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_trak.influence.train_features import CPU, Matrix, TrainFeatures, evenly_spaced, stack
+from lightning_trak.influence.left_out import LeftOut
+from lightning_trak.influence.train_features import CPU, Matrix, TrainFeatures, evenly_spaced
 from lightning_trak.precision import full_precision
 
 LARGEST = 4096  # examples in the matrix, which is dense and factored
@@ -74,12 +75,10 @@ class OutputCurvature:
         self._chosen = evenly_spaced(n, largest).unique()
         self._count = len(self._chosen)
         self._roots = torch.from_numpy(np.array(train.curvature))[self._chosen].clamp(min=0).sqrt().to(device)
-        self._sample = self._rows()
+        self._sample = train.rows(self._chosen, device)
         with full_precision():
-            products = (self._sample @ self._sample.T).double()
-        matrix = self._roots[:, None] * products * self._roots
-        matrix.diagonal().add_(self._count)
-        self._lower = torch.linalg.cholesky(matrix)
+            self._products = self._sample @ self._sample.T
+        self._lower = self._factor(self._roots, self._count)
 
     def solve(self, targets: Any) -> Corrected:
         """Return n H⁻¹ φ(z) of the targets, in which an example's own part is not put right: see `own_part`."""
@@ -107,15 +106,31 @@ class OutputCurvature:
         factor = 1 / (1 + missing * leverages)
         return leverages * factor, factor
 
+    def without(self, targets: Any, left_out: LeftOut) -> Tensor:
+        """Return the change of f(z) when sets of training examples are left out, (s, m); see `Estimator.without`.
+
+        H of the rest has n − |S| in place of n, and lacks the outputs' curvature of S.
+        """
+        n, targets, members = self._train.shape[0], targets.to(self._device), left_out.features.to(self._device)
+        with full_precision():
+            direct, samples = members @ targets.T, (self._sample @ targets.T).double()
+            between = (self._sample @ members.T).double()
+        changes = []
+        for mask, q in zip(left_out.masks, left_out.loss_grads, strict=True):
+            left, q = n - int(mask.sum()), q.double().to(self._device)
+            roots = self._roots.masked_fill(mask[self._chosen].to(self._device), 0)
+            lower = self._factor(roots, self._count * left / n)
+            parts = torch.cholesky_solve((roots * (between @ q))[:, None], lower)[:, 0]
+            changes.append((samples.T @ (roots * parts) - direct.T.double() @ q) / left)
+        return torch.stack(changes).float().cpu()
+
+    def _factor(self, roots: Tensor, diagonal: float) -> Tensor:
+        """Return the Cholesky factor of a multiple of the identity plus R Rᵀ, with R = diag(roots) Φ."""
+        matrix = roots[:, None] * self._products.double() * roots
+        matrix.diagonal().add_(diagonal)
+        return torch.linalg.cholesky(matrix)
+
     @property
     def is_whole(self) -> bool:
         """Whether all training examples are in the matrix, so that nothing must be put right."""
         return self._count == self._train.shape[0]
-
-    def _rows(self) -> Any:
-        """Return the features of the chosen examples."""
-        parts = []
-        for rows, features, *_ in self._train.blocks(device=self._device):
-            here = self._chosen[(self._chosen >= rows.start) & (self._chosen < rows.stop)] - rows.start
-            parts.append(features[here.to(self._device)])
-        return stack(parts)

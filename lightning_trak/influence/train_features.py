@@ -95,6 +95,14 @@ class TrainFeatures:
             yield rows, features, loss_grad, curvature
             start = rows.stop
 
+    def rows(self, chosen: Tensor, device: torch.device = CPU) -> Any:
+        """Return the features of some examples, in order; ``chosen`` are ascending row numbers."""
+        parts = []
+        for rows, features, *_ in self.blocks(device=device):
+            here = chosen[(chosen >= rows.start) & (chosen < rows.stop)] - rows.start
+            parts.append(features[here.to(device)])
+        return stack(parts)
+
 
 def _matrix(array: Array | Matrix) -> Matrix:
     return torch.from_numpy(np.asarray(array)) if isinstance(array, np.ndarray) else array

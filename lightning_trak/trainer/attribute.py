@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.influence import Estimator, Solved, n_blocks
 from lightning_trak.results.attribution import Attribution, AttributionInfo
+from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.trainer.checkpoints import naming, sums_of
 from lightning_trak.trainer.framework import LightningDataModule, LightningModule, Trainer, rank_zero_info
 from lightning_trak.trainer.job import CkptPath, Job, featurized
@@ -65,7 +67,7 @@ def attribute(
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise ValueError(f"top_k must be a positive integer or None, got {top_k!r}.")
     with featurized(trainer, model, dataloaders, datamodule, ckpt_path) as job:
-        targets = job.target_features()
+        targets, outputs = job.target_features()
         estimator, solved = job.estimator(), []
         for entry, train, phi in zip(job.entries, estimator.trains, targets, strict=True):
             with naming(entry):
@@ -77,10 +79,25 @@ def attribute(
             else:
                 extremes = estimator.extremes(solved, top_k, lambda: advance(1))
     info = _info(job, estimator, solved, n_targets)
-    attribution = Attribution(extremes, info) if top_k is not None else Attribution(whole.mean, info, whole.spread)
+    scores, spread = (whole.mean, whole.spread) if top_k is None else (extremes, None)
+    changes = partial(_changes, trainer, estimator, job.entries, targets)
+    attribution = Attribution(scores, info, spread, outputs=outputs, changes=changes)
     if name is not None:
         attribution.save(job.store.scores_dir(name))
     return attribution
+
+
+def _changes(
+    trainer: Trainer, estimator: Estimator, entries: Sequence[CheckpointEntry], targets: Sequence[Any], masks: Tensor
+) -> Tensor:
+    """Return how outputs change when sets of training examples are left out, (s, n) → (s, m)."""
+    total = torch.zeros(len(masks), len(targets[0]))
+    with progress(trainer, "Leaving out", len(entries)) as advance:
+        for entry, train, phi in zip(entries, estimator.trains, targets, strict=True):
+            with naming(entry):
+                total += estimator.without(train, phi, masks, sums_of(entry, estimator, train))
+            advance(1)
+    return total / len(entries)
 
 
 def _info(job: Job, estimator: Estimator, solved: Sequence[Solved], n_targets: int) -> AttributionInfo:

@@ -18,7 +18,7 @@ from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.files import explained_os_errors
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import Weights, load_weights, save_weights
-from lightning_trak.trainer.featurization import FeaturizationLoop
+from lightning_trak.trainer.featurization import FeatureBlock, FeaturizationLoop
 from lightning_trak.trainer.framework import rank_zero_warn
 from lightning_trak.trainer.whitening import record_of, same_features, stored_form, whitening_at
 
@@ -67,8 +67,8 @@ def featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number
     description = f"Featurizing checkpoint {number}{where}"
     rows = entry.missing_rows().tolist()
 
-    def receive(batch_rows: Sequence[int], features: Tensor, loss_grad: Array, curvature: Array) -> None:
-        entry.write(batch_rows, stored_form(loop, features), loss_grad, curvature)
+    def receive(batch_rows: Sequence[int], block: FeatureBlock) -> None:
+        entry.write(batch_rows, stored_form(loop, block.features), block.loss_grad, block.curvature)
 
     with naming(entry):
         whitening = whitening_at(loop, entry, weights, f"Curvature of checkpoint {number}{where}")
@@ -90,8 +90,8 @@ def check_features(loop: FeaturizationLoop, entry: CheckpointEntry) -> None:
     written = entry.written_rows()
     rows = written[sampled_rows(len(written), _CHECKED)].tolist()
 
-    def compare(batch_rows: Sequence[int], features: Tensor, *arrays: Array) -> None:
-        news = (stored_form(loop, features), *arrays)
+    def compare(batch_rows: Sequence[int], block: FeatureBlock) -> None:
+        news = (stored_form(loop, block.features), block.loss_grad, block.curvature)
         for name, new in zip(("features", "loss_grad", "curvature"), news, strict=True):
             if not same_features(new, entry.rows(name, batch_rows)):
                 raise ValueError(
@@ -152,17 +152,23 @@ def sums_of(entry: CheckpointEntry, estimator: Estimator, train: TrainFeatures) 
     return sums
 
 
-def featurize_targets(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> Tensor | SparseMatrix:
-    """Return the targets' features at a checkpoint, (m, k); of whitened ones, the largest entries."""
+def featurize_targets(
+    loop: FeaturizationLoop, entry: CheckpointEntry, number: str
+) -> tuple[Tensor | SparseMatrix, Tensor]:
+    """Return the targets' features at a checkpoint, (m, k), of whitened ones the largest entries; and f, (m,)."""
     record = record_of(loop)
     features: Array = np.zeros(loop.size, record) if record else np.zeros((loop.size, loop.dimension), np.float32)
 
-    def receive(rows: Sequence[int], block: Tensor, *_: Array) -> None:
-        features[rows] = stored_form(loop, block)
+    outputs: Array = np.zeros(loop.size, np.float32)
+
+    def receive(rows: Sequence[int], block: FeatureBlock) -> None:
+        features[rows], outputs[rows] = stored_form(loop, block.features), block.outputs
 
     weights = load_weights(entry.weights_path, entry.digest)
     with naming(entry, can_leave_out=False):  # the cause is in the targets
         whitening = whitening_at(loop, entry, weights)
         description = f"Featurizing targets at checkpoint {number}"
         loop.run(weights, entry.digest, range(loop.size), receive, description, whitening)
-    return torch.from_numpy(features) if record is None else SparseMatrix.of_records(features)
+    return (torch.from_numpy(features) if record is None else SparseMatrix.of_records(features)), torch.from_numpy(
+        outputs
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy.typing as npt
 import torch
@@ -62,6 +62,22 @@ _WITHOUT_AUGMENTATION = {
     "target": "Pass targets without augmentation with dataloaders=..., or define attribute_dataloader() in the"
     " LightningDataModule or LightningModule.",
 }
+
+
+class FeatureBlock(NamedTuple):
+    """What is computed of a batch of r examples.
+
+    Attributes:
+        features: φ, (r, k), on the device.
+        outputs: f, (r,).
+        loss_grad: Q, (r,); zero for targets.
+        curvature: w, (r,); zero for targets.
+    """
+
+    features: Tensor
+    outputs: Array
+    loss_grad: Array
+    curvature: Array
 
 
 class FeaturizationLoop:
@@ -239,7 +255,7 @@ class FeaturizationLoop:
         weights: Weights,
         digest: str,
         rows: Sequence[int],
-        receive: Callable[[Sequence[int], Tensor, Array, Array], object],
+        receive: Callable[[Sequence[int], FeatureBlock], object],
         description: str,
         projector: Projector | None = None,
     ) -> LossProjection | None:
@@ -249,8 +265,7 @@ class FeaturizationLoop:
             weights: the checkpoint's weights.
             digest: their digest.
             rows: which examples, read in this order.
-            receive: takes (rows, features (r, k), Q (r,), w (r,)) batch by batch; features are on the device. Q and w
-                are zero for targets.
+            receive: takes rows and their `FeatureBlock`, batch by batch.
             description: what the progress bar says.
             projector: used instead of the loop's own, e.g. a `Whitening`.
 
@@ -261,7 +276,7 @@ class FeaturizationLoop:
 
         def featurize(function: ModelFunction, engine: Engine, batch_rows: Sequence[int], batch: Any) -> None:
             featurizer = Featurizer(function, engine, projector or self._projector, key)
-            receive(batch_rows, *self._featurize(featurizer, batch_rows, batch, projection))
+            receive(batch_rows, self._featurize(featurizer, batch_rows, batch, projection))
 
         self.each_batch(weights, digest, rows, featurize, description)
         self._projector.forget()
@@ -346,7 +361,7 @@ class FeaturizationLoop:
 
     def _featurize(
         self, featurizer: Featurizer, rows: Sequence[int], batch: Any, projection: LossProjection | None
-    ) -> tuple[Tensor, Array, Array]:
+    ) -> FeatureBlock:
         result = featurizer(batch, len(rows))
         check_size(self._module, result.outputs, len(rows))
         check_finite("model_output", result.outputs, self._examples, rows)
@@ -362,7 +377,8 @@ class FeaturizationLoop:
         elif self._examples == "train":
             loss_grad, curvature = self._loss_terms(featurizer.function.call, batch, result.outputs)
         self._check_loss(result.outputs, loss_grad, curvature, rows)
-        return result.features, loss_grad.float().cpu().numpy(), curvature.float().cpu().numpy()
+        numbers = (values.float().cpu() for values in (result.outputs.detach(), loss_grad, curvature))
+        return FeatureBlock(result.features, *(values.numpy() for values in numbers))
 
     def _check_loss(self, outputs: Tensor, loss_grad: Tensor, curvature: Tensor, rows: Sequence[int]) -> None:
         """Check Q and w, and note whether they are those of the logistic loss, which the estimator must know."""

@@ -69,15 +69,18 @@ class Job:
     loaders: Loaders
     options: Options
 
-    def target_features(self) -> list[Tensor | SparseMatrix]:
-        """Return φ(z) of all targets, (m, k), at every checkpoint."""
+    def target_features(self) -> tuple[list[Tensor | SparseMatrix], Tensor]:
+        """Return φ(z) of all targets, (m, k), at every checkpoint; and f(z), (m,), see `Attribution.outputs`."""
         loop = self.plan.loop(self.trainer, self.model, self.loaders.targets(), self.loaders.train, "target")
         first, last, total = self.entries[0], self.entries[-1], len(self.entries)
         loop.label_targets(lambda: load_weights(last.weights_path, last.digest))
         loop.preflight(load_weights(first.weights_path, first.digest), first.digest)
-        found = [featurize_targets(loop, entry, f"{number}/{total}") for number, entry in enumerate(self.entries, 1)]
-        pairs = zip(found, self.scales, strict=True)
-        return [one.scaled(scales) if isinstance(one, SparseMatrix) else one for one, scales in pairs]
+        features, latest = [], {}
+        for number, (entry, scales) in enumerate(zip(self.entries, self.scales, strict=True), 1):
+            found, outputs = featurize_targets(loop, entry, f"{number}/{total}")
+            features.append(found.scaled(scales) if isinstance(found, SparseMatrix) else found)
+            latest[entry.meta.get("run") or entry.digest] = outputs
+        return features, torch.stack(list(latest.values())).mean(0)
 
     @cached_property  # each needs the curvature's file
     def scales(self) -> list[Tensor | None]:
