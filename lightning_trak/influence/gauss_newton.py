@@ -100,7 +100,7 @@ def accumulate(
     for rows, features, loss_grad, w in train.blocks(device=device):
         if curvature:
             _check_not_negative(w)
-        add_products_(matrix, features, w if curvature else None, panel)
+        _add_products_(matrix, features, w if curvature else None, panel)
         norms = features.square().sum(1)
         with full_precision():
             weighted += (norms @ w).item()
@@ -108,27 +108,22 @@ def accumulate(
             gradient += loss_grad @ features
         here = (chosen[(chosen >= rows.start) & (chosen < rows.stop)] - rows.start).to(device)
         sampled.append([array[here] for array in (features, loss_grad, w)])
-    mirror_(matrix, panel)
+    for first in range(0, k, panel):
+        last = first + panel
+        own = matrix[first:last, first:last]
+        own.copy_(own.triu() + own.triu(1).T)  # a panel times itself is symmetric, up to rounding
+        matrix[last:, first:last] = matrix[first:last, last:].T
     sample = tuple(torch.cat(parts) for parts in zip(*sampled, strict=True))
     return GaussNewton(matrix, gradient, squares, weighted / k, n), sample
 
 
-def add_products_(matrix: Tensor, features: Tensor, weights: Tensor | None, panel: int = _PANEL) -> None:
-    """Add Φᵀ diag(w) Φ of a block of rows, on and above the diagonal; see `mirror_`."""
+def _add_products_(matrix: Tensor, features: Tensor, weights: Tensor | None, panel: int) -> None:
+    """Add Φᵀ diag(w) Φ of a block of rows, on and above the diagonal."""
     weighted = features if weights is None else features * weights[:, None]
     with full_precision():
         for first in range(0, len(matrix), panel):
             last = first + panel
             matrix[first:last, first:] += weighted[:, first:last].T @ features[:, first:]
-
-
-def mirror_(matrix: Tensor, panel: int = _PANEL) -> None:
-    """Copy what is above the diagonal to below it."""
-    for first in range(0, len(matrix), panel):
-        last = first + panel
-        own = matrix[first:last, first:last]
-        own.copy_(own.triu() + own.triu(1).T)  # a panel times itself is symmetric, up to rounding
-        matrix[last:, first:last] = matrix[first:last, last:].T
 
 
 def _check_not_negative(weights: Tensor) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_trak.influence.gauss_newton import GaussNewton, add_products_, factor, mirror_, solve
+from lightning_trak.influence.gauss_newton import GaussNewton, factor
 from lightning_trak.influence.train_features import TrainFeatures
+
+_LEAST_PIVOT = 1e-4  # relative to one: features are float32
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class LeftOut:
 def step_without(sums: GaussNewton, damping: float, targets: Tensor, left_out: LeftOut, *, curvature: bool) -> Tensor:
     """Return the change of f(z) when sets of training examples are left out, (s, m); see `Estimator.without`.
 
+    Let H = L Lᵀ be damped, and U = L⁻¹ Φ_Sᵀ. Then H_S = L (I − U diag(w) Uᵀ) Lᵀ.
+
     Args:
         sums: H of the whole train set, undamped; it is overwritten.
         damping: λ, relative to the mean diagonal of that H.
@@ -46,19 +50,36 @@ def step_without(sums: GaussNewton, damping: float, targets: Tensor, left_out: L
         left_out: the sets.
         curvature: whether H is weighted with w.
     """
-    damped, device = sums.matrix, sums.matrix.device
-    damped.diagonal().add_(damping * sums.scale)
-    targets, features = targets.to(device), left_out.features.to(device)
-    changes = []
+    lower, members = factor(sums.matrix, damping).lower, left_out.masks.any(0)
+    features = left_out.features.to(lower)
+    steps = []
     for mask, q, w in zip(left_out.masks, left_out.loss_grads, left_out.weights, strict=True):
-        own = mask[left_out.masks.any(0)].to(device)
-        part, q, w = features[own], q.to(device)[own], w.to(device)[own]
-        rest = damped.clone()
-        add_products_(rest, part, -w if curvature else -torch.ones_like(w))
-        mirror_(rest)
-        step = solve(factor(rest, 0.0), (q.double() @ part.double())[None])
-        changes.append(-(targets.double() @ step[0]))
-    return torch.stack(changes).float().cpu()
+        own = mask[members].to(lower.device)
+        whitened = torch.linalg.solve_triangular(lower, features[own].T, upper=False)
+        roots = w.to(lower)[own].sqrt() if curvature else torch.ones_like(whitened[0])
+        steps.append(_step_of_the_rest(whitened, q.to(lower)[own], roots))
+    step = torch.linalg.solve_triangular(lower.mT, torch.stack(steps, 1), upper=True)
+    return -(targets.to(lower) @ step).T.float().cpu()
+
+
+def _step_of_the_rest(whitened: Tensor, q: Tensor, roots: Tensor) -> Tensor:
+    """Return (I − V Vᵀ)⁻¹ U q, (k,), with V = U diag(roots), by the smaller of V Vᵀ and Vᵀ V."""
+    sums, weighted = whitened @ q, whitened * roots
+    if weighted.shape[1] > weighted.shape[0]:
+        return _solve_rest(weighted @ weighted.T, sums)
+    return sums + weighted @ _solve_rest(weighted.T @ weighted, weighted.T @ sums)
+
+
+def _solve_rest(part: Tensor, vector: Tensor) -> Tensor:
+    """Return (I − part)⁻¹ vector."""
+    matrix = torch.eye(len(part), dtype=part.dtype, device=part.device) - part
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) or bool(lower.diagonal().min() < _LEAST_PIVOT):
+        raise ValueError(
+            "Without one of these sets the Gauss–Newton matrix H is singular: too few examples are left for so many"
+            " features and so little damping. Leave out fewer, or set TRAKCallback(damping='auto')."
+        )
+    return torch.cholesky_solve(vector[:, None], lower)[:, 0]
 
 
 def sums_without(n: int, targets: Any, left_out: LeftOut) -> Tensor:

@@ -97,3 +97,11 @@ def test_whitened_by_the_whole_curvature(kind, targets):
     for own, mask in zip(found, MASKS.numpy(), strict=True):
         expected = -TARGETS.astype("f8") @ X[mask].T.astype("f8") @ q[mask] / (~mask).sum()
         np.testing.assert_allclose(own, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_rest_that_is_too_small_is_an_error():
+    train = TrainFeatures(X, np.ones(N, "f4"), np.ones(N, "f4"))
+    rest = torch.ones(1, N, dtype=torch.bool)
+    rest[0, :3] = False  # three examples for six features
+    with pytest.raises(ValueError, match="H is singular: too few examples are left"):
+        Estimator([train], Options(damping=0)).without(train, torch.from_numpy(TARGETS), rest)
