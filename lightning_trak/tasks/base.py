@@ -222,6 +222,15 @@ def draws_labels(module: Any) -> bool:
     return drawn < len(kinds) and drawn <= min(map(place, _PREDICTED))
 
 
+def draws_rest(module: Any) -> bool:
+    """Say whether the class that defines ``draw_labels`` also says that they leave out what the output tells.
+
+    Of two mixins, the one that comes first draws; the other's attribute must not count.
+    """
+    kinds = (kind for kind in type(module).__mro__ if "draw_labels" in vars(kind))
+    return bool(getattr(next(kinds, None), "draws_rest", False))
+
+
 def own_method(module: Any, name: str) -> Callable[..., Any] | None:
     """Return the module's own method of that name; None if it has none or inherits the default of `TRAKMixin`."""
     method = getattr(module, name, None)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_trak import ClassificationMixin, LanguageModelingMixin, MultilabelMixin, SegmentationMixin, TRAKMixin
-from lightning_trak.tasks.base import draws_labels
+from lightning_trak.tasks.base import draws_labels, draws_rest
 
 
 class Words(LanguageModelingMixin, nn.Module):
@@ -161,6 +161,18 @@ def test_which_modules_draw_labels():
     assert all(draws_labels(module) for module in (Words(), Tagger(1, 1), Segmenter(1, 1, 1), OwnDraws()))
     assert draws_labels(Classifier(1, 3))
     assert not any(draws_labels(module) for module in (OtherOutput(), OwnLoss(1, 3), nn.Linear(1, 1)))
+
+
+class WordsOfAClassifier(LanguageModelingMixin, Classifier): ...
+
+
+class ClassifierOfWords(ClassificationMixin, Words): ...
+
+
+def test_of_two_mixins_the_first_one_draws():
+    assert draws_rest(Classifier(1, 3)) and draws_rest(ClassifierOfWords())
+    assert not any(draws_rest(module) for module in (WordsOfAClassifier(1, 3), Words(), OwnDraws(), nn.Linear(1, 1)))
+    assert draws_labels(WordsOfAClassifier(1, 3))
 
 
 def set_nothing(module): ...
