@@ -24,6 +24,7 @@ Importing the package registers ``Trainer.attribute`` and ``.attribute_self``: a
 
 from __future__ import annotations
 
+from lightning_trak.evaluation.calibration import calibrate
 from lightning_trak.evaluation.counterfactuals import Counterfactuals, counterfactuals
 from lightning_trak.evaluation.ground_truth import GroundTruth, evaluate
 from lightning_trak.evaluation.retraining import retrain_subsets
@@ -66,6 +67,7 @@ __all__ = [
     "TRAKMixin",
     "attribute",
     "attribute_self",
+    "calibrate",
     "counterfactuals",
     "evaluate",
     "layer_rule",

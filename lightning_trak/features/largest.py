@@ -116,8 +116,8 @@ class SparseMatrix:
         """Return the matrix on a device."""
         return SparseMatrix(self.columns.to(device), self.values.to(device))
 
-    def __truediv__(self, number: float) -> SparseMatrix:
-        return SparseMatrix(self.columns, self.values / number)
+    def __mul__(self, number: float) -> SparseMatrix:
+        return SparseMatrix(self.columns, self.values * number)
 
     def scaled(self, scales: Tensor | None) -> SparseMatrix:
         """Multiply every column with its entry of ``scales``, (p,); None for 1."""

@@ -3,6 +3,7 @@
 May import nothing of the package but `precision`. `Estimator` works on features from anywhere.
 """
 
+from lightning_trak.influence.calibration import Kinds, fit_weights
 from lightning_trak.influence.damping import Damping, whitening_strength
 from lightning_trak.influence.estimator import Estimator, Options, Solved
 from lightning_trak.influence.gauss_newton import SUMS_VERSION, GaussNewton
@@ -19,6 +20,7 @@ __all__ = [
     "Estimator",
     "Extremes",
     "GaussNewton",
+    "Kinds",
     "Options",
     "OutputCurvature",
     "Ranked",
@@ -27,6 +29,7 @@ __all__ = [
     "Spread",
     "TrainFeatures",
     "TrainingTime",
+    "fit_weights",
     "is_logistic",
     "n_blocks",
     "rank",

@@ -136,13 +136,16 @@ class Estimator:
         """Return the scores of targets, from their features φ(z), (m, k), at each checkpoint."""
         return self.scores([self.solve(train, phi) for train, phi in zip(self.trains, targets, strict=True)])
 
-    def solve(self, train: TrainFeatures, targets: Any, sums: GaussNewton | None = None) -> Solved:
+    def solve(
+        self, train: TrainFeatures, targets: Any, sums: GaussNewton | None = None, multiple: float = 1.0
+    ) -> Solved:
         """Solve H x = φ(z) for all targets at one checkpoint.
 
         Args:
             train: one of ``trains``.
             targets: φ(z), (m, k); of whitened features, a sparse matrix if those of the train set are.
             sums: what `accumulate` returned for ``train``, if it was called; H in it is overwritten.
+            multiple: with which to multiply λ; not for whitened features.
 
         Raises:
             ValueError: if H is singular.
@@ -150,10 +153,10 @@ class Estimator:
         if train.whitened_by_rest:
             curvature = OutputCurvature(train, self.device)
             factor = None if curvature.is_whole else curvature.own_part()[1]
-            return Solved((curvature.solve(targets) / train.shape[0]).to(CPU), self._given(train), factor)
+            return Solved((curvature.solve(targets) * (1 / train.shape[0])).to(CPU), self._given(train), factor)
         if train.squares is not None:
-            return Solved(targets / train.shape[0], self._given(train))
-        state, damping = self._factor(train, sums)
+            return Solved(targets * (1 / train.shape[0]), self._given(train))
+        state, damping = self._factor(train, sums, multiple)
         return Solved(
             solve(state, targets.to(self.device)).cpu(), damping
         )  # to the CPU: all checkpoints would fill the device
@@ -228,10 +231,13 @@ class Estimator:
             return Damping(strength, "from the training time")
         return Damping(1.0 if isinstance(given, str) else given, "relative to each parameter's mean eigenvalue")
 
-    def _factor(self, train: TrainFeatures, sums: GaussNewton | None) -> tuple[CholeskyFactor, Damping]:
+    def _factor(
+        self, train: TrainFeatures, sums: GaussNewton | None, multiple: float = 1.0
+    ) -> tuple[CholeskyFactor, Damping]:
         """Damp and factor H at one checkpoint."""
         sums = self.accumulate(train) if sums is None else sums
-        damping = self._damping(train, sums)
+        value, rule = self._damping(train, sums)
+        damping = Damping(value * multiple, rule)
         _check_rank(sums, damping.value)
         return factor(sums.matrix, damping.value), damping
 

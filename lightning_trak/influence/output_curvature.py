@@ -37,8 +37,8 @@ class Corrected:
         """Return it on a device."""
         return Corrected(self.targets.to(device), self.sample.to(device), self.parts.to(device))
 
-    def __truediv__(self, number: float) -> Corrected:
-        return Corrected(self.targets / number, self.sample, self.parts / number)
+    def __mul__(self, number: float) -> Corrected:
+        return Corrected(self.targets * number, self.sample, self.parts * number)
 
     def products(self, features: Matrix) -> Tensor:
         """Return x(z)ᵀ φ for every row φ of ``features``, (r, m)."""

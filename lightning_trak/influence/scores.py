@@ -163,10 +163,11 @@ def _score_blocks(
     """Yield blocks of rows, and their scores (r, m) at each checkpoint."""
     readers = [train.blocks(len(solved[0])) for train in trains]
     for parts in zip(*readers, strict=True):
-        yield parts[0][0], (_product(part[1], part[2], x, device) for part, x in zip(parts, solved, strict=True))
+        yield parts[0][0], (score_products(part[1], part[2], x, device) for part, x in zip(parts, solved, strict=True))
 
 
-def _product(features: Matrix, loss_grad: Tensor, solved: Any, device: torch.device) -> Tensor:
+def score_products(features: Matrix, loss_grad: Tensor, solved: Any, device: torch.device) -> Tensor:
+    """Return the scores of a block of rows at one checkpoint, (r, m)."""
     with full_precision():
         features, solved = features.to(device), solved.to(device)
         products: Tensor = solved.products(features) if isinstance(solved, Corrected) else features @ solved.T

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_trak.influence import Extremes, Ranked, Spread, rank
-from lightning_trak.metrics import spearman
+from lightning_trak.influence import Extremes, Ranked, Spread, fit_weights, rank
+from lightning_trak.metrics import predicted_outputs, spearman
 from lightning_trak.results.plots import plot_extremes
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class AttributionInfo:
             that lies along the gradients of the output. There is a number for every checkpoint that was featurized
             without interruption.
         preconditioner: ``"kronecker"`` if gradients were whitened by the curvature of each parameter; else None.
+        calibrated_on: the number of retrained subsets on which `calibrate` fitted the scores; 0 without.
     """
 
     n_train: int
@@ -60,6 +61,7 @@ class AttributionInfo:
     estimator: str = "gauss_newton"
     loss_explained: tuple[float, ...] = ()
     preconditioner: str | None = None
+    calibrated_on: int = 0
 
 
 class Convergence(NamedTuple):
@@ -74,6 +76,18 @@ class Convergence(NamedTuple):
     agreement: list[float]
 
 
+class Kept(Protocol):
+    """Features that answer further questions about scores."""
+
+    def without(self, masks: Tensor) -> Tensor:
+        """Return how outputs change when sets of training examples are left out, (s, n) → (s, m)."""
+        ...
+
+    def calibrated(self, masks: Tensor, outputs: Tensor) -> Tensor:
+        """Return scores, (n, m), weighted so that they predict the outputs after training on subsets."""
+        ...
+
+
 class Attribution:
     """Scores of every training example for every target.
 
@@ -86,7 +100,7 @@ class Attribution:
         info: how scores were computed.
         spread: how scores vary from checkpoint to checkpoint, where that is known.
         outputs: the model outputs of the targets, (m,), where they are known.
-        changes: takes sets of training examples, (s, n), bool; returns how the outputs change without each, (s, m).
+        kept: the features, where they are at hand.
 
     >>> info = AttributionInfo(3, 1, ("a1b2",), "sparse", 2048, 0.3, True)
     >>> attribution = Attribution(torch.tensor([[0.5], [-1.0], [2.0]]), info)
@@ -103,12 +117,12 @@ class Attribution:
         spread: Spread | None = None,
         *,
         outputs: Tensor | None = None,
-        changes: Callable[[Tensor], Tensor] | None = None,
+        kept: Kept | None = None,
     ) -> None:
         self._scores = scores
         self._spread = spread
         self._outputs = outputs
-        self._changes = changes
+        self._kept = kept
         self.info = info
 
     @property
@@ -195,15 +209,24 @@ class Attribution:
             AttributeError: if this attribution was loaded from disk: it needs the features that `attribute` used.
             ValueError: if a row is not in the train set, or no training example is left.
         """
-        if self._changes is None:
+        if self._kept is None:
             raise AttributeError(
                 "Predictions without a set need the features of targets and train set, which are not saved with scores."
                 " Call without(...) on what trainer.attribute(...) returned."
             )
         masks = _masks(indices, self.info.n_train)
         sets = masks.reshape(-1, self.info.n_train)
-        predicted = self.outputs + (self._changes(sets) if masks.any() else torch.zeros(len(sets), 1))
+        predicted = self.outputs + (self._kept.without(sets) if masks.any() else torch.zeros(len(sets), 1))
         return predicted if masks.ndim == 2 else predicted[0]
+
+    def calibrated(self, masks: Tensor, outputs: Tensor) -> Attribution:
+        """Return scores that predict the outputs of retrained models; see `calibrate`, which checks its arguments."""
+        info, scores = replace(self.info, calibrated_on=len(masks)), self.scores
+        if self._kept is not None:
+            return Attribution(self._kept.calibrated(masks, outputs), info, outputs=self._outputs)
+        predicted = predicted_outputs(scores, masks) / masks.float().mean(1, keepdim=True)
+        scale = fit_weights(predicted[None], outputs, torch.ones(1)).item()
+        return Attribution(scores * scale, info, outputs=self._outputs)
 
     def top(self, k: int = 5) -> Ranked:
         """Return the most helpful training examples of every target, the highest score first.
@@ -320,7 +343,7 @@ class Attribution:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what cannot be pickled: the way to the features."""
-        return {**vars(self), "_changes": None}
+        return {**vars(self), "_kept": None}
 
     def __repr__(self) -> str:
         info = self.info

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +11,10 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.influence import Estimator, Solved, n_blocks
 from lightning_trak.results.attribution import Attribution, AttributionInfo
-from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.trainer.checkpoints import naming, sums_of
 from lightning_trak.trainer.framework import LightningDataModule, LightningModule, Trainer, rank_zero_info
 from lightning_trak.trainer.job import CkptPath, Job, featurized
+from lightning_trak.trainer.kept import KeptFeatures
 from lightning_trak.trainer.progress import progress
 
 
@@ -80,24 +79,11 @@ def attribute(
                 extremes = estimator.extremes(solved, top_k, lambda: advance(1))
     info = _info(job, estimator, solved, n_targets)
     scores, spread = (whole.mean, whole.spread) if top_k is None else (extremes, None)
-    changes = partial(_changes, trainer, estimator, job.entries, targets)
-    attribution = Attribution(scores, info, spread, outputs=outputs, changes=changes)
+    kept = KeptFeatures(trainer, estimator, job.entries, targets, job.layers)
+    attribution = Attribution(scores, info, spread, outputs=outputs, kept=kept)
     if name is not None:
         attribution.save(job.store.scores_dir(name))
     return attribution
-
-
-def _changes(
-    trainer: Trainer, estimator: Estimator, entries: Sequence[CheckpointEntry], targets: Sequence[Any], masks: Tensor
-) -> Tensor:
-    """Return how outputs change when sets of training examples are left out, (s, n) → (s, m)."""
-    total = torch.zeros(len(masks), len(targets[0]))
-    with progress(trainer, "Leaving out", len(entries)) as advance:
-        for entry, train, phi in zip(entries, estimator.trains, targets, strict=True):
-            with naming(entry):
-                total += estimator.without(train, phi, masks, sums_of(entry, estimator, train))
-            advance(1)
-    return total / len(entries)
 
 
 def _info(job: Job, estimator: Estimator, solved: Sequence[Solved], n_targets: int) -> AttributionInfo:

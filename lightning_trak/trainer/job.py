@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,16 @@ class Job:
         strength = whitening_strength(times) if by_time else None
         sizes = {name: prod(shape) for name, shape in self.plan.shapes.items()}
         return [rescaled(entry, sizes, strength) for entry in self.entries]
+
+    @property
+    def layers(self) -> list[slice]:
+        """The columns of each layer in whitened features."""
+        layers, start = [], 0
+        for _, shapes in groupby(self.plan.shapes.items(), key=lambda item: item[0].rpartition(".")[0]):
+            stop = start + sum(prod(shape) for _, shape in shapes)
+            layers.append(slice(start, stop))
+            start = stop
+        return layers
 
     def estimator(self) -> Estimator:
         """Return the estimator over the train features of all checkpoints."""

@@ -170,7 +170,8 @@ class ClassifierOfWords(ClassificationMixin, Words): ...
 
 
 def test_of_two_mixins_the_first_one_draws():
-    assert draws_rest(Classifier(1, 3)) and draws_rest(ClassifierOfWords())
+    assert draws_rest(Classifier(1, 3))
+    assert draws_rest(ClassifierOfWords())
     assert not any(draws_rest(module) for module in (WordsOfAClassifier(1, 3), Words(), OwnDraws(), nn.Linear(1, 1)))
     assert draws_labels(WordsOfAClassifier(1, 3))
 
