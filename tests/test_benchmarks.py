@@ -10,7 +10,7 @@ from math import isfinite
 import pytest
 import torch
 
-from tests.benchmarks import diffusion, features, fit, gpu, memory, quality, scoring, tasks
+from tests.benchmarks import diffusion, features, fit, gpu, memory, quality, scoring, sizes, tasks
 from tests.benchmarks.measuring import silence
 from tests.benchmarks.models import MODELS
 from tests.benchmarks.quality.runs import check_folder
@@ -114,6 +114,13 @@ def test_quality(table, monkeypatch, tmp_path):
         assert row[3] == row[-3] == "–"
         assert row[-1] == "–"
     assert (tmp_path / "lds.png").stat().st_size > 10_000
+
+
+def test_sizes(table, tmp_path):
+    calibrated, *sets = table(sizes.run, ("diabetes",), ("diabetes",), tmp_path, 8, (6,), 1, 2)
+    assert calibrated[:2] == ["diabetes, MLP regression", "6"]
+    assert all(isfinite(float(cell)) for row in (calibrated, *sets[2:]) for cell in row[2:])
+    assert [row[1] for row in sets if row[1] in sizes.NAMES] == [sizes.NAMES[0], *sizes.NAMES[2:]]
 
 
 def test_what_other_tasks_left_is_not_used(tmp_path):

@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from tests.benchmarks import diffusion, features, fit, gpu, memory, quality, scoring, tasks, zoo
+from tests.benchmarks import diffusion, features, fit, gpu, memory, quality, scoring, sizes, tasks, zoo
 from tests.benchmarks.measuring import silence
 
 BENCHMARKS = {
@@ -18,17 +18,18 @@ BENCHMARKS = {
     "tasks": tasks.run,
     "zoo": zoo.run,
     "quality": quality.run,
+    "sizes": sizes.run,
     "diffusion": diffusion.run,
     "gpu": gpu.run,
 }
-LONG = ("quality", "diffusion")  # they retrain
+LONG = ("quality", "sizes", "diffusion")  # they retrain
 
 
 def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="Print the benchmarks' tables.")
     parser.add_argument(
-        "names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}; by default all but {' and '.join(LONG)}"
+        "names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}; by default all but {', '.join(LONG)}"
     )
     names = parser.parse_args().names or [name for name in BENCHMARKS if name not in LONG]
     for name in names:

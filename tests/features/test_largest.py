@@ -78,7 +78,7 @@ def test_products_of_sparse_rows_are_those_of_dense_ones(block):
     records, others = Records(largest_entries(features, 5)), largest_entries(targets, 9)
     rows, matrix = SparseRows(records, 40), SparseMatrix.of_records(others)
     assert (rows.shape, matrix.shape, len(matrix)) == ((11, 40), (5, 9), 5)
-    found = torch.cat([part @ (matrix / 2).T for part in rows.blocks(block)])
+    found = torch.cat([part @ (matrix * 0.5).T for part in rows.blocks(block)])
     expected = dense(records.records, 40) @ dense(others, 40).T / 2
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
     assert (expected == 0).any()  # of rows without a common entry
