@@ -53,6 +53,17 @@ class Featurizer:
         features = self._zeros(size)
         return Features(features, self.engine(self.function, batch, size, self._into(features)))
 
+    def by_parameter(self, batch: Any, size: int) -> dict[str, Tensor]:
+        """Return what each parameter adds to the features of a batch, (b, k); they sum to the features."""
+        features: dict[str, Tensor] = {}
+
+        def project(rows: slice, name: str, gradient: Gradient) -> None:
+            own = features.setdefault(name, self._zeros(size))
+            self._projector.add_gradient_(own[rows], gradient, self._starts[name], self._key)
+
+        self.engine(self.function, batch, size, project)
+        return features
+
     def rehearsal(self, size: int) -> Sink:
         """Return a sink for the gradients of ``size`` examples that needs as much memory as featurizing them."""
         return self._into(self._zeros(size), self._projector.rehearsal())

@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_trak.influence import Extremes, Ranked, Spread, fit_weights, rank
 from lightning_trak.metrics import predicted_outputs, spearman
 from lightning_trak.results.plots import plot_extremes
+from lightning_trak.results.split import SplitScore
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,6 +86,10 @@ class Kept(Protocol):
 
     def calibrated(self, masks: Tensor, outputs: Tensor) -> Tensor:
         """Return scores, (n, m), weighted so that they predict the outputs after training on subsets."""
+        ...
+
+    def split(self, i: int, j: int) -> SplitScore:
+        """Return the score of training example i for target j, split by layer and by parts."""
         ...
 
 
@@ -218,6 +223,47 @@ class Attribution:
         sets = masks.reshape(-1, self.info.n_train)
         predicted = self.outputs + (self._kept.without(sets) if masks.any() else torch.zeros(len(sets), 1))
         return predicted if masks.ndim == 2 else predicted[0]
+
+    def parts(self, i: int, j: int) -> SplitScore:
+        """Split the score of training example i for target j: by layer, and by parts of both examples.
+
+        Scores are linear in the gradients of both examples, and these are sums over layers. Where the model output is
+        made of the losses of parts (tokens, pixels, tags, several numbers), they are sums over parts too: which tokens
+        of the training example speak for which tokens of the target? The gradient of each part is computed again, at
+        every checkpoint: as many backward passes as both examples have parts.
+
+        In a language model, part t is the prediction of token t + 1.
+
+        Args:
+            i: the row of the training example.
+            j: the column of the target.
+
+        Returns:
+            The score, what each layer adds to it, and what each pair of parts adds to it.
+
+        Raises:
+            AttributeError: if this attribution was loaded from disk: it needs model and data.
+            ValueError: if there is no such example, or it has changed since it was featurized.
+        """
+        if self._kept is None:
+            raise AttributeError(
+                "To split a score, model and data are needed, which are not saved with scores. Call parts(...) on what"
+                " trainer.attribute(...) returned."
+            )
+        if not (0 <= i < self.info.n_train and 0 <= j < self.info.n_targets):
+            raise ValueError(
+                f"i must be a row of the train set, 0 to {self.info.n_train - 1}, and j a target, 0 to"
+                f" {self.info.n_targets - 1}; got {i} and {j}."
+            )
+        found = self._kept.split(i, j)
+        if isinstance(self._scores, Tensor):
+            score, size = self._scores[i, j].item(), sum(map(abs, found.layers.values()))
+            if not abs(found.score - score) <= 0.02 * size:
+                raise ValueError(
+                    f"The layers of the examples {i} and {j} add up to {found.score:.3g}, their score is {score:.3g}:"
+                    " the data or model_output have changed since they were featurized, or one of them is random."
+                )
+        return found
 
     def calibrated(self, masks: Tensor, outputs: Tensor) -> Attribution:
         """Return scores that predict the outputs of retrained models; see `calibrate`, which checks its arguments."""

@@ -213,13 +213,10 @@ def draws_labels(module: Any) -> bool:
 
     A subclass that overrides the output or the loss, and not ``draw_labels``, may predict something else.
     """
-    kinds = type(module).__mro__
-
-    def place(name: str) -> int:
-        return next((place for place, kind in enumerate(kinds) if name in vars(kind)), len(kinds))
-
-    drawn = place("draw_labels")
-    return drawn < len(kinds) and drawn <= min(map(place, _PREDICTED))
+    drawn = _place(module, "draw_labels")
+    return drawn is not None and all(
+        drawn <= place for place in (_place(module, name) for name in _PREDICTED) if place is not None
+    )
 
 
 def draws_rest(module: Any) -> bool:
@@ -229,6 +226,20 @@ def draws_rest(module: Any) -> bool:
     """
     kinds = (kind for kind in type(module).__mro__ if "draw_labels" in vars(kind))
     return bool(getattr(next(kinds, None), "draws_rest", False))
+
+
+def has_parts(module: Any) -> bool:
+    """Say whether a module's output is that of losses of parts: ``output_of_parts`` of ``all_part_losses``.
+
+    A subclass that overrides the output, and not ``output_of_parts``, may have another.
+    """
+    parts, output = _place(module, "output_of_parts"), _place(module, "model_output")
+    return parts is not None and output is not None and parts <= output
+
+
+def _place(module: Any, name: str) -> int | None:
+    """Return which class of the method resolution order defines an attribute; None if no class does."""
+    return next((place for place, kind in enumerate(type(module).__mro__) if name in vars(kind)), None)
 
 
 def own_method(module: Any, name: str) -> Callable[..., Any] | None:

@@ -68,9 +68,9 @@ class MultilabelMixin(PartsMixin):
         )
         return binary_cross_entropy_with_logits(predictions, labels, reduction="none")
 
-    def model_output(self, batch: Any) -> Tensor:
+    def output_of_parts(self, losses: Tensor, batch: Any) -> Tensor:
         """Return the log-odds of all labels together, (b,)."""
-        return log_odds(self.part_losses(self.part_predictions(batch), self.part_labels(batch)).sum(1))
+        return log_odds(losses.sum(1))
 
     def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
         """Return the binary cross-entropy of every example, (b,), reduced over its labels."""

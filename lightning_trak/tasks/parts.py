@@ -76,9 +76,26 @@ class PartsMixin(TRAKMixin):
 
     def model_output(self, batch: Any) -> Tensor:
         """Return the log-odds of all parts of an example together, (b,)."""
-        predictions, labels = self.part_predictions(batch), self.part_labels(batch)
-        losses = self.part_losses(predictions, labels).flatten(1)
-        return log_odds(losses.sum(1) / self.count_parts(labels).clamp(min=1))
+        return self.output_of_parts(self.all_part_losses(batch), batch)
+
+    def output_of_parts(self, losses: Tensor, batch: Any) -> Tensor:
+        """Return f as a function of the losses of the parts, (b, ...) → (b,)."""
+        return log_odds(losses.flatten(1).sum(1) / self.count_parts(self.part_labels(batch)).clamp(min=1))
+
+    def all_part_losses(self, batch: Any) -> Tensor:
+        """Return the losses of the parts of a batch, (b, ...); see `part_losses`."""
+        return self.part_losses(self.part_predictions(batch), self.part_labels(batch))
+
+    def share_of_parts(self, chosen: tuple[Any, Tensor]) -> Tensor:
+        """Return a number whose gradient is the share of some parts in ∇f, (b,): Σ_t ∂f/∂ℓ_t ℓ_t, with ∂f/∂ℓ_t fixed.
+
+        Args:
+            chosen: the batch; and which parts, (b, ...), ones and zeros.
+        """
+        batch, which = chosen
+        losses = self.all_part_losses(batch)
+        slopes = torch.func.grad(lambda values: self.output_of_parts(values, batch).sum())(losses.detach())
+        return (which * slopes * losses).flatten(1).sum(1)
 
     def kernel_weight(self, output: Tensor, batch: Any) -> Tensor:
         """Return the weight of every example in H, (b,): N w.

@@ -77,6 +77,10 @@ class RegressionMixin(PartsMixin):
             )
         return -(predictions - targets).norm(dim=1)
 
+    def output_of_parts(self, losses: Tensor, batch: Any) -> Tensor:
+        """Return minus the distances from the labels, (b,), of several numbers."""
+        return -losses.sum(1).sqrt()
+
     def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
         """Return the squared errors, averaged over the numbers of an example, (b,)."""
         targets = self.part_labels(batch)

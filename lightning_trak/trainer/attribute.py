@@ -79,7 +79,7 @@ def attribute(
                 extremes = estimator.extremes(solved, top_k, lambda: advance(1))
     info = _info(job, estimator, solved, n_targets)
     scores, spread = (whole.mean, whole.spread) if top_k is None else (extremes, None)
-    kept = KeptFeatures(trainer, estimator, job.entries, targets, job.layers)
+    kept = KeptFeatures(job, estimator, targets)
     attribution = Attribution(scores, info, spread, outputs=outputs, kept=kept)
     if name is not None:
         attribution.save(job.store.scores_dir(name))

@@ -272,16 +272,22 @@ class FeaturizationLoop:
         Returns:
             The projection that gave Q; None if Q needed none.
         """
-        projection, key = self._projection(), projection_key(self._seed, digest)
+        projection = self._projection()
 
         def featurize(function: ModelFunction, engine: Engine, batch_rows: Sequence[int], batch: Any) -> None:
-            featurizer = Featurizer(function, engine, projector or self._projector, key)
+            featurizer = self.featurizer(function, engine, digest, projector)
             receive(batch_rows, self._featurize(featurizer, batch_rows, batch, projection))
 
         self.each_batch(weights, digest, rows, featurize, description)
         self._projector.forget()
         self._warn_of_zero_gradients()
         return projection
+
+    def featurizer(
+        self, function: ModelFunction, engine: Engine, digest: str, projector: Projector | None = None
+    ) -> Featurizer:
+        """Return what turns batches into features at a checkpoint; see `run`."""
+        return Featurizer(function, engine, projector or self._projector, projection_key(self._seed, digest))
 
     def each_batch(
         self,

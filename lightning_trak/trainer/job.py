@@ -32,6 +32,7 @@ from lightning_trak.trainer.checkpoints import (
     pool_of,
     train_features,
 )
+from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import (
     LightningDataModule,
     LightningModule,
@@ -59,6 +60,7 @@ class Job:
         plan: how targets are featurized.
         entries: the checkpoints to average over.
         loaders: find the targets.
+        datamodule: supplies data, unless the model does.
         options: of the estimator.
     """
 
@@ -68,14 +70,12 @@ class Job:
     plan: Plan
     entries: list[CheckpointEntry]
     loaders: Loaders
+    datamodule: LightningDataModule | None
     options: Options
 
     def target_features(self) -> tuple[list[Tensor | SparseMatrix], Tensor]:
         """Return φ(z) of all targets, (m, k), at every checkpoint; and f(z), (m,), see `Attribution.outputs`."""
-        loop = self.plan.loop(self.trainer, self.model, self.loaders.targets(), self.loaders.train, "target")
-        first, last, total = self.entries[0], self.entries[-1], len(self.entries)
-        loop.label_targets(lambda: load_weights(last.weights_path, last.digest))
-        loop.preflight(load_weights(first.weights_path, first.digest), first.digest)
+        loop, total = self.target_loop(), len(self.entries)
         features, latest = [], {}
         for number, (entry, scales) in enumerate(zip(self.entries, self.scales, strict=True), 1):
             found, outputs = featurize_targets(loop, entry, f"{number}/{total}")
@@ -94,14 +94,26 @@ class Job:
         return [rescaled(entry, sizes, strength) for entry in self.entries]
 
     @property
-    def layers(self) -> list[slice]:
-        """The columns of each layer in whitened features."""
-        layers, start = [], 0
-        for _, shapes in groupby(self.plan.shapes.items(), key=lambda item: item[0].rpartition(".")[0]):
+    def layers(self) -> dict[str, slice]:
+        """The layers by name, with the columns that each has in whitened features."""
+        layers, start = {}, 0
+        for layer, shapes in groupby(self.plan.shapes.items(), key=lambda item: layer_of(item[0])):
             stop = start + sum(prod(shape) for _, shape in shapes)
-            layers.append(slice(start, stop))
+            layers[layer] = slice(start, stop)
             start = stop
         return layers
+
+    def loop(self, examples: str) -> FeaturizationLoop:
+        """Return the loop that featurizes the ``"train"`` set or the ``"target"`` set."""
+        loader = self.loaders.targets() if examples == "target" else self.loaders.train()
+        return self.plan.loop(self.trainer, self.model, loader, self.loaders.train, examples)
+
+    def target_loop(self) -> FeaturizationLoop:
+        """Return the loop of the targets, after labelling them and trying a few."""
+        loop, first, last = self.loop("target"), self.entries[0], self.entries[-1]
+        loop.label_targets(lambda: load_weights(last.weights_path, last.digest))
+        loop.preflight(load_weights(first.weights_path, first.digest), first.digest)
+        return loop
 
     def estimator(self) -> Estimator:
         """Return the estimator over the train features of all checkpoints."""
@@ -112,6 +124,15 @@ class Job:
         pairs = zip(self.entries, self.scales, strict=True)
         trains = [train_features(entry, dimension, rest=rest, scales=scales) for entry, scales in pairs]
         return Estimator(trains, self.options, device)
+
+
+def layer_of(parameter: str) -> str:
+    """Return the name of the layer that a parameter belongs to: its module, or itself.
+
+    >>> layer_of("net.0.weight"), layer_of("scale")
+    ('net.0', 'scale')
+    """
+    return parameter.rpartition(".")[0] or parameter
 
 
 @contextmanager
@@ -139,7 +160,7 @@ def featurized(
         own = plan.preconditioner
         damping = callback.damping if own is None else "auto" if own.damping is None else own.damping
         options = Options(damping, callback.temperature, callback.curvature, callback.estimator)
-        yield Job(trainer, model, store, plan, [store[digest] for digest in digests], data, options)
+        yield Job(trainer, model, store, plan, [store[digest] for digest in digests], data, datamodule, options)
 
 
 def _sorted_out(model: Any, dataloaders: Any, datamodule: Any) -> tuple[Any, Any, Any]:

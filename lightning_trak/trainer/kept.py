@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_trak.influence import Estimator, GaussNewton, Kinds, Solved, TrainFeatures, fit_weights, n_blocks
-from lightning_trak.store.checkpoint import CheckpointEntry
+from lightning_trak.results.split import SplitScore
+from lightning_trak.trainer.attachment import attached
 from lightning_trak.trainer.checkpoints import naming, sums_of
-from lightning_trak.trainer.framework import Trainer
+from lightning_trak.trainer.job import Job
 from lightning_trak.trainer.progress import progress
+from lightning_trak.trainer.split import split_score
 
 T = TypeVar("T")
 
@@ -23,18 +25,14 @@ class KeptFeatures:
     """The features that scores were computed from.
 
     Attributes:
-        trainer: supplies the progress bar.
+        job: the checkpoints, the model and the data.
         estimator: computed the scores.
-        entries: the checkpoints that they are averaged over, with the train features.
         targets: φ(z) of the targets at each checkpoint, (m, k); sparse if whitened.
-        layers: the columns of each layer in whitened features.
     """
 
-    trainer: Trainer
+    job: Job
     estimator: Estimator
-    entries: Sequence[CheckpointEntry]
     targets: Sequence[Any]
-    layers: Sequence[slice]
 
     def without(self, masks: Tensor) -> Tensor:
         """Return how the outputs change when sets of training examples are left out, (s, n) → (s, m)."""
@@ -51,27 +49,33 @@ class KeptFeatures:
             masks: (s, n), bool; row t says which training examples are in subset t.
             outputs: of the targets after training on each subset, (s, m).
         """
-        count = len(self.entries)
+        layers = list(self.job.layers.values())
+        count = len(self.job.entries)
 
         def predict(_: int, train: TrainFeatures, targets: Any, sums: GaussNewton | None) -> tuple[Tensor, Tensor]:
-            kinds = Kinds(self.estimator, train, targets, sums, self.layers)
+            kinds = Kinds(self.estimator, train, targets, sums, layers)
             return kinds.predictions(masks), torch.tensor(kinds.usual) / count
 
         predicted, usual = zip(*self._at_each_checkpoint("Predicting subsets", predict), strict=True)
         weights = fit_weights(torch.cat(predicted), outputs, torch.cat(usual)).split([len(one) for one in usual])
 
         def weigh(number: int, train: TrainFeatures, targets: Any, sums: GaussNewton | None) -> Solved:
-            return Kinds(self.estimator, train, targets, sums, self.layers).combined(weights[number] * count)
+            return Kinds(self.estimator, train, targets, sums, layers).combined(weights[number] * count)
 
         solved = self._at_each_checkpoint("Weighting", weigh)
-        with progress(self.trainer, "Scoring", n_blocks(len(masks[0]), len(outputs[0]))) as advance:
+        with progress(self.job.trainer, "Scoring", n_blocks(len(masks[0]), len(outputs[0]))) as advance:
             return self.estimator.scores(solved, lambda: advance(1)).mean
+
+    def split(self, i: int, j: int) -> SplitScore:
+        """Split the score of training example i for target j by layer and by parts."""
+        with attached(self.job.trainer, self.job.model, self.job.datamodule):
+            return split_score(self.job, self.estimator, self.targets, i, j)
 
     def _at_each_checkpoint(self, description: str, compute: Callable[..., T]) -> list[T]:
         """Call ``compute`` with (number, train set, targets, sums over the train set) of each checkpoint."""
         results = []
-        with progress(self.trainer, description, len(self.entries)) as advance:
-            trains = zip(self.entries, self.estimator.trains, self.targets, strict=True)
+        with progress(self.job.trainer, description, len(self.job.entries)) as advance:
+            trains = zip(self.job.entries, self.estimator.trains, self.targets, strict=True)
             for number, (entry, train, targets) in enumerate(trains):
                 with naming(entry):
                     results.append(compute(number, train, targets, sums_of(entry, self.estimator, train)))

@@ -45,8 +45,8 @@ def run(
         "Leaving out sets, all checkpoints of 1 run, every set and target",
         ["task", "left out", "correlation, sum", "without", "slope, sum", "without", "error, sum", "without"],
         (row for key in with_sets for row in _sets(key, root, repeats, n_sets)),
-        f"{repeats} trainings without each of {n_sets} sets. The error is that of predicted changes, relative to the actual"
-        " ones (roots of mean squares); 1 is that of predicting no change.",
+        f"{repeats} trainings without each of {n_sets} sets. The error is that of predicted changes, relative to the"
+        " actual ones (roots of mean squares); 1 is that of predicting no change.",
     )
 
 
