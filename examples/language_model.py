@@ -146,6 +146,18 @@ def print_examples(attribution: Attribution, data: TextData, targets: list[int])
             print(f"  #{row} ({value:+.2f}{mark}): {data.shown(data.train_set.tokens[row])}")
 
 
+def print_words(attribution: Attribution, data: TextData, target: int) -> None:
+    """Print which words of the most helpful passage speak for which words of a completion."""
+    row = int(attribution.top(1).indices[target, 0])
+    parts = attribution.parts(row, target).parts
+    passage, copy = data.train_set.tokens[row], data.target_set.tokens[target]
+    print(f"\nOf the score of #{row} for target {target}, {parts.sum():.2f}, these pairs of words add most:")
+    for value, place in zip(*(found.tolist() for found in parts.flatten().topk(5)), strict=True):
+        s, t = divmod(place, parts.shape[1])  # part t is the prediction of word t + 1
+        one, other = (f"'{data.shown(tokens[at : at + 2])}'" for tokens, at in ((passage, s), (copy, t)))
+        print(f"  {value:+.2f}: {one} in the passage, {other} in the target")
+
+
 def print_found(attribution: Attribution, data: TextData) -> None:
     """Say how often the passage that a completion came from is among the most helpful."""
     n, n_targets = len(data.train_set), len(data.source)
@@ -184,6 +196,7 @@ def main() -> None:
     attribution = trainer.attribute(datamodule=data)
     print(attribution)
     print_examples(attribution, data, targets=[0, 1, 2])
+    print_words(attribution, data, target=0)
     print_found(attribution, data)
 
 

@@ -42,6 +42,7 @@ class TRAKMixin:
     Attributes:
         example_numbers: what `number_examples` returned for the current batch; None where rows are unknown.
         draws_rest: whether drawn labels leave out what the model output tells, whose curvature w ∇f ∇fᵀ then is added.
+        whitens_by_default: whether ``preconditioner="auto"`` uses drawn labels.
 
     >>> class Logistic(TRAKMixin, torch.nn.Linear):
     ...     def model_output(self, batch):
@@ -55,6 +56,7 @@ class TRAKMixin:
 
     example_numbers: Tensor | None = None
     draws_rest: bool = False
+    whitens_by_default: bool = True
 
     def prepare_checkpoint(self) -> None:
         """Compute what ``model_output`` needs once per checkpoint, at the checkpoint's weights. Optional.
@@ -219,13 +221,13 @@ def draws_labels(module: Any) -> bool:
     )
 
 
-def draws_rest(module: Any) -> bool:
-    """Say whether the class that defines ``draw_labels`` also says that they leave out what the output tells.
+def of_drawing_class(module: Any, name: str) -> bool:
+    """Return an attribute of the class that defines ``draw_labels``, or its default.
 
     Of two mixins, the one that comes first draws; the other's attribute must not count.
     """
     kinds = (kind for kind in type(module).__mro__ if "draw_labels" in vars(kind))
-    return bool(getattr(next(kinds, None), "draws_rest", False))
+    return bool(getattr(next(kinds, None), name, getattr(TRAKMixin, name)))
 
 
 def has_parts(module: Any) -> bool:

@@ -58,6 +58,7 @@ class ClassificationMixin(TRAKMixin):
     class_weights: Tensor | None
     label_smoothing: float = 0.0
     draws_rest = True
+    whitens_by_default = False  # it takes several times as long
 
     def get_logits(self, batch: Any) -> Tensor:
         """Return the logits, (b, classes), (b, 1) or (b,): ``self(x)``, or ``self(**inputs)`` for a mapping."""

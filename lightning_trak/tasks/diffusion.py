@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_trak.data.batch import describe
 from lightning_trak.tasks.base import TRAKMixin
+from lightning_trak.tasks.draws import draw_signs
 
 
 class DiffusionMixin(TRAKMixin):
@@ -78,17 +79,26 @@ class DiffusionMixin(TRAKMixin):
 
     def model_output(self, batch: Any) -> Tensor:
         """Return minus the root mean squared error over the pairs, (b,)."""
-        clean = self.get_clean(batch)
-        errors = []
-        for steps, noise in self._pairs(clean):
-            predicted = self.predict_noise(self.add_noise(clean, noise, steps), steps, batch)
-            if predicted.shape != noise.shape:
-                raise ValueError(
-                    f"predict_noise returned shape {tuple(predicted.shape)} for noise {tuple(noise.shape)}; expected"
-                    " the same. Return the predicted noise alone, without a predicted variance."
-                )
-            errors.append((predicted - noise).square().flatten(1).mean(1))
+        errors = [(predicted - noise).square().flatten(1).mean(1) for predicted, noise in self._predictions(batch)]
         return -torch.stack(errors).mean(0).sqrt()
+
+    def draw_labels(self, batch: Any, seeds: Sequence[int]) -> Tensor:
+        """Return a sign for every entry of every predicted noise, (b, K, ...); see `TRAKMixin` for ``seeds``."""
+        clean = self.get_clean(batch)
+        return draw_signs(seeds, (self.n_pairs, *clean.shape[1:]), clean)
+
+    def drawn_loss(self, drawn: tuple[Any, Tensor]) -> Tensor:
+        """Return √(2 / (K d)) Σ s ε_θ for every example, (b,), with signs s.
+
+        On average, the outer product of its gradient is the Gauss–Newton matrix of the mean squared error.
+
+        Args:
+            drawn: the batch, and what `draw_labels` returned for it.
+        """
+        batch, signs = drawn
+        pairs = zip(signs.unbind(1), self._predictions(batch), strict=True)
+        total = torch.stack([(sign * predicted).flatten(1).sum(1) for sign, (predicted, _) in pairs]).sum(0)
+        return (2 / signs[0].numel()) ** 0.5 * total
 
     def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
         """Return the mean squared errors, (b,)."""
@@ -106,6 +116,18 @@ class DiffusionMixin(TRAKMixin):
     def batch_loss(self, batch: Any) -> None:
         """Return None: training draws other steps and noise, so its loss differs."""
         return
+
+    def _predictions(self, batch: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield predicted noise and noise of every pair, (b, ...) each."""
+        clean = self.get_clean(batch)
+        for steps, noise in self._pairs(clean):
+            predicted = self.predict_noise(self.add_noise(clean, noise, steps), steps, batch)
+            if predicted.shape != noise.shape:
+                raise ValueError(
+                    f"predict_noise returned shape {tuple(predicted.shape)} for noise {tuple(noise.shape)}; expected"
+                    " the same. Return the predicted noise alone, without a predicted variance."
+                )
+            yield predicted, noise
 
     def _pairs(self, clean: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield steps (b,) and noise (b, ...), the same in every row."""

@@ -21,6 +21,18 @@ def uniform(seeds: Sequence[int], shape: Sequence[int], like: Tensor) -> Tensor:
     return torch.stack(drawn).to(like.device) if drawn else torch.zeros(0, *shape, device=like.device)
 
 
+def draw_signs(seeds: Sequence[int], shape: Sequence[int], like: Tensor) -> Tensor:
+    """Draw −1 or 1 for every number of every example, (b, *shape), each as often.
+
+    With residuals of such signs, the squared error has the Gauss–Newton matrix as the mean of its gradients' outer
+    products: E[(Jᵀs)(Jᵀs)ᵀ] = JᵀJ.
+
+    >>> draw_signs([0, 1], [50], torch.zeros(0)).abs().sum()
+    tensor(100.)
+    """
+    return torch.where(uniform(seeds, shape, like) < 0.5, -1.0, 1.0).to(like.dtype)
+
+
 def draw_classes(logits: Tensor, seeds: Sequence[int]) -> Tensor:
     """Draw a class for every part of every example, (b, ..., classes) → (b, ...), with the probabilities softmax(g).
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from lightning_trak.tasks.batch import forward, labels, labels_or_none
+from lightning_trak.tasks.draws import draw_signs
 from lightning_trak.tasks.parts import PartsMixin
 
 
@@ -37,6 +39,8 @@ class RegressionMixin(PartsMixin):
     >>> model.out_to_loss_grad(batch), model.out_to_loss_curvature(batch)
     (tensor([ 2.,  4., -2.]), tensor([2., 2., 2.]))
     """
+
+    whitens_by_default = False  # a single number has nothing to draw
 
     def get_predictions(self, batch: Any) -> Tensor:
         """Return the predictions for ``batch``, (b,) or (b, d)."""
@@ -76,6 +80,25 @@ class RegressionMixin(PartsMixin):
                 " get_labels(self, batch), or get_predictions(self, batch) to choose or sum the outputs to attribute."
             )
         return -(predictions - targets).norm(dim=1)
+
+    def draw_labels(self, batch: Any, seeds: Sequence[int]) -> Tensor | None:
+        """Return a sign for every predicted number, (b, d); see `TRAKMixin` for ``seeds``.
+
+        None for a single number: its output tells all.
+        """
+        labels = self.part_labels(batch)
+        return None if labels.ndim == 1 else draw_signs(seeds, labels.shape[1:], labels)
+
+    def drawn_loss(self, drawn: tuple[Any, Tensor]) -> Tensor:
+        """Return √(2 / d) Σ s ŷ for every example, (b,), with signs s.
+
+        On average, the outer product of its gradient is the Gauss–Newton matrix of the mean squared error.
+
+        Args:
+            drawn: the batch, and what `draw_labels` returned for it.
+        """
+        batch, signs = drawn
+        return (2 / signs.shape[1]) ** 0.5 * (signs * self.part_predictions(batch)).sum(1)
 
     def output_of_parts(self, losses: Tensor, batch: Any) -> Tensor:
         """Return minus the distances from the labels, (b,), of several numbers."""

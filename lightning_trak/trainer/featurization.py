@@ -208,8 +208,8 @@ class FeaturizationLoop:
             drawn = function.call(self._module.draw_labels, batch, [0] * size)  # type: ignore[operator]
         if drawn is None:
             raise ValueError(
-                f"preconditioner='kronecker', but {type(self._module).__name__} has two classes: its output tells all,"
-                " and no other label is left to draw. Leave preconditioner out of TRAKCallback."
+                f"preconditioner='kronecker', but the output of {type(self._module).__name__} tells all, as for two"
+                " classes or a single number: no label is left to draw. Leave preconditioner out of TRAKCallback."
             )
 
     def _try_whole_batch(self, function: ModelFunction, engine: Engine) -> None:

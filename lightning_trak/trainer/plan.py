@@ -13,7 +13,7 @@ from lightning_trak.data.identity import fingerprint
 from lightning_trak.gradients import Selector
 from lightning_trak.gradients.parameters import select_parameters
 from lightning_trak.projection import IdentityProjector, Projector, make_projector, restore_projector
-from lightning_trak.tasks.base import draws_labels, draws_rest
+from lightning_trak.tasks.base import draws_labels, of_drawing_class
 from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import is_finetuning, rank_zero_warn
 from lightning_trak.trainer.reports import Reports
@@ -56,10 +56,11 @@ def parameters_to_be(settings: Settings, trainer: Any, module: Any) -> str | Non
 def _preconditioner(settings: Settings, module: Any, manifest: dict[str, Any] | None) -> Preconditioner | None:
     """Return how gradients are whitened; None if they are not: see ``TRAKCallback(preconditioner=...)``."""
     stored = None if manifest is None else manifest.get("preconditioner")
-    rest = draws_rest(module)
+    rest = of_drawing_class(module, "draws_rest")
     if settings.preconditioner == "none" or (settings.preconditioner == "auto" and not settings.all_by_default):
         return None
-    by_default = draws_labels(module) and not rest if manifest is None else stored
+    own = draws_labels(module) and of_drawing_class(module, "whitens_by_default")
+    by_default = own if manifest is None else stored
     if settings.preconditioner == "auto" and not by_default:
         return None
     if not draws_labels(module):

@@ -8,8 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_trak import ClassificationMixin, LanguageModelingMixin, MultilabelMixin, SegmentationMixin, TRAKMixin
-from lightning_trak.tasks.base import draws_labels, draws_rest
+from lightning_trak import (
+    ClassificationMixin,
+    DiffusionMixin,
+    LanguageModelingMixin,
+    MultilabelMixin,
+    RegressionMixin,
+    SegmentationMixin,
+    TRAKMixin,
+)
+from lightning_trak.tasks.base import draws_labels, of_drawing_class
 
 
 class Words(LanguageModelingMixin, nn.Module):
@@ -59,6 +67,29 @@ def masked_pixels():
 
 def two_classes():
     return Segmenter(2, 1, 1), (torch.randn(1, 2, 2), torch.tensor([[0, 1]])), list(product(range(2), repeat=2))
+
+
+class Numbers(RegressionMixin, nn.Linear): ...
+
+
+class Denoiser(DiffusionMixin, nn.Module):
+    n_pairs = 2
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.alphas_cumprod = nn.Linear(2, 2), torch.linspace(0.9, 0.1, 20)
+
+    def predict_noise(self, noisy, steps, batch):
+        return self.net(noisy)
+
+
+def numbers():
+    return Numbers(2, 3), (torch.randn(1, 2), torch.randn(1, 3)), torch.tensor(list(product((-1.0, 1.0), repeat=3)))
+
+
+def noise():
+    signs = torch.tensor(list(product((-1.0, 1.0), repeat=4))).reshape(16, 2, 2)
+    return Denoiser(), torch.randn(1, 2), signs
 
 
 TASKS = [words, masked_words, tags, summed_tags, pixels, masked_pixels, two_classes]
@@ -170,9 +201,10 @@ class ClassifierOfWords(ClassificationMixin, Words): ...
 
 
 def test_of_two_mixins_the_first_one_draws():
-    assert draws_rest(Classifier(1, 3))
-    assert draws_rest(ClassifierOfWords())
-    assert not any(draws_rest(module) for module in (WordsOfAClassifier(1, 3), Words(), OwnDraws(), nn.Linear(1, 1)))
+    for module, rest in ((Classifier(1, 3), True), (ClassifierOfWords(), True), (WordsOfAClassifier(1, 3), False)):
+        assert of_drawing_class(module, "draws_rest") == rest
+        assert of_drawing_class(module, "whitens_by_default") != rest
+    assert not any(of_drawing_class(module, "draws_rest") for module in (Words(), OwnDraws(), nn.Linear(1, 1)))
     assert draws_labels(WordsOfAClassifier(1, 3))
 
 
@@ -251,3 +283,34 @@ def test_an_example_has_the_same_labels_in_every_batch(task):
     whole = drawn(range(50))
     assert torch.equal(torch.cat([drawn(range(3)), drawn(range(3, 50))]), whole)
     assert (whole != whole[0]).any()  # each by numbers of its own
+
+
+@pytest.mark.parametrize("task", [numbers, noise], ids=lambda task: task.__name__)
+def test_all_signs_together_give_the_hessian_of_the_squared_error(task):
+    """Of predictions that are linear in the parameters: there it is the Gauss–Newton matrix."""
+    torch.manual_seed(0)
+    module, batch, signs = task()
+    parameters = tuple(module.parameters())
+
+    def loss(*values):
+        named = dict(zip([f"module.{name}" for name, _ in module.named_parameters()], values, strict=True))
+        calls = _Calls(module, lambda given: module.output_to_loss(module.model_output(given), given).sum())
+        return torch.func.functional_call(calls, named, (batch,))
+
+    blocks = torch.autograd.functional.hessian(loss, parameters)
+    hessian = torch.cat(
+        [torch.cat([b.reshape(v.numel(), -1) for b in row], 1) for row, v in zip(blocks, parameters, strict=True)]
+    )
+    total = sum(outer(module.drawn_loss((batch, one[None])), parameters) for one in signs) / len(signs)
+    torch.testing.assert_close(total, hessian, rtol=1e-3, atol=1e-4)
+    drawn = module.draw_labels(
+        tuple(part.expand(5000, -1) for part in batch) if task is numbers else batch.expand(5000, -1), range(5000)
+    )
+    assert drawn.shape == (5000, *signs.shape[1:])
+    assert set(drawn.unique().tolist()) == {-1.0, 1.0}
+    flat_signs = drawn.flatten(1)
+    torch.testing.assert_close(flat_signs.T @ flat_signs / 5000, torch.eye(flat_signs.shape[1]), atol=0.08, rtol=0)
+
+
+def test_a_single_number_leaves_nothing_to_draw():
+    assert Numbers(2, 1).draw_labels((torch.randn(4, 2), torch.randn(4, 1)), range(4)) is None

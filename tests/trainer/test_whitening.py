@@ -282,7 +282,7 @@ def test_damping_is_relative_to_the_mean_eigenvalue(tmp_path):
     ("module_type", "message"),
     [
         (OwnClassifier, "needs labels drawn .* OwnClassifier does not define"),
-        (TwoClasses, "TwoClasses has two classes"),
+        (TwoClasses, "output of TwoClasses tells all"),
     ],
 )
 def test_labels_must_be_left_to_draw(tmp_path, module_type, message):
