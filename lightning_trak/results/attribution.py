@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -18,11 +19,13 @@ from lightning_trak.influence import Extremes, Ranked, Spread, fit_weights, rank
 from lightning_trak.metrics import predicted_outputs, spearman
 from lightning_trak.results.plots import plot_extremes
 from lightning_trak.results.split import SplitScore
+from lightning_trak.store.files import atomically, checksum_of_file, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_INDEX = "attribution.json"
 _LISTS = ("checkpoints", "dampings", "damping_rules", "loss_explained")  # the fields below that are tuples
 
 
@@ -322,18 +325,27 @@ class Attribution:
         return plot_extremes(extremes, shown, train, targets)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the attribution into the directory ``path``. An earlier attribution there is replaced."""
-        target = Path(path)
-        if target.exists() and not (target / "attribution.json").is_file():
+        """Write the attribution into the directory ``path``.
+
+        An earlier attribution there is replaced in one step. Whatever else is in the directory stays.
+
+        Raises:
+            FileExistsError: if ``path`` exists, is not empty, and has no saved attribution.
+        """
+        folder = Path(path)
+        if folder.exists() and not (folder / _INDEX).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
             raise FileExistsError(f"'{path}' exists and is no saved attribution. Choose another path.")
-        partial = target.with_name(target.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        before, token, files = _files_of(folder), uuid4().hex[:8], {}
         for name, array in self._arrays().items():
-            np.save(partial / f"{name}.npy", array.numpy(), allow_pickle=False)
-        (partial / "attribution.json").write_text(json.dumps(asdict(self.info), indent=1))
-        shutil.rmtree(target, ignore_errors=True)
-        partial.replace(target)
+            file = f"{name}-{token}.npy"  # not that of the earlier attribution, which is whole until the index changes
+            with atomically(folder / file) as partial, open(partial, "wb") as opened:
+                np.save(opened, array.numpy(), allow_pickle=False)
+            files[name] = {"file": file, "checksum": checksum_of_file(folder / file)}
+        content = {"info": asdict(self.info), "files": files}
+        write_json(folder / _INDEX, {"checksum": _checksum(content), **content})
+        for file in before:
+            (folder / file).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Attribution:
@@ -344,24 +356,23 @@ class Attribution:
             ValueError: if it is damaged.
         """
         folder = Path(path)
-        if not (folder / "attribution.json").is_file():
-            raise FileNotFoundError(f"There is no saved attribution in '{path}' (no attribution.json).")
+        if not (folder / _INDEX).is_file():
+            raise FileNotFoundError(f"There is no saved attribution in '{path}' (no {_INDEX}).")
         try:
-            fields = json.loads((folder / "attribution.json").read_text())
-            lists = {name: tuple(fields.get(name, ())) for name in _LISTS}
-            info = AttributionInfo(**{**fields, **lists})
-            names = ["scores"] if (folder / "scores.npy").exists() else ["top", "top_values", "bottom", "bottom_values"]
-            arrays = [_load(folder, name) for name in names]
-            outputs = _load(folder, "outputs") if (folder / "outputs.npy").exists() else None
-            varies = (folder / "standard_error.npy").exists()
-            spread = Spread(_load(folder, "standard_error"), _load(folder, "sample")) if varies else None
+            index = json.loads((folder / _INDEX).read_text())
+            if index["checksum"] != _checksum({name: index[name] for name in ("info", "files")}):
+                raise ValueError(f"the checksum of {_INDEX} has changed")
+            lists = {name: tuple(index["info"][name]) for name in _LISTS}
+            info = AttributionInfo(**{**index["info"], **lists})
+            arrays = {name: _load(folder, **file) for name, file in index["files"].items()}
+            outputs = arrays.get("outputs")
+            if "scores" not in arrays:
+                sides = [Ranked(arrays[side], arrays[f"{side}_values"]) for side in ("top", "bottom")]
+                return cls(Extremes(*sides), info, outputs=outputs)
+            spread = Spread(arrays["standard_error"], arrays["sample"]) if "sample" in arrays else None
+            return cls(arrays["scores"], info, spread, outputs=outputs)
         except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
             raise ValueError(f"The attribution in '{path}' is damaged: {error}. Compute it again.") from error
-        if len(arrays) == 1:
-            if tuple(arrays[0].shape) != (info.n_train, info.n_targets):
-                raise ValueError(f"The attribution in '{path}' is damaged: scores have shape {tuple(arrays[0].shape)}.")
-            return cls(arrays[0], info, spread, outputs=outputs)
-        return cls(Extremes(Ranked(arrays[0], arrays[1]), Ranked(arrays[2], arrays[3])), info, outputs=outputs)
 
     def _arrays(self) -> dict[str, Tensor]:
         known = {} if self._outputs is None else {"outputs": self._outputs}
@@ -423,5 +434,22 @@ def _masks(indices: Sequence[int] | Tensor, n: int) -> Tensor:
     return masks
 
 
-def _load(folder: Path, name: str) -> Tensor:
-    return torch.from_numpy(np.load(folder / f"{name}.npy", allow_pickle=False))
+def _files_of(folder: Path) -> list[str]:
+    """Return the names of the arrays of an earlier attribution; none if its index cannot be read."""
+    try:
+        index = json.loads((folder / _INDEX).read_text())
+        return [Path(entry["file"]).name for entry in index["files"].values()]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return []
+
+
+def _checksum(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _load(folder: Path, file: str, checksum: int) -> Tensor:
+    """Read an array, whose checksum is compared before anything is allocated by what its header declares."""
+    path = folder / Path(file).name
+    if checksum_of_file(path) != checksum:
+        raise ValueError(f"the checksum of {path.name} has changed")
+    return torch.from_numpy(np.load(path, allow_pickle=False))

@@ -59,6 +59,26 @@ def damaged(path: Path, why: str) -> ValueError:
     )
 
 
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open directories
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum_of_file(path: Path) -> int:
+    """Return the CRC-32 of a file, which is read block by block."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(CRC_BLOCK):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
 def checksum_of(arrays: Mapping[str, Array]) -> int:
     """Return the CRC-32 of arrays and their names."""
     crc = 0
@@ -135,10 +155,15 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """Write a file whole or not at all: write to the yielded path; it replaces ``path`` at the end."""
+    """Write a file whole or not at all: write to the yielded path; it replaces ``path`` at the end.
+
+    The content reaches the disk before the name does: after a power cut there is the old file or the new one.
+    """
     partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")  # unique: another process may write the same file
     try:
         yield partial
+        _to_disk(partial)
         os.replace(partial, path)
+        _to_disk(path.parent)
     finally:
         partial.unlink(missing_ok=True)

@@ -171,9 +171,7 @@ class FeatureStore:
 
     def scores_dir(self, name: str) -> Path:
         """Return the directory of the scores saved under ``name``."""
-        if not name or name != Path(name).name or name in (".", ".."):
-            raise ValueError(f"name must be usable as a folder name, got {name!r}.")
-        return self.dirpath / "scores" / name
+        return self.dirpath / "scores" / folder_name(name)
 
     def __repr__(self) -> str:
         complete = sum(entry.complete for entry in self)
@@ -181,6 +179,17 @@ class FeatureStore:
             f"FeatureStore('{self.dirpath}', n_train={self.n_train}, checkpoints={len(self)}, featurized={complete},"
             f" projection={_short(self.manifest.get('projection'))})"
         )
+
+
+def folder_name(name: str) -> str:
+    """Return ``name`` if a folder can have it.
+
+    Raises:
+        ValueError: if none can.
+    """
+    if not isinstance(name, str) or not name or name != Path(name).name or name in (".", "..") or "\0" in name:
+        raise ValueError(f"name must be usable as a folder name, got {name!r}.")
+    return name
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,8 +11,15 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.influence import Estimator, Solved, n_blocks
 from lightning_trak.results.attribution import Attribution, AttributionInfo
+from lightning_trak.store.store import folder_name
 from lightning_trak.trainer.checkpoints import naming, sums_of
-from lightning_trak.trainer.framework import LightningDataModule, LightningModule, Trainer, rank_zero_info
+from lightning_trak.trainer.framework import (
+    LightningDataModule,
+    LightningModule,
+    Trainer,
+    rank_zero_info,
+    rank_zero_warn,
+)
 from lightning_trak.trainer.job import CkptPath, Job, featurized
 from lightning_trak.trainer.kept import KeptFeatures
 from lightning_trak.trainer.progress import progress
@@ -65,6 +72,8 @@ def attribute(
     """
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise ValueError(f"top_k must be a positive integer or None, got {top_k!r}.")
+    if name is not None:
+        folder_name(name)
     with featurized(trainer, model, dataloaders, datamodule, ckpt_path) as job:
         targets, outputs = job.target_features()
         estimator, solved = job.estimator(), []
@@ -82,7 +91,10 @@ def attribute(
     kept = KeptFeatures(job, estimator, targets)
     attribution = Attribution(scores, info, spread, outputs=outputs, kept=kept)
     if name is not None:
-        attribution.save(job.store.scores_dir(name))
+        try:
+            attribution.save(job.store.scores_dir(name))
+        except OSError as error:  # of a full disk, for example: nothing that was computed is lost
+            rank_zero_warn(f"The scores are returned, but could not be saved as {name!r}: {error}")
     return attribution
 
 

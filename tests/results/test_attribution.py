@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 
 import matplotlib as mpl
 import numpy as np
@@ -81,16 +83,59 @@ def test_save_does_not_replace_what_is_not_its_own(tmp_path, full):
     assert (tmp_path / "thesis.tex").exists()
 
 
-@pytest.mark.parametrize("name", ["scores.npy", "attribution.json"])
-def test_damaged_files(tmp_path, full, name):
+def test_other_files_stay(tmp_path, full):
     full.save(tmp_path / "a")
-    path = tmp_path / "a" / name
-    path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(ValueError, match="is damaged"):
-        Attribution.load(tmp_path / "a")
-    np.save(tmp_path / "a" / "scores.npy", np.zeros((2, 2)))
-    with pytest.raises(ValueError, match="is damaged"):
-        Attribution.load(tmp_path / "a")
+    (tmp_path / "a" / "notes.txt").write_text("years of work")
+    full.save(tmp_path / "a")
+    names = sorted(path.name.split("-")[0] for path in (tmp_path / "a").iterdir())
+    assert names == ["attribution.json", "notes.txt", "scores"]
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_save_that_is_interrupted_leaves_the_earlier_attribution(tmp_path, either, monkeypatch):
+    """Whichever step is the last: the old scores or the new ones are there, whole."""
+    later = Attribution(SCORES + 1, INFO, outputs=torch.zeros(INFO.n_targets))
+    steps, replace_file = 0, os.replace
+    for allowed in range(4):
+        either.save(tmp_path / "a")
+        steps = 0
+
+        def replace_some(source, target, allowed=allowed):
+            nonlocal steps
+            steps += 1
+            if steps > allowed:
+                raise OSError("interrupted")
+            replace_file(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace_some)
+            with suppress(OSError):
+                later.save(tmp_path / "a")
+        found = Attribution.load(tmp_path / "a")
+        assert torch.equal(found.top(1).values, (later if allowed == 3 else either).top(1).values)
+    assert len(files_of(tmp_path / "a")) >= 3
+
+
+def test_every_damage_is_noticed(tmp_path, full):
+    full.save(tmp_path / "a")
+    rng = np.random.default_rng(0)
+    for name, content in files_of(tmp_path / "a").items():
+        path = tmp_path / "a" / name
+        for _ in range(30):
+            changed = bytearray(content)
+            changed[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+            path.write_bytes(changed)
+            with pytest.raises(ValueError, match="is damaged.*Compute it again"):
+                Attribution.load(tmp_path / "a")
+        for rest in (content[:-30], b""):
+            path.write_bytes(rest)
+            with pytest.raises(ValueError, match="is damaged"):
+                Attribution.load(tmp_path / "a")
+        path.write_bytes(content)
+    assert torch.equal(Attribution.load(tmp_path / "a").scores, full.scores)
     with pytest.raises(FileNotFoundError, match="no saved attribution"):
         Attribution.load(tmp_path / "nowhere")
 

@@ -143,3 +143,20 @@ def test_name_keeps_the_result_in_the_store(run):
     loaded = Attribution.load(root / "store" / "scores" / "first")
     assert torch.equal(loaded.scores, attribution.scores)
     assert repr(loaded) == repr(attribution)
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "..", "a\0b", 3])
+def test_a_name_that_cannot_be_used_is_refused_before_the_work(run, name, said):
+    root, *_ = run
+    with pytest.raises(ValueError, match="name must be usable as a folder name"):
+        fresh(root).attribute(Classifier(), datamodule=Blobs(), name=name)
+    assert "averaging" not in " ".join(said())
+
+
+def test_scores_that_cannot_be_saved_are_returned(run, tmp_path):
+    root, *_ = run
+    shutil.copytree(root / "store", tmp_path / "store")
+    (tmp_path / "store" / "scores").write_text("a file in the way")
+    with pytest.warns(UserWarning, match="The scores are returned, but could not be saved as 'mine'"):
+        attribution = fresh(tmp_path).attribute(Classifier(), datamodule=Blobs(), name="mine")
+    assert attribution.scores.shape == (40, 7)
