@@ -156,6 +156,7 @@ def test_a_name_that_cannot_be_used_is_refused_before_the_work(run, name, said):
 def test_scores_that_cannot_be_saved_are_returned(run, tmp_path):
     root, *_ = run
     shutil.copytree(root / "store", tmp_path / "store")
+    shutil.rmtree(tmp_path / "store" / "scores", ignore_errors=True)
     (tmp_path / "store" / "scores").write_text("a file in the way")
     with pytest.warns(UserWarning, match="The scores are returned, but could not be saved as 'mine'"):
         attribution = fresh(tmp_path).attribute(Classifier(), datamodule=Blobs(), name="mine")
