@@ -21,9 +21,9 @@ VERSION = 3  # count it up when the same examples come to other whitened feature
 class Preconditioner:
     """How gradients are whitened and stored.
 
-    At each checkpoint, labels are drawn from the predictions for some training examples. A first pass over them gives
-    the Kronecker factors of each parameter's Fisher information, a second its eigenvalues Λ. Gradients are then divided
-    by √(Λ + λ) along the eigenvectors, and each training example's largest entries are stored. Scores are inner
+    At each checkpoint, labels are drawn from the predictions for some training examples. A pass over 256 of them gives
+    the Kronecker factors of each parameter's Fisher information, a pass over 1000 its eigenvalues Λ. Gradients are then
+    divided by √(Λ + λ) along the eigenvectors, and each training example's largest entries are stored. Scores are inner
     products of whitened gradients, times q / n: the influence with the inverse of the damped Fisher information, as in
     Grosse et al., "Studying large language model generalization with influence functions", arXiv 2308.03296, Section 2.
 
@@ -34,7 +34,8 @@ class Preconditioner:
         entries: how many entries of each training example are stored: its largest.
         target_entries: how many of a target.
         damping: λ of each parameter, relative to its mean eigenvalue; None: from the training time, else 1.
-        examples: how many training examples the curvature is estimated from.
+        examples: how many training examples the eigenvalues are estimated from.
+        basis_examples: how many training examples their eigenvectors are estimated from.
         rest: whether labels are drawn of what the model output leaves open.
     """
 
@@ -42,6 +43,7 @@ class Preconditioner:
     target_entries: int
     damping: float | None = 1.0
     examples: int = 1000
+    basis_examples: int = 256
     rest: bool = False
 
     @property

@@ -48,6 +48,8 @@ class DiffusionMixin(TRAKMixin):
     torch.Size([3])
     """
 
+    whitens_by_default = False  # LDS is lower with it
+
     n_pairs: int = 10
     pair_seed: int = 0
 

@@ -84,12 +84,13 @@ def rescaled(entry: CheckpointEntry, sizes: Mapping[str, int], strength: float |
 
 
 def estimate_curvature(loop: FeaturizationLoop, weights: Weights, digest: str, description: str) -> Curvature:
-    """Estimate the curvature of the loss at a checkpoint from some training examples, in two passes over them."""
-    assert loop.preconditioner is not None
-    rows = sampled_rows(loop.size, loop.preconditioner.examples)
+    """Estimate the curvature of the loss at a checkpoint, in two passes over some training examples."""
+    own = loop.preconditioner
+    assert own is not None
+    few, rows = (sampled_rows(loop.size, size) for size in (own.basis_examples, own.examples))
     moments = SecondMoments()
     add = _adding(moments.batch, seed=0)
-    loop.each_batch(weights, digest, rows, add, f"{description}: factors")
+    loop.each_batch(weights, digest, few, add, f"{description}: factors")
     eigenvalues = Eigenvalues(moments.bases())
     add = _adding(eigenvalues.batch, seed=1)
     loop.each_batch(weights, digest, rows, add, f"{description}: eigenvalues")
