@@ -76,10 +76,11 @@ class TRAKCallback(Callback):
         preconditioner: ``"kronecker"``: whiten gradients by the curvature of each parameter (EK-FAC) before they are
             compressed, and store the largest entries of each example: ``proj_dim / 8``, or ``proj_dim / 2`` for
             classification. This needs a mixin that draws labels from the predictions: language modelling, segmentation,
-            multilabel, and classification into three classes or more. ``"none"``: project gradients, and put the
-            curvature of the outputs into H. ``"auto"``: ``"kronecker"`` for these mixins except classification, if
-            their output and loss are not overridden, and projector, damping, temperature, curvature and estimator are
-            defaults. Classifiers predict retraining better with ``"kronecker"``, and take two to five times as long.
+            multilabel, classification into three classes or more, regression of several numbers, and diffusion.
+            ``"none"``: project gradients, and put the curvature of the outputs into H. ``"auto"``: ``"kronecker"`` for
+            the first three, if their output and loss are not overridden, and projector, damping, temperature, curvature
+            and estimator are defaults. Classifiers predict retraining better with ``"kronecker"``, and take two to five
+            times as long.
         seed: chooses the projections.
         batch_size: of featurization. None: that of the loader, or less where memory is short.
         overwrite: True: delete what earlier runs left in the store when training begins, unless it is resumed. False:

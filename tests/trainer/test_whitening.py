@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_trak import Attribution, FeatureStore, LanguageModelingMixin, TRAKCallback
+from lightning_trak import Attribution, FeatureStore, LanguageModelingMixin, RegressionMixin, TRAKCallback
 from lightning_trak.curvature import Curvature
 from lightning_trak.gradients import DenseGradient
 from tests.conftest import Blobs, Classifier, make_trainer
@@ -267,6 +267,43 @@ def test_classes_are_not_whitened_by_default(tmp_path):
     trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store"), max_epochs=1)
     trainer.fit(Classifier(), datamodule=Blobs())
     assert trainer.attribute(datamodule=Blobs()).info.preconditioner is None
+
+
+class Line(RegressionMixin, L.LightningModule):
+    """Regression of as many numbers as asked for."""
+
+    def __init__(self, numbers):
+        super().__init__()
+        self.layer = nn.Linear(4, numbers)
+
+    def forward(self, x):
+        return self.layer(x)
+
+    def get_labels(self, batch):
+        return batch[0][:, : self.layer.out_features]
+
+    def training_step(self, batch, batch_idx):
+        return self.output_to_loss(self.model_output(batch), batch).mean()
+
+    def validation_step(self, batch, batch_idx): ...
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(("asked", "found"), [("auto", None), ("kronecker", "kronecker")])
+def test_several_numbers_are_whitened_if_asked_for(tmp_path, asked, found):
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store", preconditioner=asked), max_epochs=1)
+    trainer.fit(Line(3), datamodule=Blobs())
+    attribution = trainer.attribute(datamodule=Blobs())
+    assert attribution.info.preconditioner == found
+    assert attribution.scores.abs().sum() > 0
+
+
+def test_a_single_number_tells_all(tmp_path):
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store", preconditioner="kronecker"), max_epochs=1)
+    with pytest.raises(ValueError, match="output of Line tells all"):
+        trainer.fit(Line(1), datamodule=Blobs())
 
 
 def test_damping_is_relative_to_the_mean_eigenvalue(tmp_path):
