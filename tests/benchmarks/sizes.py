@@ -32,14 +32,15 @@ def run(
     fitted_on: Sequence[int] = (10, 20),
     repeats: int = 3,
     n_sets: int = 10,
+    choices: int = 5,
 ) -> None:
     """Print both tables; what was trained for the benchmark ``quality`` is used again."""
     print_table(
         "calibrate, all checkpoints of 1 run, evaluated on other subsets",
         ["task", "subsets", "LDS", "calibrated", "slope", "calibrated"],
-        (row for key in keys for row in _calibrated(key, root, n_subsets, fitted_on)),
-        "Means over five random choices of the subsets; the slope of actual against predicted changes is 1 for right"
-        " sizes.",
+        (row for key in keys for row in _calibrated(key, root, n_subsets, fitted_on, choices)),
+        f"Means over {choices} random choices of the subsets; the slope of actual against predicted changes is 1 for"
+        " right sizes.",
     )
     print_table(
         "Leaving out sets, all checkpoints of 1 run, every set and target",
@@ -55,14 +56,14 @@ def _attribute(key: str, root: Path, data: Any, files: Sequence[Path], store: st
     return own.attribute(TASKS[key].make_module(), datamodule=data, ckpt_path=list(files))
 
 
-def _calibrated(key: str, root: Path, n_subsets: int, fitted_on: Sequence[int]) -> Iterator[list[str]]:
+def _calibrated(key: str, root: Path, n_subsets: int, fitted_on: Sequence[int], choices: int) -> Iterator[list[str]]:
     check_folder(key, root)
     truth = ground_truth(key, root, n_subsets, 2)
     with tempfile.TemporaryDirectory() as store:
         attribution = _attribute(key, root, TASKS[key].data(), train_run(key, root, 0), store)
         for count in fitted_on:
             numbers = []
-            for seed in range(5):
+            for seed in range(choices):
                 order = torch.randperm(n_subsets, generator=torch.Generator().manual_seed(seed))
                 some, others = (_part(truth, own) for own in (order[:count], order[max(fitted_on) :]))
                 found = [evaluate(one, others) for one in (attribution, calibrate(attribution, some))]
