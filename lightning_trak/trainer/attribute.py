@@ -64,7 +64,9 @@ def attribute(
         top_k: keep only the highest and lowest ``top_k`` scores of each target, not all n × m.
 
     Returns:
-        The scores, (n, m), averaged over the checkpoints.
+        The scores, (n, m), averaged over the checkpoints. For `Attribution.without`, `Attribution.parts` and
+        `calibrate` the result also keeps the targets' features, 4 m k bytes for each checkpoint. `Attribution.save`
+        leaves them out.
 
     Raises:
         MisconfigurationException: if trainer, model, loaders and store do not fit together; the remedy is named.

@@ -44,10 +44,23 @@ def run(
     )
     print_table(
         "Leaving out sets, all checkpoints of 1 run, every set and target",
-        ["task", "left out", "correlation, sum", "without", "slope, sum", "without", "error, sum", "without"],
+        [
+            "task",
+            "left out",
+            "correlation, sum",
+            "without",
+            "slope, sum",
+            "without",
+            "error, sum",
+            "without",
+            "own targets, actual",
+            "sum",
+            "without",
+        ],
         (row for key in with_sets for row in _sets(key, root, repeats, n_sets)),
         f"{repeats} trainings without each of {n_sets} sets. The error is that of predicted changes, relative to the"
-        " actual ones (roots of mean squares); 1 is that of predicting no change.",
+        " actual ones (roots of mean squares); 1 is that of predicting no change. The last columns are mean changes of"
+        " the own targets: those that the copies are of, those of the class, or those that were helped.",
     )
 
 
@@ -94,16 +107,19 @@ def _sets(key: str, root: Path, repeats: int, n_sets: int) -> Iterator[list[str]
 
     with tempfile.TemporaryDirectory() as store:
         attribution = _attribute(key, root, data, _train(task, data, folder, make_trainer), store)
-        sets = dict(zip(NAMES, _masks(attribution, copies, data.train_set.tensors[1]), strict=True))
+        labels, of_targets = data.train_set.tensors[1], data.targets.tensors[1]
+        sets = dict(zip(NAMES, _masks(attribution, copies, labels), strict=True))
         runs = Runs(task.make_module, data, make_trainer, folder / "runs", None, {"seed": 0})
         whole = torch.ones(attribution.info.n_train, dtype=torch.bool)
         before = _outputs(runs, "before", whole[None], repeats)
         for name, masks in sets.items():
             if len(masks):
                 actual = _outputs(runs, name, ~masks, repeats) - before
-                summed = -(masks.float() @ attribution.scores)
-                pairs = [_agreement(one, actual) for one in (summed, attribution.without(masks) - attribution.outputs)]
-                yield [task.name, name, *(f"{one:.2f}" for measure in zip(*pairs, strict=True) for one in measure)]
+                changes = [-(masks.float() @ attribution.scores), attribution.without(masks) - attribution.outputs]
+                pairs = zip(*(_agreement(one, actual) for one in changes), strict=True)
+                own = _own(name, len(masks), labels, of_targets)
+                means = ["–" if own is None else f"{one[own].mean():.2f}" for one in (actual, *changes)]
+                yield [task.name, name, *(f"{one:.2f}" for measure in pairs for one in measure), *means]
 
 
 def _plant_copies(data: Any, n_sets: int) -> Tensor:
@@ -138,6 +154,17 @@ def _masks(attribution: Attribution, copies: Tensor, labels: Tensor) -> Iterator
     yield nothing.scatter(1, best[:, :20], True)
     yield nothing.scatter(1, best, True)
     yield torch.stack([~draw_removed(n, 100, 0, number) for number in range(n_sets)])
+
+
+def _own(name: str, n_sets: int, labels: Tensor, of_targets: Tensor) -> Tensor | None:
+    """Return the own targets of each set, (sets, m), bool; None for random sets."""
+    nothing = torch.zeros(n_sets, len(of_targets), dtype=torch.bool)
+    if name == NAMES[1]:
+        return of_targets == labels.unique()[:, None]
+    if name == NAMES[-1]:
+        return None
+    first = 0 if name == NAMES[0] else n_sets
+    return nothing.scatter(1, torch.arange(first, first + n_sets)[:, None], True)
 
 
 def _outputs(runs: Runs, name: str, masks: Tensor, repeats: int) -> Tensor:
