@@ -18,8 +18,8 @@ The rooms, in the order of the data. Each may import those above it::
 ``metrics`` has the linear datamodeling score, ``precision`` how exactly matrices are multiplied. All rooms above
 ``trainer`` are usable without Lightning.
 
-Importing the package registers ``Trainer.attribute`` and ``.attribute_self``: at once for ``lightning``, and for
-``pytorch_lightning`` as soon as both it is imported and a `TRAKCallback` is made.
+Importing the package registers ``Trainer.attribute`` and ``Trainer.attribute_self`` of ``lightning``. Those of
+``pytorch_lightning`` are registered when a `TRAKCallback` is made, if that package is imported by then.
 """
 
 from __future__ import annotations

@@ -173,12 +173,11 @@ class Runs:
         """Train a run, unless another process has done so in the meantime."""
         name, mask, seed = job
         path = self._path(name)
-        try:
-            return read_run(path, mask)[1]
-        except FileNotFoundError:
-            pass
-        except DamagedRun as error:
-            warnings.warn(f"{error} It is run again.", stacklevel=5)
+        if path.exists():
+            try:
+                return read_run(path, mask)[1]
+            except DamagedRun as error:
+                warnings.warn(f"{error} It is run again.", stacklevel=5)
         outputs = self._train(mask, seed)
         write_run(path, mask, outputs)
         return outputs
