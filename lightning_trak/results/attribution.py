@@ -204,6 +204,9 @@ class Attribution:
         curvature of the rest. Koh, Ang, Teo and Liang, "On the accuracy of influence functions for measuring group
         effects", NeurIPS 2019, arXiv 1905.13289, Section 3.
 
+        Take the checkpoints of all epochs: with the last one alone, or for whole classes that the model has memorised,
+        changes are predicted to be larger than they are.
+
         For language models, images of labelled pixels and tags it is the sum of scores, times n / (n − |S|) for a set
         of |S| examples. See also `counterfactuals`, which trains without the examples.
 
