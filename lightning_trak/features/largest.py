@@ -123,6 +123,16 @@ class SparseMatrix:
         """Multiply every column with its entry of ``scales``, (p,); None for 1."""
         return self if scales is None else SparseMatrix(self.columns, self.values * scales[self.columns])
 
+    def scaled_in_ranges(self, starts: Tensor, factors: Tensor) -> SparseMatrix:
+        """Multiply the columns from each start to the next with a factor each.
+
+        >>> matrix = SparseMatrix(torch.tensor([[2, 0]]), torch.ones(1, 2))
+        >>> matrix.scaled_in_ranges(torch.tensor([0, 2]), torch.tensor([5.0, 7.0])).values
+        tensor([[7., 5.]])
+        """
+        places = torch.searchsorted(starts, self.columns.contiguous(), right=True) - 1
+        return SparseMatrix(self.columns, self.values * factors[places])
+
     def __getitem__(self, rows: Tensor) -> SparseMatrix:
         return SparseMatrix(self.columns[rows], self.values[rows])
 

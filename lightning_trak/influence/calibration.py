@@ -59,7 +59,7 @@ class Kinds:
             yield self.estimator.solve(self.train, self.targets)
         else:
             for one in torch.eye(len(self.layers)):
-                yield self.estimator.solve(self.train, self.targets.scaled(self._by_column(one)))
+                yield self.estimator.solve(self.train, self._weighted(one))
 
     def predictions(self, masks: Tensor) -> Tensor:
         """Return what each kind predicts for subsets, (c, s, m): its scores, summed over the subset, divided by α.
@@ -81,16 +81,16 @@ class Kinds:
     def combined(self, weights: Tensor) -> Solved:
         """Return the weighted sum of all kinds."""
         if self.sums is None and not self.train.whitened_by_rest:
-            return self.estimator.solve(self.train, self.targets.scaled(self._by_column(weights)))
+            return self.estimator.solve(self.train, self._weighted(weights))
         total: Any = None
         for one, weight in zip(self.each(), weights.tolist(), strict=True):
             vectors = one.vectors * weight
             total = one._replace(vectors=vectors if total is None else total.vectors + vectors)
         return total  # type: ignore[no-any-return]
 
-    def _by_column(self, weights: Tensor) -> Tensor:
-        """Return the weight of every column, (p,), from that of its layer."""
-        return weights.repeat_interleave(torch.tensor([layer.stop - layer.start for layer in self.layers]))
+    def _weighted(self, weights: Tensor) -> Any:
+        """Return the targets' features, each layer's multiplied with its weight."""
+        return self.targets.scaled_in_ranges(torch.tensor([layer.start for layer in self.layers]), weights)
 
 
 def fit_weights(predicted: Tensor, actual: Tensor, usual: Tensor) -> Tensor:
