@@ -27,6 +27,16 @@ class NumberedBatch:
     numbers: Tensor
 
 
+def with_more(batch: Any, more: Tensor) -> Any:
+    """Return a pair of a batch and a tensor with a row for each example; if the batch is numbered, so is the pair.
+
+    >>> import torch
+    >>> with_more(NumberedBatch("batch", torch.tensor([3])), torch.zeros(1)).batch
+    ('batch', tensor([0.]))
+    """
+    return NumberedBatch((batch.batch, more), batch.numbers) if isinstance(batch, NumberedBatch) else (batch, more)
+
+
 @contextmanager
 def with_numbers_told(module: nn.Module, args: Sequence[Any]) -> Iterator[list[Any]]:
     """Yield the arguments for a method of a module, with each `NumberedBatch` replaced by its batch.

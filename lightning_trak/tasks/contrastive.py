@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize, softplus
+from torch.nn.functional import cross_entropy, normalize, pad, softplus
 
 from lightning_trak.data.batch import describe
 from lightning_trak.data.identity import digest_of
 from lightning_trak.isolation.random_states import kept_random_states, seed_all
 from lightning_trak.tasks.base import TRAKMixin
 from lightning_trak.tasks.batch import call_forward, read_batches
+from lightning_trak.tasks.draws import draw_classes
 
 
 class ContrastiveMixin(TRAKMixin):
@@ -60,6 +61,8 @@ class ContrastiveMixin(TRAKMixin):
     >>> model.model_output((torch.randn(5, 4), torch.randn(5, 3))).shape
     torch.Size([5])
     """
+
+    whitens_by_default = False  # not measured yet
 
     contrast_size: int = 300
     contrast_seed: int = 0
@@ -143,6 +146,26 @@ class ContrastiveMixin(TRAKMixin):
         half = (first - second) / 2
         return (softplus(-output / 2 - half) + softplus(-output / 2 + half)) / 2
 
+    def draw_labels(self, batch: Any, seeds: Sequence[int]) -> Tensor:
+        """Return the text that belongs to each image, and the image to each text, (b, 2), drawn from the predictions.
+
+        0 is the pair itself, j the j-th pair of the contrast set. See `TRAKMixin` for ``seeds``.
+        """
+        return draw_classes(torch.stack(self._choices(batch), 1), seeds)
+
+    def drawn_loss(self, drawn: tuple[Any, Tensor]) -> Tensor:
+        """Return the cross-entropies of a drawn text and a drawn image, summed and divided by √2, (b,).
+
+        On average, the outer product of its gradient is the Gauss–Newton matrix of the loss of a pair.
+
+        Args:
+            drawn: the batch, and what `draw_labels` returned for it.
+        """
+        batch, labels = drawn
+        pairs = zip(self._choices(batch), labels.unbind(1), strict=True)
+        losses = [cross_entropy(logits, own, reduction="none") for logits, own in pairs]
+        return (losses[0] + losses[1]) / 2**0.5
+
     def batch_loss(self, batch: Any) -> Tensor:
         """Return the loss that CLIP minimises: each pair of the batch against the others."""
         images, texts = self._directions(batch)
@@ -168,6 +191,14 @@ class ContrastiveMixin(TRAKMixin):
 
     def _margins(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return m₁ and m₂, (b,) each."""
+        first, second = self._choices(batch)
+        return -first[:, 1:].logsumexp(1), -second[:, 1:].logsumexp(1)
+
+    def _choices(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return logits of the texts given the image, and of the images given the text, (b, 1 + M) each.
+
+        The first is the pair itself, whose logit is zero.
+        """
         images, texts = self._directions(batch)
         other_images, other_texts = self._embedded()
         scale, own = self.get_logit_scale(), (images * texts).sum(1, keepdim=True)
@@ -176,7 +207,7 @@ class ContrastiveMixin(TRAKMixin):
         if self.example_numbers is not None:
             itself = self.example_numbers[:, None] == torch.arange(len(other_texts), device=own.device)
             first, second = (terms.masked_fill(itself, -torch.inf) for terms in (first, second))
-        return -first.logsumexp(1), -second.logsumexp(1)
+        return pad(first, (1, 0)), pad(second, (1, 0))
 
 
 class _Members:

@@ -76,10 +76,10 @@ class TRAKCallback(Callback):
         preconditioner: ``"kronecker"``: whiten gradients by the curvature of each parameter (EK-FAC) before they are
             compressed, and store the largest entries of each example: ``proj_dim / 8``, or ``proj_dim / 2`` for
             classification. This needs a mixin that draws labels from the predictions: language modelling, segmentation,
-            multilabel, classification into three classes or more, regression of several numbers, and diffusion.
-            ``"none"``: project gradients, and put the curvature of the outputs into H. ``"auto"``: ``"kronecker"`` for
-            the first three, if their output and loss are not overridden, and projector, damping, temperature, curvature
-            and estimator are defaults. Classifiers predict retraining better with ``"kronecker"``, and take two to five
+            multilabel, classification into three classes or more, regression of several numbers, contrastive, and
+            diffusion. ``"none"``: project gradients, and put the curvature of the outputs into H. ``"auto"``:
+            ``"kronecker"`` for the first three, if their output and loss are not overridden, and projector, damping,
+            temperature, curvature and estimator are defaults. Classifiers predict retraining better with ``"kronecker"``, and take two to five
             times as long.
         seed: chooses the projections.
         batch_size: of featurization. None: that of the loader, or less where memory is short.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_trak.data.batch import with_more
 from lightning_trak.features.largest import SparseMatrix
 from lightning_trak.gradients import Engine, ModelFunction
 from lightning_trak.gradients.engine import NotPrepared
@@ -127,7 +128,7 @@ def _by_parts(example: _Example, shape: torch.Size) -> Any:
         featurizer = example.loop.featurizer(function, engine, example.digest, example.projector)
         featurizer = featurizer.of("share_of_parts", engine)
         which = torch.eye(count, device=example.loop.device)[start : start + size].reshape(size, *shape)
-        chosen = (batch, which)
+        chosen = with_more(batch, which)
         try:
             features = featurizer(chosen, size).features
         except NotPrepared:  # the engine was prepared for the whole output

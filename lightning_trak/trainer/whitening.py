@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.curvature import Curvature, Eigenvalues, SecondMoments, Whitening, rescaling
+from lightning_trak.data.batch import with_more
 from lightning_trak.data.identity import sampled_rows
 from lightning_trak.features.largest import difference, largest_entries, record_type
 from lightning_trak.gradients import Engine, ModelFunction, Sink
@@ -106,7 +107,7 @@ def _adding(
         size = len(rows)
         with torch.no_grad():
             labels = function.call(function.module.draw_labels, batch, [2 * row + seed for row in rows])
-        loss, drawn = function.of("drawn_loss"), (batch, labels)
+        loss, drawn = function.of("drawn_loss"), with_more(batch, labels)
         try:
             with batch_of(size) as sink:
                 engine(loss, drawn, size, sink)

@@ -81,6 +81,54 @@ def prepared_module():
     return module
 
 
+def test_all_labels_together_give_the_gauss_newton_matrix(prepared_module):
+    """½ Jᵀ (diag(p) − p pᵀ) J of the logits of both halves, by the Jacobian and the probabilities."""
+    module, batch = prepared_module, [half.double() for half in pairs(1, 3)]
+    module._contrast = tuple(half[:3] for half in module._contrast)  # 16 pairs of labels
+    parameters = dict(module.named_parameters())
+    first, second = module._choices(batch)
+    assert first.shape == second.shape == (1, 4)
+    expected, found = 0.0, 0.0
+    for logits in (first[0], second[0]):
+        rows = [
+            torch.autograd.grad(logit, list(parameters.values()), retain_graph=True, materialize_grads=True)
+            for logit in logits
+        ]
+        jacobian = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+        p = logits.softmax(0).detach()
+        expected = expected + jacobian.T @ (p.diag() - torch.outer(p, p)) @ jacobian / 2
+    for text in range(4):
+        for image in range(4):
+            loss = module.drawn_loss((batch, torch.tensor([[text, image]])))
+            gradient = torch.cat(
+                [part.flatten() for part in torch.autograd.grad(loss.sum(), list(parameters.values()))]
+            )
+            probability = first[0].softmax(0)[text] * second[0].softmax(0)[image]
+            found = found + probability.detach() * torch.outer(gradient, gradient)
+    torch.testing.assert_close(found, expected)
+    drawn = module.draw_labels([half.expand(20_000, -1) for half in batch], range(20_000))
+    for logits, own in zip((first[0], second[0]), drawn.unbind(1), strict=True):
+        torch.testing.assert_close(
+            torch.bincount(own, minlength=4) / 20_000, logits.softmax(0).float(), atol=0.02, rtol=0
+        )
+
+
+@pytest.mark.parametrize("gradients", ["hooks", "vmap", "loop"])
+def test_pairs_are_whitened_if_asked_for(tmp_path, gradients):
+    """A training pair of the contrast set is not drawn as another pair: rows are known while labels are drawn."""
+    L.seed_everything(0, verbose=False)
+    trak = TRAKCallback(tmp_path / "store", preconditioner="kronecker", gradients=gradients)
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", logger=False, callbacks=[trak],
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Pairs(), datamodule=Data())
+    attribution = trainer.attribute(datamodule=Data())
+    assert attribution.info.preconditioner == "kronecker"
+    assert attribution.scores.shape == (N, M)
+    assert attribution.scores.abs().sum() > 0
+
+
 def test_output_is_the_sum_of_both_margins(prepared_module):
     batch = [half.double() for half in pairs(6, 3)]
     first, second = margins_by_loop(prepared_module, batch, pairs(SIZE, 2))
