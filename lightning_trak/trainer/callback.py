@@ -79,8 +79,8 @@ class TRAKCallback(Callback):
             multilabel, classification into three classes or more, regression of several numbers, contrastive, and
             diffusion. ``"none"``: project gradients, and put the curvature of the outputs into H. ``"auto"``:
             ``"kronecker"`` for the first three, if their output and loss are not overridden, and projector, damping,
-            temperature, curvature and estimator are defaults. Classifiers predict retraining better with ``"kronecker"``, and take two to five
-            times as long.
+            temperature, curvature and estimator are defaults. Classifiers predict retraining better with
+            ``"kronecker"``, and take two to five times as long.
         seed: chooses the projections.
         batch_size: of featurization. None: that of the loader, or less where memory is short.
         overwrite: True: delete what earlier runs left in the store when training begins, unless it is resumed. False:
