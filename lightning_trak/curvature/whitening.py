@@ -14,6 +14,9 @@ from lightning_trak.curvature.kronecker import Curvature
 from lightning_trak.gradients import Gradient
 from lightning_trak.projection import Projector
 
+# Of training examples and of targets, how many entries are kept: so many times proj_dim.
+_ENTRIES = (1 / 8, 1.0)
+_ENTRIES_OF_REST = (1 / 2, 4.0)  # there the largest hold less of the whole
 VERSION = 3  # count it up when the same examples come to other whitened features
 
 
@@ -45,6 +48,17 @@ class Preconditioner:
     examples: int = 1000
     basis_examples: int = 256
     rest: bool = False
+
+    @classmethod
+    def of(cls, proj_dim: int, *, rest: bool) -> Preconditioner:
+        """Return the defaults, with numbers of entries in proportion to ``proj_dim``.
+
+        >>> Preconditioner.of(2048, rest=False).entries, Preconditioner.of(2048, rest=True).entries
+        (256, 1024)
+        """
+        parts = _ENTRIES_OF_REST if rest else _ENTRIES
+        entries, target_entries = (max(1, int(proj_dim * part)) for part in parts)
+        return cls(entries, target_entries, damping=None if rest else 1.0, rest=rest)
 
     @property
     def configuration(self) -> dict[str, Any]:

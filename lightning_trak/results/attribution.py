@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_trak.influence import Extremes, Ranked, Spread, fit_weights, rank
 from lightning_trak.metrics import predicted_outputs, spearman
 from lightning_trak.results.plots import plot_extremes
-from lightning_trak.results.split import SplitScore
+from lightning_trak.results.split_score import SplitScore
 from lightning_trak.store.files import atomically, checksum_of_file, write_json
 
 if TYPE_CHECKING:

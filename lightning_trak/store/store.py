@@ -25,7 +25,11 @@ class FeatureStore:
 
         <dirpath>/manifest.json                     format version, n_train, projection, parameters, data fingerprint
         <dirpath>/checkpoints/<digest>/weights.pt   the weights
-                                       features.npy loss_grad.npy curvature.npy written.npy meta.json
+                                       features.npy, loss_grad.npy: Φ and Q
+                                       curvature.npy: w, the curvature ∂²L/∂f² of each example's loss
+                                       curvature.pt: that of the parameters, if gradients are whitened
+                                       sums-*.npz: H and other sums over the train set
+                                       written.npy, meta.json
         <dirpath>/scores/<name>/...
 
     A checkpoint is named by the digest of its weights, so the same weights twice are one entry. All entries share one

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.influence import Estimator, GaussNewton, Kinds, Solved, TrainFeatures, fit_weights, n_blocks
-from lightning_trak.results.split import SplitScore
+from lightning_trak.results.split_score import SplitScore
 from lightning_trak.trainer.attachment import attached
 from lightning_trak.trainer.checkpoints import naming, sums_of
 from lightning_trak.trainer.job import Job

@@ -18,9 +18,6 @@ from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import is_finetuning, rank_zero_warn
 from lightning_trak.trainer.reports import Reports
 
-# Of the default proj_dim of 2048, how many entries of training examples and targets are kept.
-_ENTRIES, _TARGET_ENTRIES = 1 / 8, 1.0  # 256, 2048
-_ENTRIES_OF_REST, _TARGET_ENTRIES_OF_REST = 1 / 2, 4.0  # 1024, 8192: there the largest hold less of the whole
 PROJ_DIM, SEED = 2048, 0  # the callback's defaults; a store that exists replaces them by its own
 
 
@@ -70,9 +67,7 @@ def _preconditioner(settings: Settings, module: Any, manifest: dict[str, Any] | 
             " many parts, with their own model_output and loss, define draw_labels(self, batch, seeds) and"
             " drawn_loss(self, drawn), or leave preconditioner out."
         )
-    parts = (_ENTRIES_OF_REST, _TARGET_ENTRIES_OF_REST) if rest else (_ENTRIES, _TARGET_ENTRIES)
-    entries, target_entries = (max(1, int(settings.proj_dim * part)) for part in parts)
-    chosen = Preconditioner(entries, target_entries, damping=None if rest else 1.0, rest=rest)
+    chosen = Preconditioner.of(settings.proj_dim, rest=rest)
     if stored is not None and settings.proj_dim == PROJ_DIM:
         chosen = replace(chosen, entries=stored["entries"], target_entries=stored.get("target_entries", 0))
     if not isinstance(settings.damping, str):

@@ -14,7 +14,7 @@ from lightning_trak.gradients import Engine, ModelFunction
 from lightning_trak.gradients.engine import NotPrepared
 from lightning_trak.influence import Estimator, score_products, stack
 from lightning_trak.projection import Projector
-from lightning_trak.results.split import SplitScore
+from lightning_trak.results.split_score import SplitScore
 from lightning_trak.store.weights import Weights, load_weights
 from lightning_trak.tasks.base import has_parts
 from lightning_trak.trainer.checkpoints import naming, sums_of

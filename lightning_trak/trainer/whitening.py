@@ -25,6 +25,7 @@ from lightning_trak.store.weights import Weights, load_weights, save_weights, we
 from lightning_trak.trainer.featurization import FeaturizationLoop
 
 Array = npt.NDArray[Any]
+_FILE = "curvature.pt"  # bases and eigenvalues, in the folder of a checkpoint
 
 
 def stored_form(loop: FeaturizationLoop, features: Tensor) -> Array:
@@ -58,7 +59,7 @@ def whitening_at(
     """
     if loop.preconditioner is None:
         return None
-    path, digest = entry.path / "curvature.pt", entry.meta.get("curvature")
+    path, digest = entry.path / _FILE, entry.meta.get("curvature")
     if digest is not None:
         curvature = Curvature.from_tensors(load_weights(path, digest))
     else:
@@ -80,7 +81,7 @@ def rescaled(entry: CheckpointEntry, sizes: Mapping[str, int], strength: float |
     digest = entry.meta.get("curvature")
     if strength is None or digest is None:
         return None
-    curvature = Curvature.from_tensors(load_weights(entry.path / "curvature.pt", digest))
+    curvature = Curvature.from_tensors(load_weights(entry.path / _FILE, digest))
     return None if curvature.strength in (None, strength) else rescaling(curvature, sizes, strength)
 
 
