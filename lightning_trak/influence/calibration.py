@@ -118,7 +118,7 @@ def fit_weights(predicted: Tensor, actual: Tensor, usual: Tensor) -> Tensor:
     >>> fit_weights(predicted, 3 * predicted[0], torch.tensor([0.5, 0.5])).round()
     tensor([3., 0.])
     """
-    subsets = len(actual)
+    subsets, actual = len(actual), actual.float()
     if subsets < _LEAST_SUBSETS:
         raise ValueError(f"Calibration needs outputs of at least {_LEAST_SUBSETS} retrained subsets, got {subsets}.")
     fold = torch.arange(subsets) % min(_FOLDS, subsets)
@@ -130,7 +130,7 @@ def fit_weights(predicted: Tensor, actual: Tensor, usual: Tensor) -> Tensor:
             found = torch.einsum("c,csm->sm", weights, predicted[:, unseen] - means)
             errors[number, unseen] = (actual[unseen] - mean - found).square().sum(1)
     fitted = _ridge_regressions(predicted, actual, usual)
-    if not (fitted[-1] @ usual) > 0:
+    if not (fitted[-1] @ usual) > 0:  # zero where predictions are the same for all subsets
         raise ValueError(
             "The scores do not predict the outputs of the retrained models: predicted and actual outputs do not rise"
             " together. Check that both are of the same train set, in the same order, and of the same targets."
@@ -145,8 +145,8 @@ def _ridge_regressions(predicted: Tensor, actual: Tensor, usual: Tensor) -> list
     p = (predicted - predicted.mean(1, keepdim=True)).flatten(1).double()
     gram, target = p @ p.T, p @ (actual - actual.mean(0)).flatten().double()
     u = usual.double()
-    size, along = u @ gram @ u, u @ target
-    prior, scale = along / size * u, gram.diagonal().mean()
+    size, along, tiny = u @ gram @ u, u @ target, torch.finfo(torch.float64).tiny
+    prior, scale = along / size.clamp(min=tiny) * u, gram.diagonal().mean().clamp(min=tiny)
     identity = torch.eye(len(gram), dtype=torch.float64)
     return [
         torch.linalg.solve(gram + ridge * scale * identity, target + ridge * scale * prior).float() for ridge in _RIDGES

@@ -51,13 +51,12 @@ def step_without(sums: GaussNewton, damping: float, targets: Tensor, left_out: L
         curvature: whether H is weighted with w.
     """
     lower, members = factor(sums.matrix, damping).lower, left_out.masks.any(0)
-    features = left_out.features.to(lower)
+    whitened = torch.linalg.solve_triangular(lower, left_out.features.to(lower).T, upper=False)
     steps = []
     for mask, q, w in zip(left_out.masks, left_out.loss_grads, left_out.weights, strict=True):
         own = mask[members].to(lower.device)
-        whitened = torch.linalg.solve_triangular(lower, features[own].T, upper=False)
-        roots = w.to(lower)[own].sqrt() if curvature else torch.ones_like(whitened[0])
-        steps.append(_step_of_the_rest(whitened, q.to(lower)[own], roots))
+        roots = w.to(lower)[own].sqrt() if curvature else torch.ones_like(q.to(lower)[own])
+        steps.append(_step_of_the_rest(whitened[:, own], q.to(lower)[own], roots))
     step = torch.linalg.solve_triangular(lower.mT, torch.stack(steps, 1), upper=True)
     return -(targets.to(lower) @ step).T.float().cpu()
 
@@ -74,7 +73,7 @@ def _solve_rest(part: Tensor, vector: Tensor) -> Tensor:
     """Return (I − part)⁻¹ vector."""
     matrix = torch.eye(len(part), dtype=part.dtype, device=part.device) - part
     lower, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) or bool(lower.diagonal().min() < _LEAST_PIVOT):
+    if int(info) or bool((lower.diagonal() < _LEAST_PIVOT).any()):
         raise ValueError(
             "Without one of these sets the Gauss–Newton matrix H is singular: too few examples are left for so many"
             " features and so little damping. Leave out fewer, or set TRAKCallback(damping='auto')."

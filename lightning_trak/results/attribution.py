@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 
 _INDEX = "attribution.json"
+_LEFT = re.compile(r"(\w+-[0-9a-f]{8}\.npy|attribution\.json)(\.[0-9a-f]{32}\.partial)?")
 _LISTS = ("checkpoints", "dampings", "damping_rules", "loss_explained")  # the fields below that are tuples
 
 
@@ -182,7 +184,7 @@ class Attribution:
         if self._spread is None:
             raise AttributeError(
                 "How scores vary over checkpoints is known only where trainer.attribute(...) averaged over two"
-                f" checkpoints or more, without top_k; here are {len(self.info.checkpoints)}."
+                f" checkpoints or more, without top_k and calibrate; here are {len(self.info.checkpoints)}."
             )
         return self._spread
 
@@ -207,8 +209,9 @@ class Attribution:
         Take the checkpoints of all epochs: with the last one alone, or for whole classes that the model has memorised,
         changes are predicted to be larger than they are.
 
-        For language models, images of labelled pixels and tags it is the sum of scores, times n / (n − |S|) for a set
-        of |S| examples. See also `counterfactuals`, which trains without the examples.
+        Where gradients are whitened by the whole curvature (by default those of language models, labelled pixels and
+        tags, see `AttributionInfo.preconditioner`), it is the sum of scores, times n / (n − |S|) for a set of |S|
+        examples. See also `counterfactuals`, which trains without the examples.
 
         Args:
             indices: rows of the train set; or a mask, (n,), bool; or several masks, (s, n).
@@ -217,7 +220,8 @@ class Attribution:
             Predicted outputs, (m,), comparable with `outputs`; (s, m) for several masks.
 
         Raises:
-            AttributeError: if this attribution was loaded from disk: it needs the features that `attribute` used.
+            AttributeError: if this attribution was loaded, copied or calibrated: it needs the features that `attribute`
+                used.
             ValueError: if a row is not in the train set, or no training example is left.
         """
         if self._kept is None:
@@ -248,7 +252,7 @@ class Attribution:
             The score, what each layer adds to it, and what each pair of parts adds to it.
 
         Raises:
-            AttributeError: if this attribution was loaded from disk: it needs model and data.
+            AttributeError: if this attribution was loaded, copied or calibrated: it needs model and data.
             ValueError: if there is no such example, or it has changed since it was featurized.
         """
         if self._kept is None:
@@ -336,19 +340,24 @@ class Attribution:
             FileExistsError: if ``path`` exists, is not empty, and has no saved attribution.
         """
         folder = Path(path)
-        if folder.exists() and not (folder / _INDEX).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        if not _is_own(folder):
             raise FileExistsError(f"'{path}' exists and is no saved attribution. Choose another path.")
         folder.mkdir(parents=True, exist_ok=True)
-        before, token, files = _files_of(folder), uuid4().hex[:8], {}
-        for name, array in self._arrays().items():
-            file = f"{name}-{token}.npy"  # not that of the earlier attribution, which is whole until the index changes
-            with atomically(folder / file) as partial, open(partial, "wb") as opened:
-                np.save(opened, array.numpy(), allow_pickle=False)
-            files[name] = {"file": file, "checksum": checksum_of_file(folder / file)}
-        content = {"info": asdict(self.info), "files": files}
-        write_json(folder / _INDEX, {"checksum": _checksum(content), **content})
-        for file in before:
-            (folder / file).unlink(missing_ok=True)
+        outdated, token, files = _files_of(folder), uuid4().hex[:8], {}
+        arrays = {f"{name}-{token}.npy": (name, array) for name, array in self._arrays().items()}
+        try:  # new names: the earlier attribution is whole until the index changes
+            for file, (name, array) in arrays.items():
+                with atomically(folder / file) as partial, open(partial, "wb") as opened:
+                    np.save(opened, array.numpy(), allow_pickle=False)
+                files[name] = {"file": file, "checksum": checksum_of_file(folder / file)}
+            content = {"info": asdict(self.info), "files": files}
+            write_json(folder / _INDEX, {"checksum": _checksum(content), **content})
+        except BaseException:
+            outdated = list(arrays)
+            raise
+        finally:
+            for file in outdated:
+                (folder / file).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Attribution:
@@ -416,7 +425,8 @@ class Attribution:
 
 def _masks(indices: Sequence[int] | Tensor, n: int) -> Tensor:
     """Return sets of training examples as masks, (n,) or (s, n)."""
-    given = torch.as_tensor(indices) if len(indices) else torch.zeros(0, dtype=torch.int64)
+    given = torch.as_tensor(indices).cpu()
+    given = given.long() if given.shape == (0,) else given  # an empty list is a tensor of floats
     if given.dtype == torch.bool:
         masks = given
         if masks.ndim not in (1, 2) or masks.shape[-1] != n:
@@ -435,6 +445,13 @@ def _masks(indices: Sequence[int] | Tensor, n: int) -> Tensor:
     if bool(masks.all(-1).any()):
         raise ValueError("All training examples are left out, so nothing is left to train on. Leave out fewer.")
     return masks
+
+
+def _is_own(folder: Path) -> bool:
+    """Say whether a folder may become a saved attribution: it is one, or has nothing but what a killed process left."""
+    if not folder.exists() or (folder / _INDEX).is_file():
+        return True
+    return folder.is_dir() and all(_LEFT.fullmatch(path.name) for path in folder.iterdir())
 
 
 def _files_of(folder: Path) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ def draw_signs(seeds: Sequence[int], shape: Sequence[int], like: Tensor) -> Tens
     >>> draw_signs([0, 1], [50], torch.zeros(0)).abs().sum()
     tensor(100.)
     """
-    return torch.where(uniform(seeds, shape, like) < 0.5, -1.0, 1.0).to(like.dtype)
+    signs = torch.where(uniform(seeds, shape, like) < 0.5, -1.0, 1.0)
+    return signs.to(like.dtype) if like.is_floating_point() else signs
 
 
 def draw_classes(logits: Tensor, seeds: Sequence[int]) -> Tensor:
@@ -41,7 +43,9 @@ def draw_classes(logits: Tensor, seeds: Sequence[int]) -> Tensor:
     >>> draw_classes(torch.tensor([[0.0, float("-inf")], [float("-inf"), 0.0]]), seeds=[0, 1])
     tensor([0, 1])
     """
-    cumulative = logits.float().softmax(-1).cumsum(-1)
+    _check_finite(logits.float().logsumexp(-1))
+    with _sums_of_any_order():
+        cumulative = logits.float().softmax(-1).cumsum(-1)
     level = uniform(seeds, logits.shape[1:-1], logits).clamp(max=_BELOW_ONE)[..., None] * cumulative[..., -1:]
     return torch.searchsorted(cumulative, level, right=True).squeeze(-1)
 
@@ -52,4 +56,25 @@ def draw_tags(logits: Tensor, seeds: Sequence[int]) -> Tensor:
     >>> draw_tags(torch.tensor([[-100.0, 100.0]]), seeds=[0])
     tensor([[0., 1.]])
     """
+    _check_finite(logits)
     return (uniform(seeds, logits.shape[1:], logits) < logits.float().sigmoid()).to(logits)
+
+
+def _check_finite(values: Tensor) -> None:
+    wrong = (~values.isfinite()).flatten(1).any(1) if values.ndim > 1 else ~values.isfinite()
+    if bool(wrong.any()):
+        raise ValueError(
+            f"The predictions of {int(wrong.sum())} of {len(wrong)} training examples are not finite, so no labels can"
+            " be drawn from them. Look for NaN in the data, or for weights that have diverged."
+        )
+
+
+@contextmanager
+def _sums_of_any_order() -> Iterator[None]:
+    """Allow a cumulative sum on a GPU with ``Trainer(deterministic=True)``: its rounding hardly changes a draw."""
+    asked, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(asked, warn_only=warn)

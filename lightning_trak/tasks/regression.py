@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_trak.tasks.batch import forward, labels, labels_or_none
@@ -102,7 +103,8 @@ class RegressionMixin(PartsMixin):
 
     def output_of_parts(self, losses: Tensor, batch: Any) -> Tensor:
         """Return minus the distances from the labels, (b,), of several numbers."""
-        return -losses.sum(1).sqrt()
+        total = losses.sum(1)
+        return -torch.where(total > 0, total, 1).sqrt() * (total > 0)  # the slope is zero at zero, as that of a norm
 
     def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
         """Return the squared errors, averaged over the numbers of an example, (b,)."""

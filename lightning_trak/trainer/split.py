@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from lightning_trak.data.batch import with_more
 from lightning_trak.features.largest import SparseMatrix
@@ -22,6 +23,7 @@ from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.job import Job, layer_of
 from lightning_trak.trainer.whitening import whitening_at
 
+_PAIRS = 2**26
 _TOLERANCE = 0.05  # relative to all parts: what is stored was rounded to float16
 
 
@@ -66,6 +68,7 @@ def split_score(job: Job, estimator: Estimator, targets: Sequence[Any], i: int, 
             one = _Example(loops[0], i, *at, train.rows(torch.tensor([i])), scales)
             other = _Example(loops[1], j, *at, phi[torch.tensor([j])], scales)
             shapes = [_shape_of_parts(example) for example in (one, other)] if parted else [torch.Size()] * 2
+            _check_pairs(shapes)
             own, others = [_by_layer(one, job.layers)], [other.features]
             if all(shapes):
                 own.append(_by_parts(one, shapes[0]))
@@ -118,6 +121,15 @@ def _shape_of_parts(example: _Example) -> torch.Size:
     return shapes[0]
 
 
+def _check_pairs(shapes: Sequence[torch.Size]) -> None:
+    one, other = (shape.numel() for shape in shapes)
+    if one * other > _PAIRS:
+        raise ValueError(
+            f"The training example has {one} parts and the target {other}: these are too many pairs to split a score by"
+            f" (at most {_PAIRS}). Attribute smaller examples, e.g. crops."
+        )
+
+
 def _by_parts(example: _Example, shape: torch.Size) -> Any:
     """Return what each part adds to the features, a row for each; of whitened ones, in the entries that are kept."""
     found: list[Tensor] = []
@@ -127,7 +139,8 @@ def _by_parts(example: _Example, shape: torch.Size) -> Any:
         start, size = sum(len(part) for part in found), len(rows)
         featurizer = example.loop.featurizer(function, engine, example.digest, example.projector)
         featurizer = featurizer.of("share_of_parts", engine)
-        which = torch.eye(count, device=example.loop.device)[start : start + size].reshape(size, *shape)
+        own = torch.arange(start, start + size, device=example.loop.device)
+        which = one_hot(own, count).float().reshape(size, *shape)
         chosen = with_more(batch, which)
         try:
             features = featurizer(chosen, size).features

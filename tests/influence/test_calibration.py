@@ -66,6 +66,9 @@ def test_what_cannot_be_calibrated():
     predicted = torch.randn(1, SUBSETS, M, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="at least 4 retrained subsets, got 3"):
         fit_weights(predicted[:, :3], predicted[0, :3], torch.ones(1))
+    with pytest.raises(ValueError, match="do not predict the outputs of the retrained models"):
+        fit_weights(torch.zeros(2, SUBSETS, M), predicted[0], torch.ones(2))
+    assert fit_weights(predicted, predicted[0].double(), torch.ones(1)).item() == pytest.approx(1)
     for actual in (-predicted[0], torch.zeros(SUBSETS, M)):
         with pytest.raises(ValueError, match="do not predict the outputs of the retrained models"):
             fit_weights(predicted, actual, torch.ones(1))

@@ -116,7 +116,21 @@ def test_a_save_that_is_interrupted_leaves_the_earlier_attribution(tmp_path, eit
                 later.save(tmp_path / "a")
         found = Attribution.load(tmp_path / "a")
         assert torch.equal(found.top(1).values, (later if allowed == 3 else either).top(1).values)
-    assert len(files_of(tmp_path / "a")) >= 3
+    assert len(files_of(tmp_path / "a")) == 3  # the index, scores and outputs of the last: nothing else is left
+
+
+def test_a_first_save_that_fails_can_be_tried_again(tmp_path, full, monkeypatch):
+    def no_space(*_, **__):
+        raise OSError(28, "no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", no_space)
+        with pytest.raises(OSError, match="no space"):
+            full.save(tmp_path / "a")
+    assert not files_of(tmp_path / "a")
+    (tmp_path / "a" / "scores-0123abcd.npy").write_bytes(b"of a process that was killed")
+    full.save(tmp_path / "a")
+    assert torch.equal(Attribution.load(tmp_path / "a").scores, full.scores)
 
 
 def test_every_damage_is_noticed(tmp_path, full):
@@ -246,5 +260,5 @@ def test_spread_is_saved(tmp_path):
 def test_spread_that_is_not_known():
     attribution = Attribution(torch.zeros(3, 2), AttributionInfo(3, 2, ("a",), "sparse", 8, 0.3, True))
     for ask in (lambda: attribution.standard_error, attribution.convergence):
-        with pytest.raises(AttributeError, match="two checkpoints or more, without top_k; here are 1"):
+        with pytest.raises(AttributeError, match="two checkpoints or more, without top_k and calibrate; here are 1"):
             ask()

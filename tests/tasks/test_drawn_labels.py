@@ -18,6 +18,7 @@ from lightning_trak import (
     TRAKMixin,
 )
 from lightning_trak.tasks.base import draws_labels, of_drawing_class
+from lightning_trak.tasks.draws import draw_classes, draw_signs, draw_tags
 
 
 class Words(LanguageModelingMixin, nn.Module):
@@ -314,3 +315,33 @@ def test_all_signs_together_give_the_hessian_of_the_squared_error(task):
 
 def test_a_single_number_leaves_nothing_to_draw():
     assert Numbers(2, 1).draw_labels((torch.randn(4, 2), torch.randn(4, 1)), range(4)) is None
+
+
+@pytest.mark.parametrize("draw", [draw_classes, draw_tags])
+def test_predictions_that_are_not_finite(draw):
+    logits = torch.zeros(3, 4)
+    logits[1, 2] = torch.nan
+    with pytest.raises(ValueError, match="predictions of 1 of 3 training examples are not finite"):
+        draw(logits, range(3))
+
+
+def test_signs_of_whole_numbers_and_deterministic_algorithms():
+    assert set(draw_signs(range(3), [50], torch.zeros(0, dtype=torch.uint8)).unique().tolist()) == {-1.0, 1.0}
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        draw_classes(torch.zeros(2, 3), range(2))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_numbers_that_are_exactly_right_have_no_share():
+    """The slope of minus a norm is zero at zero, as in the output."""
+    module = Numbers(2, 3)
+    nn.init.zeros_(module.weight)
+    nn.init.zeros_(module.bias)
+    share = module.share_of_parts(((torch.randn(1, 2), torch.zeros(1, 3)), torch.ones(1, 3)))
+    share.sum().backward()
+    assert share == 0
+    assert (module.weight.grad == 0).all()

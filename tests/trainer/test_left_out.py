@@ -72,10 +72,12 @@ def test_it_predicts_what_training_again_gives(attribution):
 
 
 def test_forms_of_sets(attribution):
-    mask = torch.zeros(2, N, dtype=torch.bool)
+    mask = torch.zeros(3, N, dtype=torch.bool)
     mask[0, DUPLICATES] = mask[1, 9] = True
     found = attribution.without(mask)
-    assert found.shape == (2, M)
+    assert found.shape == (3, M)
+    torch.testing.assert_close(found[2], attribution.outputs)
+    assert attribution.without(mask[:0]).shape == (0, M)
     torch.testing.assert_close(attribution.without(DUPLICATES), found[0])
     torch.testing.assert_close(attribution.without(np.array(DUPLICATES)), found[0])
     torch.testing.assert_close(attribution.without(mask[1]), found[1])
@@ -90,6 +92,7 @@ def test_forms_of_sets(attribution):
         ([-1], "0 to"),
         ([0.5], "integers"),
         ([[1, 2]], "integers"),
+        (torch.tensor(3), "integers"),
         (torch.ones(N + 1, dtype=torch.bool), rf"shape \({N},\)"),
         (range(N), "nothing is left"),
     ],
@@ -111,3 +114,9 @@ def test_outputs_are_saved_and_the_way_to_features_is_not(attribution, tmp_path)
 def test_outputs_that_are_not_known(attribution):
     with pytest.raises(AttributeError, match="outputs of the targets are not known"):
         _ = Attribution(attribution.scores, attribution.info).outputs
+
+
+def test_extremes_predict_sets_too(attribution):
+    few = attribution._kept.job.trainer.attribute(datamodule=Points(), top_k=2)
+    torch.testing.assert_close(few.without(DUPLICATES), attribution.without(DUPLICATES))
+    assert few.parts(3, 1).score == pytest.approx(attribution.scores[3, 1].item(), rel=1e-3)
