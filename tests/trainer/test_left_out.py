@@ -9,10 +9,11 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import Attribution, RegressionMixin, TRAKCallback
-from tests.conftest import make_trainer
+from tests.conftest import Blobs, Classifier, make_trainer
 
 N, M = 30, 4
 GENERATOR = torch.Generator().manual_seed(0)
@@ -120,3 +121,43 @@ def test_extremes_predict_sets_too(attribution):
     few = attribution._kept.job.trainer.attribute(datamodule=Points(), top_k=2)
     torch.testing.assert_close(few.without(DUPLICATES), attribution.without(DUPLICATES))
     assert few.parts(3, 1).score == pytest.approx(attribution.scores[3, 1].item(), rel=1e-3)
+
+
+def test_outputs_are_those_of_the_last_checkpoint_of_each_run(tmp_path):
+    """Changes are averaged over all checkpoints, as scores are."""
+    finals, changes = [], []
+    for seed in range(2):
+        L.seed_everything(seed, verbose=False)
+        saving = ModelCheckpoint(tmp_path / f"run{seed}", save_top_k=-1, filename="{epoch}")
+        trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store", damping=0.5), saving, max_epochs=2)
+        module = Classifier()
+        trainer.fit(module, datamodule=Blobs())
+        alone = make_trainer(tmp_path, TRAKCallback(tmp_path / f"alone{seed}", damping=0.5))
+        files = sorted((tmp_path / f"run{seed}").glob("*.ckpt"))
+        finals.append(alone.attribute(Classifier(), datamodule=Blobs(), ckpt_path=files[-1]).outputs)
+        for file in files:
+            one = alone.attribute(Classifier(), datamodule=Blobs(), ckpt_path=file)
+            changes.append(one.without([0, 1]) - one.outputs)
+    pooled = trainer.attribute(datamodule=Blobs())
+    torch.testing.assert_close(pooled.outputs, torch.stack(finals).mean(0))
+    torch.testing.assert_close(
+        pooled.without([0, 1]) - pooled.outputs, torch.stack(changes).mean(0), rtol=1e-3, atol=1e-5
+    )
+
+
+def test_the_estimator_of_the_paper(tmp_path):
+    """H = Φᵀ Φ over the rest, and Q."""
+    L.seed_everything(0, verbose=False)
+    settings = {"estimator": "trak", "damping": 0.1, "projector": "identity"}
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store", **settings), max_epochs=1)
+    trainer.fit(Classifier(), datamodule=Blobs())
+    attribution = trainer.attribute(datamodule=Blobs())
+    kept = attribution._kept
+    phi, targets = (np.asarray(array, "f8") for array in (kept.job.entries[0].features, kept.targets[0]))
+    q, rows = kept.job.entries[0].loss_grad, [3, 4, 5]
+    rest = np.delete(phi, rows, 0)
+    whole = phi.T @ phi
+    h = rest.T @ rest + 0.1 * np.trace(whole) / len(whole) * np.eye(len(whole))
+    expected = -targets @ np.linalg.solve(h, phi[rows].T @ np.asarray(q, "f8")[rows])
+    found = attribution.without(rows) - attribution.outputs
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
