@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_trak.gradients.function import ModelFunction
 from lightning_trak.gradients.gradient import Gradient
 
+T = TypeVar("T")
 Sink = Callable[[slice, str, Gradient], None]
 """Takes (rows of the batch, name of a parameter, the gradients of these rows).
 
@@ -76,3 +77,15 @@ def close(one: Tensor, other: Tensor, tolerance: float) -> bool:
     finite, one = other[other.isfinite()], one.to(other.dtype)  # featurization reports what is not finite
     scale = finite.abs().max().item() if finite.numel() else 0.0
     return one.shape == other.shape and torch.allclose(one, other, 0, tolerance * scale + 1e-12, equal_nan=True)
+
+
+def run_prepared(engine: Engine, function: ModelFunction, batch: Any, size: int, run: Callable[[], T]) -> T:
+    """Return what ``run`` returns, which calls the engine; prepare the engine first if it was not for this method.
+
+    Another method of a module may reach layers that its output does not.
+    """
+    try:
+        return run()
+    except NotPrepared:
+        engine.prepare(function, batch, size)
+        return run()

@@ -96,12 +96,13 @@ class Kinds:
 def fit_weights(predicted: Tensor, actual: Tensor, usual: Tensor) -> Tensor:
     """Fit the weights with which several kinds of scores together predict the outputs after retraining.
 
-    Kind c of scores, of one checkpoint, damping or layer, predicts P_c for all subsets and targets. The weights v are
-    those of ridge regression towards the usual ones u,
+    Kind c of scores, of one checkpoint, damping or layer, predicts P_c for all subsets and targets. P_c and Y are
+    centred for each target. The usual weights are u, and a is the scale with which a Σ_c u_c P_c predicts Y best. The
+    weights v are those of ridge regression towards a u::
 
-        min_v  ‖Y − Σ_c v_c P_c‖² + ρ Σ_c (v_c − a u_c)²,
+        min_v  ‖Y − Σ_c v_c P_c‖² + ρ Σ_c (v_c − a u_c)²
 
-    with P_c and Y centred for each target, and a the scale with which a Σ_c u_c P_c predicts Y best. The strength ρ is
+    The strength ρ is
     chosen by cross-validation over subsets: the largest whose error is within one standard error of the least (Hastie,
     Tibshirani and Friedman, "The elements of statistical learning", Section 7.10). With the largest of all, only the
     scale is fitted. Weights of layers are learned in arXiv 2506.05647 too.

@@ -209,9 +209,9 @@ class Attribution:
         Take the checkpoints of all epochs: with the last one alone, or for whole classes that the model has memorised,
         changes are predicted to be larger than they are.
 
-        Where gradients are whitened by the whole curvature (by default those of language models, labelled pixels and
-        tags, see `AttributionInfo.preconditioner`), it is the sum of scores, times n / (n − |S|) for a set of |S|
-        examples. See also `counterfactuals`, which trains without the examples.
+        Where gradients are whitened by the whole curvature, it is the sum of scores, times n / (n − |S|) for a set of
+        |S| examples. By default these are the gradients of language models, labelled pixels and tags. See also
+        `counterfactuals`, which trains without the examples.
 
         Args:
             indices: rows of the train set; or a mask, (n,), bool; or several masks, (s, n).
@@ -224,14 +224,10 @@ class Attribution:
                 used.
             ValueError: if a row is not in the train set, or no training example is left.
         """
-        if self._kept is None:
-            raise AttributeError(
-                "Predictions without a set need the features of targets and train set, which are not saved with scores."
-                " Call without(...) on what trainer.attribute(...) returned."
-            )
+        kept = self._known_features("without")
         masks = _masks(indices, self.info.n_train)
         sets = masks.reshape(-1, self.info.n_train)
-        predicted = self.outputs + (self._kept.without(sets) if masks.any() else torch.zeros(len(sets), 1))
+        predicted = self.outputs + (kept.without(sets) if masks.any() else torch.zeros(len(sets), 1))
         return predicted if masks.ndim == 2 else predicted[0]
 
     def parts(self, i: int, j: int) -> SplitScore:
@@ -255,17 +251,13 @@ class Attribution:
             AttributeError: if this attribution was loaded, copied or calibrated: it needs model and data.
             ValueError: if there is no such example, or it has changed since it was featurized.
         """
-        if self._kept is None:
-            raise AttributeError(
-                "To split a score, model and data are needed, which are not saved with scores. Call parts(...) on what"
-                " trainer.attribute(...) returned."
-            )
+        kept = self._known_features("parts")
         if not (0 <= i < self.info.n_train and 0 <= j < self.info.n_targets):
             raise ValueError(
                 f"i must be a row of the train set, 0 to {self.info.n_train - 1}, and j a target, 0 to"
                 f" {self.info.n_targets - 1}; got {i} and {j}."
             )
-        found = self._kept.split(i, j)
+        found = kept.split(i, j)
         if isinstance(self._scores, Tensor):
             score, size = self._scores[i, j].item(), sum(map(abs, found.layers.values()))
             if not abs(found.score - score) <= 0.02 * size:
@@ -274,6 +266,14 @@ class Attribution:
                     " the data or model_output have changed since they were featurized, or one of them is random."
                 )
         return found
+
+    def _known_features(self, method: str) -> Kept:
+        if self._kept is None:
+            raise AttributeError(
+                f"{method}(...) needs model, data and features, which are not saved with scores. Call {method}(...) on"
+                " what trainer.attribute(...) returned."
+            )
+        return self._kept
 
     def calibrated(self, masks: Tensor, outputs: Tensor) -> Attribution:
         """Return scores that predict the outputs of retrained models; see `calibrate`, which checks its arguments."""

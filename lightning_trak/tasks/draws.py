@@ -43,9 +43,9 @@ def draw_classes(logits: Tensor, seeds: Sequence[int]) -> Tensor:
     >>> draw_classes(torch.tensor([[0.0, float("-inf")], [float("-inf"), 0.0]]), seeds=[0, 1])
     tensor([0, 1])
     """
-    _check_finite(logits.float().logsumexp(-1))
     with _sums_of_any_order():
         cumulative = logits.float().softmax(-1).cumsum(-1)
+    _check_finite(cumulative[..., -1])
     level = uniform(seeds, logits.shape[1:-1], logits).clamp(max=_BELOW_ONE)[..., None] * cumulative[..., -1:]
     return torch.searchsorted(cumulative, level, right=True).squeeze(-1)
 
@@ -61,7 +61,7 @@ def draw_tags(logits: Tensor, seeds: Sequence[int]) -> Tensor:
 
 
 def _check_finite(values: Tensor) -> None:
-    wrong = (~values.isfinite()).flatten(1).any(1) if values.ndim > 1 else ~values.isfinite()
+    wrong = (~values.isfinite())[:, None].flatten(1).any(1)
     if bool(wrong.any()):
         raise ValueError(
             f"The predictions of {int(wrong.sum())} of {len(wrong)} training examples are not finite, so no labels can"

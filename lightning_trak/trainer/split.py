@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot
 from lightning_trak.data.batch import with_more
 from lightning_trak.features.largest import SparseMatrix
 from lightning_trak.gradients import Engine, ModelFunction
-from lightning_trak.gradients.engine import NotPrepared
+from lightning_trak.gradients.engine import run_prepared
 from lightning_trak.influence import Estimator, score_products, stack
 from lightning_trak.projection import Projector
 from lightning_trak.results.split_score import SplitScore
@@ -61,16 +61,19 @@ def split_score(job: Job, estimator: Estimator, targets: Sequence[Any], i: int, 
     """
     loops, parted = (job.loop("train"), job.target_loop()), has_parts(job.model)
     by_layer, by_parts = torch.zeros(len(job.layers)), []
+    shapes: list[torch.Size] = []  # of the parts, the same at every checkpoint
     for entry, train, phi, scales in zip(job.entries, estimator.trains, targets, job.scales, strict=True):
         with naming(entry, can_leave_out=False):
             weights = load_weights(entry.weights_path, entry.digest)
             at = (entry.digest, weights, whitening_at(loops[0], entry, weights))
             one = _Example(loops[0], i, *at, train.rows(torch.tensor([i])), scales)
             other = _Example(loops[1], j, *at, phi[torch.tensor([j])], scales)
-            shapes = [_shape_of_parts(example) for example in (one, other)] if parted else [torch.Size()] * 2
-            _check_pairs(shapes)
+            if parted and not shapes:
+                shapes = [_shape_of_parts(example) for example in (one, other)]
+                _check_pairs(shapes)
+            split = bool(shapes) and all(shapes)
             own, others = [_by_layer(one, job.layers)], [other.features]
-            if all(shapes):
+            if split:
                 own.append(_by_parts(one, shapes[0]))
                 others.append(_by_parts(other, shapes[1]))
             solved = estimator.solve(train, stack(others), sums_of(entry, estimator, train))
@@ -78,7 +81,7 @@ def split_score(job: Job, estimator: Estimator, targets: Sequence[Any], i: int, 
             rows = stack(own)
             products = score_products(rows, torch.full((len(rows),), float(q)), solved.vectors, estimator.device).cpu()
             by_layer += products[: len(by_layer), 0] / len(job.entries)
-            if all(shapes):
+            if split:
                 by_parts.append(products[len(by_layer) :, 1:].reshape(*shapes[0], *shapes[1]))
     parts = torch.stack(by_parts).mean(0) if by_parts else None
     score = by_layer.sum().item()
@@ -93,9 +96,8 @@ def split_score(job: Job, estimator: Estimator, targets: Sequence[Any], i: int, 
 def _by_layer(example: _Example, layers: dict[str, slice]) -> Any:
     """Return what each layer adds to the features, a row for each; whitened entries belong to a layer each."""
     if isinstance(example.features, SparseMatrix):
-        columns, values = example.features.columns, example.features.values
-        inside = [(columns >= layer.start) & (columns < layer.stop) for layer in layers.values()]
-        return SparseMatrix(columns.expand(len(layers), -1), values * torch.cat(inside))
+        starts = torch.tensor([layer.start for layer in layers.values()])
+        return stack([example.features.scaled_in_ranges(starts, one) for one in torch.eye(len(layers))])
     found: dict[str, Tensor] = {}
 
     def work(function: ModelFunction, engine: Engine, _: Sequence[int], batch: Any) -> None:
@@ -142,11 +144,8 @@ def _by_parts(example: _Example, shape: torch.Size) -> Any:
         own = torch.arange(start, start + size, device=example.loop.device)
         which = one_hot(own, count).float().reshape(size, *shape)
         chosen = with_more(batch, which)
-        try:
-            features = featurizer(chosen, size).features
-        except NotPrepared:  # the engine was prepared for the whole output
-            engine.prepare(featurizer.function, chosen, size)
-            features = featurizer(chosen, size).features
+        result = run_prepared(engine, featurizer.function, chosen, size, lambda: featurizer(chosen, size))
+        features = result.features
         if isinstance(example.features, SparseMatrix):
             features = features[:, example.features.columns[0].to(features.device)]
         found.append(features.cpu())

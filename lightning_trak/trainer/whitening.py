@@ -17,7 +17,7 @@ from lightning_trak.data.batch import with_more
 from lightning_trak.data.identity import sampled_rows
 from lightning_trak.features.largest import difference, largest_entries, record_type
 from lightning_trak.gradients import Engine, ModelFunction, Sink
-from lightning_trak.gradients.engine import NotPrepared
+from lightning_trak.gradients.engine import run_prepared
 from lightning_trak.influence import TrainingTime, whitening_strength
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.files import explained_os_errors
@@ -109,12 +109,11 @@ def _adding(
         with torch.no_grad():
             labels = function.call(function.module.draw_labels, batch, [2 * row + seed for row in rows])
         loss, drawn = function.of("drawn_loss"), with_more(batch, labels)
-        try:
+
+        def send() -> None:
             with batch_of(size) as sink:
                 engine(loss, drawn, size, sink)
-        except NotPrepared:  # a layer that drawn labels reach, and not the output
-            engine.prepare(loss, drawn, size)
-            with batch_of(size) as sink:
-                engine(loss, drawn, size, sink)
+
+        run_prepared(engine, loss, drawn, size, send)
 
     return add

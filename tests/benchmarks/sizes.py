@@ -7,16 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from lightning_trak import Attribution, GroundTruth, TRAKCallback, calibrate, evaluate
 from lightning_trak.evaluation.retraining import Runs, draw_removed
 from tests.benchmarks.measuring import print_table, trainer
-from tests.benchmarks.quality.runs import check_folder, ground_truth, train_run
+from tests.benchmarks.quality.runs import check_folder, ground_truth, train, train_run
 from tests.benchmarks.quality.tasks import TASKS
 
 ROOT = Path(".benchmarks/quality")
@@ -100,13 +98,11 @@ def _sets(key: str, root: Path, repeats: int, n_sets: int) -> Iterator[list[str]
     data = task.data()
     copies = _plant_copies(data, n_sets)
 
-    def make_trainer(*callbacks: Any) -> Any:
-        return trainer(
-            root, *callbacks, accelerator="cpu", max_epochs=task.epochs, enable_checkpointing=bool(callbacks)
-        )
+    def make_trainer() -> Any:
+        return trainer(root, accelerator="cpu", max_epochs=task.epochs, enable_checkpointing=False)
 
     with tempfile.TemporaryDirectory() as store:
-        attribution = _attribute(key, root, data, _train(task, data, folder, make_trainer), store)
+        attribution = _attribute(key, root, data, train(key, root, data, folder / "run", 0), store)
         labels, of_targets = data.train_set.tensors[1], data.targets.tensors[1]
         sets = dict(zip(NAMES, _masks(attribution, copies, labels), strict=True))
         runs = Runs(task.make_module, data, make_trainer, folder / "runs", None, {"seed": 0})
@@ -133,15 +129,6 @@ def _plant_copies(data: Any, n_sets: int) -> Tensor:
         y[own] = label
     data.train_set = TensorDataset(x, y)
     return masks
-
-
-def _train(task: Any, data: Any, folder: Path, make_trainer: Any) -> list[Path]:
-    """Train once, a checkpoint an epoch."""
-    if not folder.exists():
-        L.seed_everything(0, verbose=False)
-        saving = ModelCheckpoint(folder / "files", save_top_k=-1, filename="{epoch:03d}", enable_version_counter=False)
-        make_trainer(saving).fit(task.make_module(), datamodule=data)
-    return sorted((folder / "files").glob("*.ckpt"))
 
 
 def _masks(attribution: Attribution, copies: Tensor, labels: Tensor) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -66,14 +67,19 @@ def _retrain(key: str, root: Path, n_subsets: int, repeats: int) -> GroundTruth:
 
 def train_run(key: str, root: Path, seed: int) -> list[Path]:
     """Train on the whole train set, a checkpoint an epoch; return the files. Kept like the ground truth."""
-    task, folder = TASKS[key], root / key / f"run{seed}"
+    return train(key, root, TASKS[key].data(), root / key / f"run{seed}", seed)
+
+
+def train(key: str, root: Path, data: Any, folder: Path, seed: int) -> list[Path]:
+    """Train a task's model on any data, unless ``folder`` has it; return the files, a checkpoint an epoch."""
+    task = TASKS[key]
     if not (folder / "seconds").exists():
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
         L.seed_everything(seed, verbose=False)
         saving = ModelCheckpoint(folder, save_top_k=-1, filename="{epoch:03d}", enable_version_counter=False)
         own = trainer(root, saving, accelerator="cpu", max_epochs=task.epochs)
         start = time.perf_counter()
-        own.fit(task.make_module(), datamodule=task.data())
+        own.fit(task.make_module(), datamodule=data)
         (folder / "seconds").write_text(str(time.perf_counter() - start))
     return sorted(folder.glob("*.ckpt"))
 
