@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-from uuid import uuid4
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_trak.influence import Extremes, Ranked, Spread, fit_weights, rank
 from lightning_trak.metrics import predicted_outputs, spearman
 from lightning_trak.results.plots import plot_extremes
+from lightning_trak.results.saved import check_saved, read_saved, write_saved
 from lightning_trak.results.split_score import SplitScore
-from lightning_trak.store.files import atomically, checksum_of_file, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_INDEX = "attribution.json"
-_LEFT = re.compile(r"(\w+-[0-9a-f]{8}\.npy|attribution\.json)(\.[0-9a-f]{32}\.partial)?")
 _LISTS = ("checkpoints", "dampings", "damping_rules", "loss_explained")  # the fields below that are tuples
 
 
@@ -339,25 +332,7 @@ class Attribution:
         Raises:
             FileExistsError: if ``path`` exists, is not empty, and has no saved attribution.
         """
-        folder = Path(path)
-        if not _is_own(folder):
-            raise FileExistsError(f"'{path}' exists and is no saved attribution. Choose another path.")
-        folder.mkdir(parents=True, exist_ok=True)
-        outdated, token, files = _files_of(folder), uuid4().hex[:8], {}
-        arrays = {f"{name}-{token}.npy": (name, array) for name, array in self._arrays().items()}
-        try:  # new names: the earlier attribution is whole until the index changes
-            for file, (name, array) in arrays.items():
-                with atomically(folder / file) as partial, open(partial, "wb") as opened:
-                    np.save(opened, array.numpy(), allow_pickle=False)
-                files[name] = {"file": file, "checksum": checksum_of_file(folder / file)}
-            content = {"info": asdict(self.info), "files": files}
-            write_json(folder / _INDEX, {"checksum": _checksum(content), **content})
-        except BaseException:
-            outdated = list(arrays)
-            raise
-        finally:
-            for file in outdated:
-                (folder / file).unlink(missing_ok=True)
+        write_saved(Path(path), asdict(self.info), self._arrays())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Attribution:
@@ -367,16 +342,10 @@ class Attribution:
             FileNotFoundError: if there is none in ``path``.
             ValueError: if it is damaged.
         """
-        folder = Path(path)
-        if not (folder / _INDEX).is_file():
-            raise FileNotFoundError(f"There is no saved attribution in '{path}' (no {_INDEX}).")
+        check_saved(Path(path))
         try:
-            index = json.loads((folder / _INDEX).read_text())
-            if index["checksum"] != _checksum({name: index[name] for name in ("info", "files")}):
-                raise ValueError(f"the checksum of {_INDEX} has changed")
-            lists = {name: tuple(index["info"][name]) for name in _LISTS}
-            info = AttributionInfo(**{**index["info"], **lists})
-            arrays = {name: _load(folder, **file) for name, file in index["files"].items()}
+            fields, arrays = read_saved(Path(path))
+            info = AttributionInfo(**{**fields, **{name: tuple(fields[name]) for name in _LISTS}})
             outputs = arrays.get("outputs")
             if "scores" not in arrays:
                 sides = [Ranked(arrays[side], arrays[f"{side}_values"]) for side in ("top", "bottom")]
@@ -445,31 +414,3 @@ def _masks(indices: Sequence[int] | Tensor, n: int) -> Tensor:
     if bool(masks.all(-1).any()):
         raise ValueError("All training examples are left out, so nothing is left to train on. Leave out fewer.")
     return masks
-
-
-def _is_own(folder: Path) -> bool:
-    """Say whether a folder may become a saved attribution: it is one, or has nothing but what a killed process left."""
-    if not folder.exists() or (folder / _INDEX).is_file():
-        return True
-    return folder.is_dir() and all(_LEFT.fullmatch(path.name) for path in folder.iterdir())
-
-
-def _files_of(folder: Path) -> list[str]:
-    """Return the names of the arrays of an earlier attribution; none if its index cannot be read."""
-    try:
-        index = json.loads((folder / _INDEX).read_text())
-        return [Path(entry["file"]).name for entry in index["files"].values()]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return []
-
-
-def _checksum(content: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def _load(folder: Path, file: str, checksum: int) -> Tensor:
-    """Read an array, whose checksum is compared before anything is allocated by what its header declares."""
-    path = folder / Path(file).name
-    if checksum_of_file(path) != checksum:
-        raise ValueError(f"the checksum of {path.name} has changed")
-    return torch.from_numpy(np.load(path, allow_pickle=False))
