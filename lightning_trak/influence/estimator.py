@@ -152,8 +152,8 @@ class Estimator:
         """
         if train.whitened_by_rest:
             curvature = OutputCurvature(train, self.device)
-            factor = None if curvature.is_whole else curvature.own_part()[1]
-            return Solved((curvature.solve(targets) * (1 / train.shape[0])).to(CPU), self._given(train), factor)
+            solved = (curvature.solve(targets) * (1 / train.shape[0])).to(CPU)
+            return Solved(solved, self._given(train), curvature.factor())
         if train.squares is not None:
             return Solved(targets * (1 / train.shape[0]), self._given(train))
         state, damping = self._factor(train, sums, multiple)
@@ -166,7 +166,7 @@ class Estimator:
     ) -> Tensor:
         """Return by how much training on each example lowers its own loss, (n,), at one checkpoint; see `solve`."""
         if train.whitened_by_rest:
-            own, _ = OutputCurvature(train, self.device).own_part()
+            own = OutputCurvature(train, self.device).own_part()
             return torch.from_numpy(train.loss_grad).square() * own / train.shape[0]
         if train.squares is not None:
             squares, loss_grad = torch.from_numpy(train.squares), torch.from_numpy(train.loss_grad)

@@ -122,6 +122,11 @@ def stack(parts: Sequence[Any]) -> Any:
     return torch.cat(list(parts)) if isinstance(parts[0], Tensor) else parts[0].stacked(parts)
 
 
+def combined(rows: Any, weights: Tensor) -> Any:
+    """Return the transpose of ``weights`` times rows, (m, r) times (r, k): of a tensor, or of a sparse matrix."""
+    return (weights @ rows).T if isinstance(rows, Tensor) else rows.combined(weights)
+
+
 def block_size(n_targets: int) -> int:
     """Return the number of training examples in a block."""
     return min(_BLOCK_ROWS, max(1, _BLOCK_SCORES // n_targets))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_trak.data.identity import sampled_rows
-from lightning_trak.features.largest import SparseMatrix, SparseRows
+from lightning_trak.features.largest import SparseRows, matrix_of
+from lightning_trak.features.sparse_matrix import SparseMatrix
 from lightning_trak.influence import SUMS_VERSION, Estimator, GaussNewton, TrainFeatures, TrainingTime
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.files import explained_os_errors
@@ -169,6 +170,4 @@ def featurize_targets(
         whitening = whitening_at(loop, entry, weights)
         description = f"Featurizing targets at checkpoint {number}"
         loop.run(weights, entry.digest, range(loop.size), receive, description, whitening)
-    return (torch.from_numpy(features) if record is None else SparseMatrix.of_records(features)), torch.from_numpy(
-        outputs
-    )
+    return (torch.from_numpy(features) if record is None else matrix_of(features)), torch.from_numpy(outputs)

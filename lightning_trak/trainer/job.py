@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_trak.features.largest import SparseMatrix
+from lightning_trak.features.sparse_matrix import SparseMatrix
 from lightning_trak.gradients.function import check_fit
 from lightning_trak.influence import Estimator, Options, TrainingTime, whitening_strength
 from lightning_trak.store.checkpoint import CheckpointEntry

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from lightning_trak.data.batch import with_more
-from lightning_trak.features.largest import SparseMatrix
+from lightning_trak.features.sparse_matrix import SparseMatrix
 from lightning_trak.gradients import Engine, ModelFunction
 from lightning_trak.gradients.engine import run_prepared
 from lightning_trak.influence import Estimator, score_products, stack

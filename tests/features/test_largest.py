@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_trak.features.largest import SparseMatrix, SparseRows, difference, largest_entries, record_type
+from lightning_trak.features.largest import SparseRows, difference, largest_entries, matrix_of, record_type
 
 
 class Records:
@@ -76,21 +76,12 @@ def test_products_of_sparse_rows_are_those_of_dense_ones(block):
     features = torch.randn(11, 40, generator=torch.Generator().manual_seed(1))
     targets = torch.randn(5, 40, generator=torch.Generator().manual_seed(2))
     records, others = Records(largest_entries(features, 5)), largest_entries(targets, 9)
-    rows, matrix = SparseRows(records, 40), SparseMatrix.of_records(others)
+    rows, matrix = SparseRows(records, 40), matrix_of(others)
     assert (rows.shape, matrix.shape, len(matrix)) == ((11, 40), (5, 9), 5)
     found = torch.cat([part @ (matrix * 0.5).T for part in rows.blocks(block)])
     expected = dense(records.records, 40) @ dense(others, 40).T / 2
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
     assert (expected == 0).any()  # of rows without a common entry
-
-
-def test_many_targets_come_in_several_tables():
-    entries = 2**20
-    columns = torch.stack([torch.arange(entries) + 2 * row for row in range(9)])
-    matrix = SparseMatrix(columns, torch.ones(9, entries))
-    assert [len(columns) for columns, _ in matrix.T.tables] == [entries + 14, entries]
-    one = SparseMatrix(torch.tensor([[0, 3, entries + 1, 10**9]]), torch.tensor([[1.0, 2.0, 4.0, 8.0]]))
-    assert (one @ matrix.T).tolist() == [[3.0, 6.0, *[4.0] * 7]]
 
 
 def test_difference_is_that_of_dense_arrays():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lightning_trak.features.largest import SparseMatrix
+from lightning_trak.features.sparse_matrix import SparseMatrix
 
 
 def sparse(values):

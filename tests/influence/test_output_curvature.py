@@ -42,20 +42,53 @@ def test_scores_are_those_of_the_newton_step(kind, targets):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
 
 
+CHOSEN = [0, 5, 10, 14, 19]  # of 20, evenly spaced
+
+
+def inverse_with_own_part(i, weight):
+    """(H / n)⁻¹ from the chosen examples but i, and that with a weight of its own."""
+    parts = np.zeros(N)
+    parts[CHOSEN] = WEIGHTS.astype("f8")[CHOSEN] / len(CHOSEN)
+    parts[i] = weight
+    return inverse(parts)
+
+
 @KINDS
 def test_of_many_examples_some_stand_for_all_but_not_for_themselves(kind, targets):
     """Each example has its own part w φ φᵀ / n in H, as often as once; the others are those of the chosen ones."""
-    chosen, weights = [0, 5, 10, 14, 19], WEIGHTS.astype("f8")
+    own = OutputCurvature(train(kind), largest=5).own_part()
+    expected = [FEATURES[i] @ inverse_with_own_part(i, WEIGHTS[i] / N) @ FEATURES[i] for i in range(N)]
+    np.testing.assert_allclose(own, expected, rtol=1e-4)
+
+
+@KINDS
+@pytest.mark.parametrize("m", [M, 6])  # fewer and more than are chosen
+def test_scores_have_own_parts_by_the_formula_of_sherman_and_morrison(kind, targets, m):
+    """Of examples that are not chosen, φᵀ H⁻¹ φ is in proportion to ‖φ‖², as of the chosen ones on average."""
+    chosen_targets = torch.cat([TARGETS, TARGETS])[:m]
     curvature = OutputCurvature(train(kind), largest=5)
-    own, factor = curvature.own_part()
-    found = curvature.solve(targets).products(torch.from_numpy(FEATURES) if kind is not Sparse else sparse(FEATURES))
+    solved = curvature.solve(chosen_targets if kind is not Sparse else sparse(chosen_targets))
+    found = solved.products(torch.from_numpy(FEATURES) if kind is not Sparse else sparse(FEATURES))
+    found = found * curvature.factor()[:, None]
+    without = [FEATURES[i] @ inverse_with_own_part(i, 0) @ FEATURES[i] for i in CHOSEN]
+    ratio = sum(without) / (FEATURES[CHOSEN].astype("f8") ** 2).sum()
     for i in range(N):
-        parts = np.zeros(N)
-        parts[chosen] = weights[chosen] / 5
-        parts[i] = weights[i] / N
-        solved = inverse(parts)
-        np.testing.assert_allclose(own[i], FEATURES[i] @ solved @ FEATURES[i], rtol=1e-4)
-        np.testing.assert_allclose(found[i] * factor[i], FEATURES[i] @ solved @ TARGETS.numpy().T, rtol=2e-3, atol=1e-4)
+        if i in CHOSEN:
+            expected = FEATURES[i] @ inverse_with_own_part(i, WEIGHTS[i] / N) @ chosen_targets.numpy().T
+        else:
+            leverage = ratio * (FEATURES[i] ** 2).sum()
+            plain = FEATURES[i] @ inverse_with_own_part(i, 0) @ chosen_targets.numpy().T
+            expected = plain / (1 + WEIGHTS[i] / N * leverage)
+        np.testing.assert_allclose(found[i], expected, rtol=2e-3, atol=1e-4)
+
+
+def test_nothing_is_put_right_where_all_are_in_the_matrix():
+    assert OutputCurvature(train(), largest=N).factor() is None
+
+
+def test_examples_without_features_have_no_scores():
+    one = TrainFeatures(np.zeros((6, 3), "f4"), np.ones(6, "f4"), np.ones(6, "f4"), squares=np.zeros(6, "f4"))
+    assert OutputCurvature(one, largest=2).factor().tolist() == [1] * 6
 
 
 def test_the_estimator_puts_the_own_part_right():

@@ -1,0 +1,170 @@
+"""Sparse matrices with equally many entries in every row, and their products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+_TABLE = 2**26  # numbers of a dense table of sparse rows, at most
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class SparseMatrix:
+    """A sparse matrix of r rows with k entries each.
+
+    Attributes:
+        columns: of the entries, (r, k), in every row each column once.
+        values: of the entries, (r, k), float32.
+
+    >>> one = SparseMatrix(torch.tensor([[2, 0]]), torch.tensor([[10.0, 1.0]]))
+    >>> other = SparseMatrix(torch.tensor([[5, 2], [1, 0]]), torch.tensor([[7.0, 3.0], [0.0, 4.0]]))
+    >>> one @ other.T
+    tensor([[30.,  4.]])
+    """
+
+    columns: Tensor
+    values: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """(r, k)."""
+        return self.values.shape
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def to(self, device: torch.device) -> SparseMatrix:
+        """Return the matrix on a device."""
+        if self.values.device == device:
+            return self  # with what it knows of its columns
+        return SparseMatrix(self.columns.to(device), self.values.to(device))
+
+    def __mul__(self, number: float) -> SparseMatrix:
+        return SparseMatrix(self.columns, self.values * number)
+
+    def scaled(self, scales: Tensor | None) -> SparseMatrix:
+        """Multiply every column with its entry of ``scales``, (p,); None for 1."""
+        return self if scales is None else SparseMatrix(self.columns, self.values * scales[self.columns])
+
+    def scaled_in_ranges(self, starts: Tensor, factors: Tensor) -> SparseMatrix:
+        """Multiply the columns from each start to the next with a factor each.
+
+        >>> matrix = SparseMatrix(torch.tensor([[2, 0]]), torch.ones(1, 2))
+        >>> matrix.scaled_in_ranges(torch.tensor([0, 2]), torch.tensor([5.0, 7.0])).values
+        tensor([[7., 5.]])
+        """
+        places = torch.searchsorted(starts, self.columns.contiguous(), right=True) - 1
+        return SparseMatrix(self.columns, self.values * factors[places])
+
+    def __getitem__(self, rows: Tensor) -> SparseMatrix:
+        return SparseMatrix(self.columns[rows], self.values[rows])
+
+    def squares(self) -> Tensor:
+        """Return the squared norm of every row, (r,)."""
+        return self.values.square().sum(1)
+
+    @classmethod
+    def stacked(cls, parts: Sequence[SparseMatrix]) -> SparseMatrix:
+        """Return the rows of several matrices, one below the other."""
+        return cls(torch.cat([part.columns for part in parts]), torch.cat([part.values for part in parts]))
+
+    @property
+    def T(self) -> Transposed:  # noqa: N802 - as a tensor has it
+        """The transpose, to multiply with from the left."""
+        return Transposed(self)
+
+    def combined(self, weights: Tensor) -> Combined:
+        """Return the transpose of ``weights`` times this matrix, (m, r) times (r, p), to multiply with from the left.
+
+        >>> one = SparseMatrix(torch.tensor([[0, 2], [1, 2]]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        >>> one @ one.combined(torch.tensor([[1.0, 10.0]]))  # the row 1, 30, 42
+        tensor([[ 85.],
+                [258.]])
+        """
+        return Combined(self, weights)
+
+    def __matmul__(self, other: Transposed | Combined) -> Tensor:
+        """Return the inner products of all rows with those of the other matrix, (r, m)."""
+        found = []
+        for columns, tables in other.tables():
+            places = self._places(columns)
+            found += [embedding_bag(places, table, mode="sum", per_sample_weights=self.values) for table in tables]
+        return torch.cat(found, 1)
+
+    def _places(self, columns: Tensor) -> Tensor:
+        """Return where each entry's column is among ascending ``columns``, (r, k); len(columns) where it is not."""
+        count = len(columns)
+        end = int(columns[-1]) + 1 if count else 0
+        if end >= _TABLE:  # so many places would not fit
+            places = torch.searchsorted(columns, self.columns.contiguous()).clamp(max=count - 1)
+            return places.where(columns[places] == self.columns, count)
+        places = torch.full((end + 1,), count, device=columns.device)
+        places[columns] = torch.arange(count, device=columns.device)
+        return places[self.columns.clamp(max=end)]
+
+    @cached_property
+    def _by_column(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The columns that have entries, where each begins among all entries in order of columns, and these entries.
+
+        Of the entries, their rows and their values.
+        """
+        columns, order = self.columns.flatten().sort()
+        used, counts = columns.unique_consecutive(return_counts=True)
+        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])  # the last begins at the end, so it is empty
+        rows = order // max(1, self.columns.shape[1])
+        return used, starts.int(), rows.int(), self.values.flatten()[order]
+
+
+class Transposed:
+    """The transpose of a sparse matrix, as tables of the columns that have entries.
+
+    Args:
+        matrix: of m rows.
+    """
+
+    def __init__(self, matrix: SparseMatrix) -> None:
+        self._matrix = matrix
+
+    def tables(self) -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
+        """Yield, for some of the rows at a time, their columns, (c,), ascending, and a dense matrix (c + 1, rows).
+
+        The matrix's last row is zero.
+        """
+        size = max(1, math.isqrt(_TABLE // max(1, self._matrix.shape[1])))
+        for columns, values in zip(self._matrix.columns.split(size), self._matrix.values.split(size), strict=True):
+            used, places = columns.unique(return_inverse=True)
+            table = values.new_zeros(len(used) + 1, len(columns))
+            table[places, torch.arange(len(columns), device=columns.device)[:, None].expand_as(columns)] = values
+            yield used, iter([table])
+
+
+class Combined:
+    """The transpose of linear combinations of a sparse matrix's rows, (p, m), which hardly are sparse.
+
+    Args:
+        matrix: of r rows.
+        weights: (m, r).
+    """
+
+    def __init__(self, matrix: SparseMatrix, weights: Tensor) -> None:
+        self._matrix, self._weights = matrix, weights
+
+    def tables(self) -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
+        """Yield all columns with entries, (c,), ascending, and dense matrices (c + 1, ...) of some combinations each.
+
+        The last row of a matrix is zero.
+        """
+        columns, starts, rows, values = self._matrix._by_column
+        size = max(1, _TABLE // (len(columns) + 1))
+        parts = (part.T.contiguous() for part in self._weights.split(size))
+        yield columns, (embedding_bag(rows, part, starts, mode="sum", per_sample_weights=values) for part in parts)
