@@ -13,6 +13,7 @@ from lightning_trak.gradients import DenseGradient, Gradient, Sink
 from lightning_trak.gradients.gradient import as_rows, is_word_table, matrix_shape
 
 _VECTORS = 64  # of an example, at most, from which second moments are summed
+_CHUNK_BYTES = 2**24  # of gradients that are rotated at once: much larger arrays cost time to allocate
 _LARGEST = 1024  # entries of an axis: a larger one gets no basis, since that takes the cube of them
 
 
@@ -42,6 +43,11 @@ class EigenBasis:
         if gradient.positions > max(matrix_shape(gradient.shape)):
             gradient = DenseGradient(gradient.dense())  # cheaper than to rotate what is summed at every position
         return gradient.sketch(self.left, self.right).flatten(1)
+
+    def rotated(self, gradient: Gradient) -> Iterator[tuple[slice, Tensor]]:
+        """Yield what `rotate` returns, in float32, a few examples at a time, with their rows."""
+        for rows, part in gradient.split(_CHUNK_BYTES):
+            yield rows, self.rotate(part).float()
 
 
 @dataclass(frozen=True)
@@ -177,10 +183,10 @@ class Eigenvalues:
 
         def add(rows: slice, name: str, gradient: Gradient) -> None:
             """Add a part of a parameter's gradients: one that is used twice has two."""
-            part = self._bases.get(name, EigenBasis(None, None)).rotate(gradient).float()
-            if name not in rotated:
-                rotated[name] = part.new_zeros(size, part.shape[1])
-            rotated[name][rows] += part
+            for some, part in self._bases.get(name, EigenBasis(None, None)).rotated(gradient):
+                if name not in rotated:
+                    rotated[name] = part.new_zeros(size, part.shape[1])
+                rotated[name][rows][some] += part
 
         yield add
         for name, values in rotated.items():

@@ -106,7 +106,9 @@ class Whitening(Projector):
         if start not in self._parts:
             return
         basis, scales = self._parts[start]
-        features[:, start : start + len(scales)] += basis.rotate(gradient) * scales
+        own = features[:, start : start + len(scales)]
+        for rows, rotated in basis.rotated(gradient):
+            own[rows].addcmul_(rotated, scales)
 
 
 def rescaling(curvature: Curvature, sizes: Mapping[str, int], strength: float) -> Tensor:

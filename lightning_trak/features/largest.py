@@ -68,15 +68,20 @@ def largest_entries(features: Tensor, k: int) -> Array:
 def _largest(row: Tensor, k: int) -> Tensor:
     """Return the indices of the k entries of largest absolute value, (k,); faster than ``topk`` of a long row.
 
-    The largest entries of k chunks are k entries. So the smallest of these is no larger than the k-th largest of all.
+    The largest entries of k chunks are k entries. So the smallest of these is no larger than the k-th largest of all,
+    and the other chunks need no second look.
     """
-    sizes = row.abs()
     chunk = len(row) // (k * _CHUNKS)
     if chunk < 2:
-        return sizes.topk(k)[1]
-    bound = sizes[: chunk * k * _CHUNKS].view(-1, chunk).amax(1).topk(k)[0][-1]
-    candidates = (sizes >= bound).nonzero()[:, 0]
-    return candidates[sizes[candidates].topk(k)[1]]
+        return row.abs().topk(k)[1]
+    chunks = row[: chunk * k * _CHUNKS].view(-1, chunk)
+    largest = chunks.abs().amax(1)
+    bound = largest.topk(k)[0][-1]
+    chosen = (largest >= bound).nonzero()[:, 0]
+    numbers, places = (chunks[chosen].abs() >= bound).nonzero(as_tuple=True)
+    rest = (row[chunks.numel() :].abs() >= bound).nonzero()[:, 0] + chunks.numel()
+    candidates = torch.cat([chosen[numbers] * chunk + places, rest])
+    return candidates[row[candidates].abs().topk(k)[1]]
 
 
 def matrix_of(records: Array) -> SparseMatrix:
