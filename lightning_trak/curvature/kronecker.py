@@ -57,18 +57,19 @@ class Curvature:
     Attributes:
         bases: Q = Q_S ⊗ Q_A of each parameter.
         eigenvalues: Λ of each parameter, (O·I,).
-        strength: λ for all parameters, on the scale of Λ; None to take the mean of each parameter's Λ.
     """
 
     bases: Mapping[str, EigenBasis]
     eigenvalues: Mapping[str, Tensor]
-    strength: float | None = None
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The mean of Λ of each parameter."""
+        return {name: values.mean().item() for name, values in self.eigenvalues.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name, to be stored."""
         found = {f"eigenvalues/{name}": value for name, value in self.eigenvalues.items()}
-        if self.strength is not None:
-            found["strength"] = torch.tensor(self.strength, dtype=torch.float64)
         for name, basis in self.bases.items():
             sides = {f"left/{name}": basis.left, f"right/{name}": basis.right}
             found |= {side: q for side, q in sides.items() if q is not None}
@@ -80,8 +81,7 @@ class Curvature:
         start = "eigenvalues/"
         names = [name.removeprefix(start) for name in tensors if name.startswith(start)]
         bases = {name: EigenBasis(tensors.get(f"left/{name}"), tensors.get(f"right/{name}")) for name in names}
-        strength = tensors["strength"].item() if "strength" in tensors else None
-        return cls(bases, {name: tensors[start + name] for name in names}, strength)
+        return cls(bases, {name: tensors[start + name] for name in names})
 
     def to(self, device: torch.device) -> Curvature:
         """Return the curvature on a device."""

@@ -110,7 +110,9 @@ class SparseRows:
     def blocks(self, size: int) -> Iterator[SparseMatrix]:
         """Yield all rows in order, ``size`` at a time."""
         for block in self._records.blocks(size):
-            yield matrix_of(block).scaled(self._scales)
+            matrix = matrix_of(block)  # a damaged column may be any number; the records' checksum tells afterwards
+            matrix = SparseMatrix(matrix.columns.clamp(0, self._dimension - 1), matrix.values)
+            yield matrix.scaled(self._scales)
 
 
 def difference(one: Array, other: Array) -> float:

@@ -4,7 +4,7 @@ May import nothing of the package but `precision`. `Estimator` works on features
 """
 
 from lightning_trak.influence.calibration import Kinds, fit_weights
-from lightning_trak.influence.damping import Damping, whitening_strength
+from lightning_trak.influence.damping import Damping, whitening_damping
 from lightning_trak.influence.estimator import Estimator, Options, Solved
 from lightning_trak.influence.gauss_newton import SUMS_VERSION, GaussNewton
 from lightning_trak.influence.output_curvature import Corrected, OutputCurvature
@@ -35,5 +35,5 @@ __all__ = [
     "rank",
     "score_products",
     "stack",
-    "whitening_strength",
+    "whitening_damping",
 ]

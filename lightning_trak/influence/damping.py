@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -80,6 +80,26 @@ def training_damping(trainings: Sequence[TrainingTime], n_train: int, scale: flo
     0.25
     """
     return max(LEAST_DAMPING, n_train * _strength(trainings, PART_OF_TIME) / scale)
+
+
+def whitening_damping(
+    means: Mapping[str, float], given: float | str = "auto", trainings: Sequence[TrainingTime] = ()
+) -> dict[str, float]:
+    """Return λ of each parameter, for whitened gradients.
+
+    Args:
+        means: the mean eigenvalue of each parameter.
+        given: relative to the mean eigenvalue; ``"auto"``: from the training time, where it is known, else 1.
+        trainings: the training times of all checkpoints; empty where λ does not follow from them.
+
+    >>> whitening_damping({"weight": 3.0, "bias": 1.0}, given=0.1)
+    {'weight': 0.30000000000000004, 'bias': 0.1}
+    """
+    strength = whitening_strength(trainings) if given == "auto" else None
+    if strength is not None:
+        return dict.fromkeys(means, strength)
+    relative = 1.0 if isinstance(given, str) else given
+    return {name: relative * mean for name, mean in means.items()}
 
 
 def whitening_strength(trainings: Sequence[TrainingTime]) -> float | None:

@@ -31,8 +31,8 @@ class ClassificationMixin(TRAKMixin):
     - ``label_smoothing`` ε and two classes: L = (1 − ε/2) softplus(−f) + (ε/2) softplus(f) and Q = 1 − ε/2 − p. With
       more classes the smoothed loss is no function of f. That is an error: define ``per_sample_loss``.
 
-    With three classes or more, ``TRAKCallback(preconditioner="kronecker")`` whitens gradients by what f leaves open:
-    which of the other classes it is.
+    With three classes or more, gradients are whitened by what f leaves open: which of the other classes it is. See
+    ``TRAKCallback(preconditioner=...)``.
 
     TRAK, arXiv 2303.14186, Section 3.3. Batches ``(x, y)`` and mappings with ``"labels"`` (Hugging Face inputs, whose
     model returns ``.logits``) are understood; for others override `get_logits` and `get_labels`.
@@ -58,7 +58,6 @@ class ClassificationMixin(TRAKMixin):
     class_weights: Tensor | None
     label_smoothing: float = 0.0
     draws_rest = True
-    whitens_by_default = False  # it takes several times as long
 
     def get_logits(self, batch: Any) -> Tensor:
         """Return the logits, (b, classes), (b, 1) or (b,): ``self(x)``, or ``self(**inputs)`` for a mapping."""

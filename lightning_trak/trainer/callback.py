@@ -147,8 +147,7 @@ class TRAKCallback(Callback):
                 raise ValueError(f"estimator='trak' has no temperature, got temperature={temperature!r}. Leave it out.")
             self.curvature, self.temperature, self.damping = False, 1.0, 0.0 if damping == "auto" else damping
         self.preconditioner = arguments.choice("preconditioner", preconditioner, ("auto", "kronecker", "none"))
-        given = (projector, damping, temperature, curvature, estimator)
-        self._all_by_default = given == ("auto", "auto", "auto", True, "gauss_newton")
+        self._projects_by_default = (projector, curvature, estimator) == ("auto", True, "gauss_newton")
         if preconditioner == "kronecker":
             arguments.left_out(
                 "preconditioner='kronecker' whitens gradients before they are stored",
@@ -194,7 +193,7 @@ class TRAKCallback(Callback):
             self.batch_size,
             self.preconditioner,
             self.damping,
-            self._all_by_default,
+            self._projects_by_default,
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -216,7 +215,7 @@ class TRAKCallback(Callback):
         with undisturbed(trainer, pl_module):
             loader = train_loader_of_fit(trainer, pl_module)
             parameters = parameters_to_be(self.settings, trainer, pl_module)
-            plan = Plan(self.settings, self.reports, pl_module, parameters=parameters)
+            plan = Plan.for_new_store(self.settings, self.reports, trainer, pl_module, loader, parameters)
             loop = plan.loop(trainer, pl_module, loader, lambda: loader, "train")
             loop.preflight(copy_of_weights(pl_module), thorough=True)
             self.train_loader = loader

@@ -25,6 +25,7 @@ from lightning_trak.trainer.whitening import record_of, same_features, stored_fo
 
 Array = npt.NDArray[Any]
 _CHECKED = 8  # stored rows that are computed again
+_READ_ROWS = 4096
 
 
 def add_checkpoint(store: FeatureStore, digest: str, weights: Weights, meta: dict[str, Any]) -> None:
@@ -95,6 +96,9 @@ def check_features(loop: FeaturizationLoop, entry: CheckpointEntry) -> None:
         news = (stored_form(loop, block.features), block.loss_grad, block.curvature)
         for name, new in zip(("features", "loss_grad", "curvature"), news, strict=True):
             if not same_features(new, entry.rows(name, batch_rows)):
+                if entry.complete:
+                    for _ in entry.verified(name).blocks(_READ_ROWS):
+                        pass  # damage is an error of its own, after the last row
                 raise ValueError(
                     f"The stored {name} of train rows {batch_rows} are not those that the model and the data give now:"
                     " model_output, the loss, the collate function or a batch hook has changed since. Restore it, or"

@@ -33,7 +33,7 @@ from lightning_trak.gradients import (
 from lightning_trak.influence import is_logistic
 from lightning_trak.isolation.random_states import seed_all
 from lightning_trak.projection import Projector, projection_key
-from lightning_trak.store.weights import Weights
+from lightning_trak.store.weights import Weights, copy_of_weights
 from lightning_trak.tasks.base import numbered, own_method, prepared
 from lightning_trak.tasks.batch import read_batches
 from lightning_trak.tasks.checks import (
@@ -192,6 +192,10 @@ class FeaturizationLoop:
                 return
             if self.preconditioner is not None:
                 self._check_drawn(function, batch, len(rows))
+                self._reports.tell_once(
+                    "gradients are whitened by the curvature of each parameter; of each example the"
+                    f" {self.entries} largest entries are stored."
+                )
             if self._loss_terms.need_projection:
                 losses = function.of(PER_SAMPLE_LOSS)
                 self._try(losses, batch, alone, len(rows))
@@ -203,10 +207,19 @@ class FeaturizationLoop:
             if thorough:
                 self._try_whole_batch(function, engine)
 
-    def _check_drawn(self, function: ModelFunction, batch: Any, size: int) -> None:
+    def draws_anything(self) -> bool:
+        """Say whether the module draws a label for the first example: of two classes, its output tells all."""
+        with self._undisturbed(), ExitStack() as stack:
+            function = self._function(copy_of_weights(self._module))
+            stack.enter_context(prepared(self._module, function.prepare, self._find_train_loader))
+            return self._drawn(function, self._read_once([0], seed=0), 1) is not None
+
+    def _drawn(self, function: ModelFunction, batch: Any, size: int) -> Any:
         with torch.no_grad():
-            drawn = function.call(self._module.draw_labels, batch, [0] * size)  # type: ignore[operator]
-        if drawn is None:
+            return function.call(self._module.draw_labels, batch, [0] * size)  # type: ignore[operator]
+
+    def _check_drawn(self, function: ModelFunction, batch: Any, size: int) -> None:
+        if self._drawn(function, batch, size) is None:
             raise ValueError(
                 f"preconditioner='kronecker', but the output of {type(self._module).__name__} tells all, as for two"
                 " classes or a single number: no label is left to draw. Leave preconditioner out of TRAKCallback."

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.features.sparse_matrix import SparseMatrix
 from lightning_trak.gradients.function import check_fit
-from lightning_trak.influence import Estimator, Options, TrainingTime, whitening_strength
+from lightning_trak.influence import Estimator, Options, TrainingTime
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import load_weights, read_checkpoint, read_weights, weights_digest, weights_in
@@ -85,13 +85,11 @@ class Job:
 
     @cached_property  # each needs the curvature's file
     def scales(self) -> list[Tensor | None]:
-        """Return by what to multiply whitened features at every checkpoint, so that all have one λ; see `rescaled`."""
-        own, metas = self.plan.preconditioner, [entry.meta for entry in self.entries]
-        times = [TrainingTime(**meta["training_time"]) for meta in metas if meta.get("training_time")]
-        by_time = own is not None and own.rest and own.damping is None and len(times) == len(metas)
-        strength = whitening_strength(times) if by_time else None
-        sizes = {name: prod(shape) for name, shape in self.plan.shapes.items()}
-        return [rescaled(entry, sizes, strength) for entry in self.entries]
+        """Return by what to multiply whitened features at every checkpoint; see `rescaled`."""
+        own = self.plan.preconditioner
+        if own is None:
+            return [None] * len(self.entries)
+        return rescaled(self.entries, own, {name: prod(shape) for name, shape in self.plan.shapes.items()})
 
     @property
     def layers(self) -> dict[str, slice]:
@@ -157,9 +155,7 @@ def featurized(
         digests = _select(trainer, store, ckpt_path)
         _featurize_missing(trainer, model, store, plan, data, digests)
         rank_zero_info(f"TRAKCallback: averaging over {pool_of(store, digests)}.")
-        own = plan.preconditioner
-        damping = callback.damping if own is None else "auto" if own.damping is None else own.damping
-        options = Options(damping, callback.temperature, callback.curvature, callback.estimator)
+        options = Options(callback.damping, callback.temperature, callback.curvature, callback.estimator)
         yield Job(trainer, model, store, plan, [store[digest] for digest in digests], data, datamodule, options)
 
 
@@ -210,7 +206,7 @@ def _open_store(
     """Open the store, or create it for given checkpoint files; check that it is of this model and data."""
     path = callback.store_path(trainer)
     if not (path / "manifest.json").exists() and create:
-        plan = Plan(callback.settings, callback.reports, model)
+        plan = Plan.for_new_store(callback.settings, callback.reports, trainer, model, data.train())
         return FeatureStore.create(path, plan.manifest(data.train())), plan
     if trainer.fast_dev_run and not (path / "manifest.json").exists():
         raise framework_of(trainer).MisconfigurationException(

@@ -33,7 +33,7 @@ class Settings:
     batch_size: int | None
     preconditioner: str
     damping: float | str
-    all_by_default: bool  # whether what the estimator depends on is left at its defaults
+    projects_by_default: bool  # whether projector, curvature and estimator are left at their defaults
 
 
 def parameters_to_be(settings: Settings, trainer: Any, module: Any) -> str | None:
@@ -53,28 +53,29 @@ def parameters_to_be(settings: Settings, trainer: Any, module: Any) -> str | Non
 def _preconditioner(settings: Settings, module: Any, manifest: dict[str, Any] | None) -> Preconditioner | None:
     """Return how gradients are whitened; None if they are not: see ``TRAKCallback(preconditioner=...)``."""
     stored = None if manifest is None else manifest.get("preconditioner")
-    rest = of_drawing_class(module, "draws_rest")
-    if settings.preconditioner == "none" or (settings.preconditioner == "auto" and not settings.all_by_default):
+    if settings.preconditioner == "none" or (settings.preconditioner == "auto" and not settings.projects_by_default):
         return None
-    own = draws_labels(module) and of_drawing_class(module, "whitens_by_default")
-    by_default = own if manifest is None else stored
-    if settings.preconditioner == "auto" and not by_default:
-        return None
+    if settings.preconditioner == "auto":
+        own = draws_labels(module) and of_drawing_class(module, "whitens_by_default") and settings.damping == "auto"
+        if not (own if manifest is None else stored):
+            return None
     if not draws_labels(module):
+        name = type(module).__name__
+        if stored:
+            raise ValueError(
+                f"The store holds gradients that are whitened by labels drawn from the predictions, but {name} draws"
+                " none for its own model_output and loss: one of them has changed since. Restore it, or use another"
+                " dirpath for TRAKCallback."
+            )
         raise ValueError(
-            "preconditioner='kronecker' needs labels drawn from the predictions, which"
-            f" {type(module).__name__} does not define. Use ClassificationMixin or a mixin of"
-            " many parts, with their own model_output and loss, define draw_labels(self, batch, seeds) and"
-            " drawn_loss(self, drawn), or leave preconditioner out."
+            f"preconditioner='kronecker' needs labels drawn from the predictions, which {name} does not define. Use"
+            " ClassificationMixin or a mixin of many parts, with their own model_output and loss, define"
+            " draw_labels(self, batch, seeds) and drawn_loss(self, drawn), or leave preconditioner out."
         )
-    chosen = Preconditioner.of(settings.proj_dim, rest=rest)
+    chosen = Preconditioner.of(settings.proj_dim, rest=of_drawing_class(module, "draws_rest"))
     if stored is not None and settings.proj_dim == PROJ_DIM:
         chosen = replace(chosen, entries=stored["entries"], target_entries=stored.get("target_entries", 0))
-    if not isinstance(settings.damping, str):
-        chosen = replace(chosen, damping=settings.damping)
-    elif stored is not None:
-        chosen = replace(chosen, damping=stored["damping"])
-    return chosen
+    return replace(chosen, damping=settings.damping)
 
 
 class Plan:
@@ -119,12 +120,29 @@ class Plan:
             self.projector = make_projector(projector, proj_dim, self.n_params)
         else:
             self.projector = IdentityProjector(proj_dim)  # of whitened gradients, p entries
-            reports.tell_once(
-                "gradients are whitened by the curvature of each parameter; of each example the"
-                f" {self.preconditioner.entries} largest entries are stored."
-            )
         self.seed = seed
         self._selector = Selector(settings.gradients, settings.batch_size, reports.tell_once)
+
+    @classmethod
+    def for_new_store(
+        cls,
+        settings: Settings,
+        reports: Reports,
+        trainer: Any,
+        module: Any,
+        loader: DataLoader[Any],
+        parameters: str | Sequence[str] | None = None,
+    ) -> Plan:
+        """Return the plan for a train set without a store. Of two classes, no label is left to draw: nothing to whiten.
+
+        See `Plan` for the other arguments.
+        """
+        plan = cls(settings, reports, module, parameters=parameters)
+        if settings.preconditioner != "auto" or plan.preconditioner is None or not plan.preconditioner.rest:
+            return plan
+        if plan.loop(trainer, module, loader, lambda: loader, "train").draws_anything():
+            return plan
+        return cls(replace(settings, preconditioner="none"), reports, module, parameters=parameters)
 
     @property
     def proj_dim(self) -> int:

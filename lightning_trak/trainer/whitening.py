@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,13 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_trak.curvature import Curvature, Eigenvalues, SecondMoments, Whitening, rescaling
+from lightning_trak.curvature import Curvature, Eigenvalues, Preconditioner, SecondMoments, Whitening, rescaling
 from lightning_trak.data.batch import with_more
 from lightning_trak.data.identity import sampled_rows
 from lightning_trak.features.largest import difference, largest_entries, record_type
 from lightning_trak.gradients import Engine, ModelFunction, Sink
 from lightning_trak.gradients.engine import run_prepared
-from lightning_trak.influence import TrainingTime, whitening_strength
+from lightning_trak.influence import TrainingTime, whitening_damping
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.files import explained_os_errors
 from lightning_trak.store.weights import Weights, load_weights, save_weights, weights_digest
@@ -63,26 +62,42 @@ def whitening_at(
     if digest is not None:
         curvature = Curvature.from_tensors(load_weights(path, digest))
     else:
-        time = entry.meta.get("training_time")
-        strength = whitening_strength([TrainingTime(**time)]) if time and loop.preconditioner.damping is None else None
-        curvature = replace(estimate_curvature(loop, weights, entry.digest, description), strength=strength)
-        tensors = curvature.tensors()
+        curvature = estimate_curvature(loop, weights, entry.digest, description)
+        tensors, means = curvature.tensors(), curvature.means
+        damping = whitening_damping(means, loop.preconditioner.damping, _trainings([entry], loop.preconditioner))
         with explained_os_errors(entry.path):
             save_weights(tensors, path)
-        entry.supplement({"curvature": weights_digest(tensors)})
-    return Whitening(curvature.to(loop.device), loop.sizes, loop.preconditioner.damping or 1.0)
+        entry.supplement({"curvature": weights_digest(tensors), "eigenvalues": means, "damping": damping})
+    return Whitening(curvature.to(loop.device), loop.sizes, entry.meta["damping"])
 
 
-def rescaled(entry: CheckpointEntry, sizes: Mapping[str, int], strength: float | None) -> Tensor | None:
-    """Return by what to multiply whitened features so that λ is ``strength``, (p,); None if nothing is to be done.
+def rescaled(entries: Sequence[CheckpointEntry], own: Preconditioner, sizes: Mapping[str, int]) -> list[Tensor | None]:
+    """Return by what to multiply whitened features at each checkpoint, (p,); None if nothing is to be done.
 
-    When a checkpoint is featurized, nobody knows how long training will go on.
+    λ may be another one than when a checkpoint was featurized: if the user gives another, and because nobody knew how
+    long training would go on. One rule holds for all checkpoints.
+
+    Args:
+        entries: the checkpoints.
+        own: has the damping that is asked for.
+        sizes: the number of entries of each attributed parameter, in order.
     """
-    digest = entry.meta.get("curvature")
-    if strength is None or digest is None:
-        return None
-    curvature = Curvature.from_tensors(load_weights(entry.path / _FILE, digest))
-    return None if curvature.strength in (None, strength) else rescaling(curvature, sizes, strength)
+    trainings = _trainings(entries, own)
+    scales: list[Tensor | None] = []
+    for entry in entries:
+        damping = whitening_damping(entry.meta["eigenvalues"], own.damping, trainings)
+        if damping == entry.meta["damping"]:
+            scales.append(None)
+        else:
+            curvature = Curvature.from_tensors(load_weights(entry.path / _FILE, entry.meta["curvature"]))
+            scales.append(rescaling(curvature, sizes, entry.meta["damping"], damping))
+    return scales
+
+
+def _trainings(entries: Sequence[CheckpointEntry], own: Preconditioner) -> list[TrainingTime]:
+    """Return the training times that λ follows from; none if one is unknown."""
+    times = [entry.meta.get("training_time") for entry in entries] if own.rest else [None]
+    return [] if None in times else [TrainingTime(**time) for time in times if time]
 
 
 def estimate_curvature(loop: FeaturizationLoop, weights: Weights, digest: str, description: str) -> Curvature:

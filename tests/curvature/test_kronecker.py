@@ -194,7 +194,10 @@ def curvature_of(gradients):
 
 def whitened(curvature, gradients, damping):
     sizes = {name: gradient.shape.numel() for name, gradient in gradients.items()}
-    whitening, size = Whitening(curvature, sizes, damping), next(iter(gradients.values())).size
+    whitening, size = (
+        Whitening(curvature, sizes, {name: damping * mean for name, mean in curvature.means.items()}),
+        next(iter(gradients.values())).size,
+    )
     features = torch.zeros(size, sum(sizes.values()))
     for name, start in zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False):
         whitening.add_gradient_(features, gradients[name], start, key=0)
@@ -253,6 +256,6 @@ def test_a_curvature_is_what_its_tensors_say():
 
 
 def test_a_block_of_entries_cannot_be_whitened():
-    whitening = Whitening(curvature_of({"weight": outer()}), {"weight": 10}, 1.0)
+    whitening = Whitening(curvature_of({"weight": outer()}), {"weight": 10}, {"weight": 1.0})
     with pytest.raises(NotImplementedError, match="add_gradient_"):
         whitening.add_(torch.zeros(1, 10), torch.zeros(1, 10), 0, 0)

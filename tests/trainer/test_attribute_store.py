@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_trak import Attribution, FeatureStore, TRAKCallback
+from lightning_trak.influence import TrainFeatures
 from lightning_trak.projection import FactoredProjector
-from lightning_trak.store.files import VerifiedRows
 from tests.conftest import Blobs, Classifier, make_trainer
 from tests.trainer.references import fresh
 
@@ -45,26 +45,25 @@ def test_store_settings_hold_where_the_callback_says_nothing(tmp_path):
             fresh(tmp_path, **other).attribute(Classifier(), datamodule=Blobs())
 
 
-def test_features_are_read_twice_at_most_and_sums_over_them_are_kept(tmp_path, run, monkeypatch):
-    """Once to sum H, once to score; a second call sums nothing anew."""
+@pytest.mark.parametrize("preconditioner", ["none", "kronecker"])
+def test_features_are_read_twice_at_most_and_sums_over_them_are_kept(tmp_path, run, monkeypatch, preconditioner):
+    """Once to sum H, once to score; a second call sums nothing anew, but takes a sample of whitened ones again."""
     root, _, _, data = run
-    read, blocks = [], VerifiedRows.blocks
+    read, blocks = [], TrainFeatures.blocks
+    files = sorted((root / "files").iterdir())
 
-    def noting(self, size):
+    def noting(self, *args, **kwargs):
         read.append(self.shape)
-        return blocks(self, size)
+        return blocks(self, *args, **kwargs)
 
-    monkeypatch.setattr(VerifiedRows, "blocks", noting)
-    shutil.copytree(root / "store", tmp_path / "store")
-    for path in (tmp_path / "store").glob("checkpoints/*/sums-*"):
-        path.unlink()
-    copied = fresh(tmp_path)
-    first = copied.attribute(Classifier(), datamodule=data)
+    monkeypatch.setattr(TrainFeatures, "blocks", noting)
+    own = fresh(tmp_path, preconditioner=preconditioner)
+    first = own.attribute(Classifier(), datamodule=data, ckpt_path=files)
     checkpoints = len(first.info.checkpoints)
-    assert sum(len(shape) == 2 for shape in read) == 2 * checkpoints
+    assert len(read) == 2 * checkpoints
     read.clear()
-    second = copied.attribute(Classifier(), datamodule=data)
-    assert sum(len(shape) == 2 for shape in read) == checkpoints
+    second = own.attribute(Classifier(), datamodule=data, ckpt_path=files)
+    assert len(read) == (checkpoints if preconditioner == "none" else 2 * checkpoints)
     assert torch.equal(first.scores, second.scores)
     assert first.info == second.info
 
@@ -94,7 +93,9 @@ class Passing(TRAKCallback):
 
 
 def test_store_settings_hold_for_a_subclass_too(tmp_path):
-    trainer = make_trainer(tmp_path, Passing(tmp_path / "store", proj_dim=20, seed=5), max_epochs=1)
+    trainer = make_trainer(
+        tmp_path, Passing(tmp_path / "store", proj_dim=20, seed=5, preconditioner="none"), max_epochs=1
+    )
     trainer.fit(Classifier(), datamodule=Blobs())
     expected = trainer.attribute()
     found = make_trainer(tmp_path, Passing(tmp_path / "store")).attribute(Classifier(), datamodule=Blobs())

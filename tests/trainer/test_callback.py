@@ -369,7 +369,12 @@ def test_progress_joins_a_live_rich_display(tmp_path):
         progress = Live()
 
     fit(tmp_path, TRAKCallback(tmp_path / "store"), RichLike(), max_epochs=1, enable_progress_bar=True)
-    assert RichLike.progress.tasks == {"Featurizing checkpoint 1 (epoch 0, step 5)": [40, 40, False]}
+    stages = (
+        "Curvature of checkpoint 1 (epoch 0, step 5): factors",
+        "Curvature of checkpoint 1 (epoch 0, step 5): eigenvalues",
+    )
+    stages += ("Featurizing checkpoint 1 (epoch 0, step 5)",)
+    assert RichLike.progress.tasks == {stage: [40, 40, False] for stage in stages}
 
 
 def test_models_that_vmap_cannot_differentiate_fall_back_to_the_loop(tmp_path):
@@ -380,7 +385,7 @@ def test_models_that_vmap_cannot_differentiate_fall_back_to_the_loop(tmp_path):
             return super().model_output((x * scale, y))
 
     fit(tmp_path, TRAKCallback(tmp_path / "a"), module=Branches, max_epochs=1)
-    fit(tmp_path, TRAKCallback(tmp_path / "b"), max_epochs=1)
+    fit(tmp_path, TRAKCallback(tmp_path / "b", preconditioner="none"), max_epochs=1)
     (one,), (other,) = FeatureStore(tmp_path / "a"), FeatureStore(tmp_path / "b")
     np.testing.assert_allclose(one.features, other.features, rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match="gradients='vmap' cannot differentiate"):
@@ -607,9 +612,9 @@ def test_limits_that_truncate(tmp_path, limit):
     ],
 )
 def test_a_store_of_another_kind_is_refused_before_training(tmp_path, second, message):
-    fit(tmp_path, TRAKCallback(tmp_path / "store"), max_epochs=1)
+    fit(tmp_path, TRAKCallback(tmp_path / "store", preconditioner="none"), max_epochs=1)
     options = dict(second)
-    trak = TRAKCallback(tmp_path / "store", **options.pop("trak", {}))
+    trak = TRAKCallback(tmp_path / "store", preconditioner="none", **options.pop("trak", {}))
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, trak, max_epochs=1, **options)
     assert len(FeatureStore(tmp_path / "store")) == 1

@@ -22,7 +22,10 @@ N, M = 40, 7
 def fit(root, *, module=Classifier, data=None, max_epochs=2, **options):
     """Train, featurizing into ``root / "store"`` each epoch's checkpoint."""
     L.seed_everything(0, verbose=False)
-    trak, saving = TRAKCallback(root / "store", **options), ModelCheckpoint(root / "files", save_top_k=-1)
+    trak, saving = (
+        TRAKCallback(root / "store", preconditioner="none", **options),
+        ModelCheckpoint(root / "files", save_top_k=-1),
+    )
     trainer, model = make_trainer(root, trak, saving, max_epochs=max_epochs), module()
     trainer.fit(model, datamodule=data or Blobs())
     return trainer
@@ -31,7 +34,7 @@ def fit(root, *, module=Classifier, data=None, max_epochs=2, **options):
 def featurize(run, root, *, module=Classifier, data=None, **options):
     """Attribute the run's checkpoint files with a new store; returns the scores and the store."""
     files = sorted((run / "files").iterdir())
-    trainer = make_trainer(root, TRAKCallback(root / "store", **options))
+    trainer = make_trainer(root, TRAKCallback(root / "store", preconditioner="none", **options))
     scores = trainer.attribute(module(), datamodule=data or Blobs(), ckpt_path=files).scores
     return scores, FeatureStore(root / "store")
 

@@ -82,6 +82,14 @@ class TwoClasses(Classifier):
     def get_labels(self, batch):
         return batch[1].clamp(max=1)
 
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.get_logits(batch), self.get_labels(batch))
+
+
+class SGDClassifier(Classifier):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.5, weight_decay=0.01)
+
 
 def fitted(root, module_type=Model, seed=0, **kwargs):
     L.seed_everything(seed, verbose=False)
@@ -230,7 +238,7 @@ def test_damage_is_named(run, tmp_path, name):
 
 @pytest.mark.parametrize(
     "other",
-    [{"preconditioner": "none"}, {"damping": 0.3}, {"proj_dim": 64}, {"curvature": False}, {"estimator": "trak"}],
+    [{"preconditioner": "none"}, {"proj_dim": 64}, {"curvature": False}, {"estimator": "trak"}],
 )
 def test_a_store_of_whitened_gradients_is_of_no_other_setting(run, other):
     root, _, _ = run
@@ -252,7 +260,6 @@ def test_a_store_without_whitening_goes_on_without(tmp_path):
         (OwnOutput, {}),
         (Model, {"projector": "sparse"}),
         (Model, {"damping": 0.1}),
-        (Model, {"temperature": 1}),
         (Model, {"curvature": False}),
         (Model, {"estimator": "trak"}),
         (Model, {"preconditioner": "none"}),
@@ -263,10 +270,18 @@ def test_other_outputs_and_settings_are_not_whitened_by_default(tmp_path, module
     assert trainer.attribute(datamodule=Texts()).info.preconditioner is None
 
 
-def test_classes_are_not_whitened_by_default(tmp_path):
+@pytest.mark.parametrize("from_files", [False, True])
+@pytest.mark.parametrize(("module_type", "found"), [(Classifier, "kronecker"), (TwoClasses, None)])
+def test_classes_are_whitened_by_default_if_there_are_three(tmp_path, module_type, found, from_files):
+    """Of two classes, no label is left to draw, and projections find more."""
     trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store"), max_epochs=1)
-    trainer.fit(Classifier(), datamodule=Blobs())
-    assert trainer.attribute(datamodule=Blobs()).info.preconditioner is None
+    trainer.fit(module_type(), datamodule=Blobs())
+    assert trainer.attribute(datamodule=Blobs()).info.preconditioner == found
+    if from_files:
+        files = [entry.weights_path for entry in FeatureStore(tmp_path / "store")]
+        later = make_trainer(tmp_path, TRAKCallback(tmp_path / "other"))
+        attribution = later.attribute(module_type(), datamodule=Blobs(), ckpt_path=files)
+        assert attribution.info.preconditioner == found
 
 
 class Line(RegressionMixin, L.LightningModule):
@@ -310,9 +325,37 @@ def test_damping_is_relative_to_the_mean_eigenvalue(tmp_path):
     trainer, _ = fitted(tmp_path, preconditioner="kronecker", damping=0.3)
     info = trainer.attribute(datamodule=Texts()).info
     assert (info.preconditioner, set(info.dampings)) == ("kronecker", {0.3})
-    assert FeatureStore(tmp_path / "store").manifest["preconditioner"]["damping"] == 0.3
-    later = fresh(tmp_path).attribute(Model(), datamodule=Texts())  # settings left at their defaults are the store's
-    assert (later.info.preconditioner, set(later.info.dampings)) == ("kronecker", {0.3})
+
+
+@pytest.mark.parametrize("module_type", [Model, Classifier, SGDClassifier])
+def test_damping_can_be_changed_without_featurizing_again(tmp_path, module_type):
+    """All entries are stored, so it makes no difference with which λ they were whitened."""
+    data = Texts() if module_type is Model else Blobs()
+    scores, own = {}, {}
+    for first, later in (("auto", 0.3), (0.3, "auto"), ("auto", 0)):
+        root = tmp_path / f"{first}"
+        options = {"preconditioner": "kronecker", **WHOLE}
+        if not root.exists():
+            L.seed_everything(0, verbose=False)
+            trak, saving = TRAKCallback(root / "store", damping=first, **options), ModelCheckpoint(save_top_k=-1)
+            trainer = make_trainer(root, trak, saving, max_epochs=2)
+            trainer.fit(module_type(), datamodule=data)
+            scores[first, first] = trainer.attribute(datamodule=data).scores
+            own[first, first] = trainer.attribute_self(datamodule=data)
+        again = make_trainer(root, TRAKCallback(root / "store", damping=later, **WHOLE))
+        attribution = again.attribute(module_type(), datamodule=data)
+        scores[first, later], own[first, later] = (
+            attribution.scores,
+            again.attribute_self(module_type(), datamodule=data),
+        )
+        assert attribution.info.preconditioner == "kronecker"
+    for damping in ("auto", 0.3):
+        other = 0.3 if damping == "auto" else "auto"
+        expected = scores[damping, damping]
+        torch.testing.assert_close(scores[other, damping], expected, rtol=1e-2, atol=2e-3 * expected.abs().max().item())
+        if module_type is not Model:  # there it is from the squares of all entries, whitened as they were stored
+            torch.testing.assert_close(own[other, damping], own[damping, damping], rtol=1e-2, atol=1e-3)
+    assert scores["auto", 0].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -344,11 +387,6 @@ def test_what_whitening_replaces_must_be_left_out(other, message):
 def test_its_name_is_checked():
     with pytest.raises(ValueError, match="preconditioner must be one of 'auto', 'kronecker', 'none', got 'ekfac'"):
         TRAKCallback("store", preconditioner="ekfac")
-
-
-class SGDClassifier(Classifier):
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.5, weight_decay=0.01)
 
 
 def rest_float64(module, curvature, dataset, strength):
