@@ -65,7 +65,7 @@ class TRAKCallback(Callback):
         damping: λ, added to H relative to its mean diagonal. ``"auto"`` with SGD: from learning rate and steps, so that
             a Newton step goes as far as training did on the mean of ``output_to_loss`` over the batch. ``"auto"``
             otherwise: from 0.3 to 10 at each checkpoint, by leave-one-out cross-validation on the linearised model.
-            Both are smaller near an optimum.
+            Both are smaller near an optimum. Whitened gradients have another, see below.
         temperature: for classification, Q and w are those of temperature-scaled outputs, f / temperature, since models
             that were not trained on all examples are less confident. ``"auto"``: 1.3 with ``damping="auto"`` and no
             fewer trainable parameters than examples, else 1.
@@ -77,10 +77,9 @@ class TRAKCallback(Callback):
             compressed, and store the largest entries of each example: ``proj_dim / 8``, or ``proj_dim / 2`` for
             classification. This needs a mixin that draws labels from the predictions: language modelling, segmentation,
             multilabel, classification into three classes or more, regression of several numbers, contrastive, and
-            diffusion. ``"none"``: project gradients, and put the curvature of the outputs into H. ``"auto"``:
-            ``"kronecker"`` for the first three, if their output and loss are not overridden, and projector, damping,
-            temperature, curvature and estimator are defaults. Classifiers predict retraining better with
-            ``"kronecker"``, and take two to five times as long.
+            diffusion. ``"none"``: project gradients, and put the curvature of the outputs into H. It takes a half to a
+            third of the time. ``"auto"``: ``"kronecker"`` for the first four, if their output and loss are not
+            overridden, and projector, damping, curvature and estimator are defaults; that of the store, if there is one.
         seed: chooses the projections.
         batch_size: of featurization. None: that of the loader, or less where memory is short.
         overwrite: True: delete what earlier runs left in the store when training begins, unless it is resumed. False:
@@ -90,16 +89,17 @@ class TRAKCallback(Callback):
 
     The defaults predict retraining best. Their scores reflect the whole class or cluster of a target. To find
     near-duplicates of a target, such as leaks, damp less: with ``damping=0.1``, what sets an example apart from its
-    class counts more.
+    class counts more. It can be asked for at a store that is there.
 
-    With ``preconditioner="kronecker"``, λ of each parameter is ``damping`` times the mean eigenvalue of its curvature,
-    1 times for ``"auto"``; there is no H. For classification, the curvature of the output is in H besides, see
+    Where gradients are whitened, λ of each parameter is ``damping`` times the mean eigenvalue of its curvature, 1 times
+    for ``"auto"``; there is no H. For classification, the curvature of the output is in H besides, see
     `OutputCurvature`, and λ of ``"auto"`` follows from the training time, where that is known. See `Preconditioner`.
 
     A checkpoint takes ``4 · n · proj_dim`` bytes for its features, beside its weights. Whitened gradients take a fifth
     of that, or three quarters for classification, and their curvature up to three times the size of the weights. An
-    interrupted run goes on with the missing rows. ``damping``, ``temperature``, ``curvature`` and ``estimator`` may
-    change without featurizing again. The other settings belong to the store: to change one, use another ``dirpath``.
+    interrupted run goes on with the missing rows. ``damping`` and ``temperature`` may change without featurizing again,
+    and ``curvature`` and ``estimator`` where gradients are not whitened. The other settings belong to the store: to
+    change one, use another ``dirpath``.
     `Attribution.info` has the values that ``"auto"`` chose.
 
     Before stored features are used, a few are computed again. Data, parameters and settings are compared with those of
