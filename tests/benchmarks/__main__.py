@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from tests.benchmarks import diffusion, features, fit, gpu, memory, quality, scoring, sizes, tasks, zoo
+from tests.benchmarks import diffusion, factors, features, fit, gpu, memory, quality, scoring, sizes, tasks, zoo
 from tests.benchmarks.measuring import silence
 
 BENCHMARKS = {
@@ -17,6 +17,7 @@ BENCHMARKS = {
     "fit": fit.run,
     "tasks": tasks.run,
     "zoo": zoo.run,
+    "factors": factors.run,
     "quality": quality.run,
     "sizes": sizes.run,
     "diffusion": diffusion.run,
