@@ -13,10 +13,10 @@ from lightning_trak import evaluate
 from lightning_trak.evaluation.ground_truth import GroundTruth
 from tests.benchmarks.measuring import print_table, seconds
 from tests.benchmarks.quality import methods
+from tests.benchmarks.quality.every_task import TASKS
 from tests.benchmarks.quality.figure import draw
 from tests.benchmarks.quality.results import Result, Table
 from tests.benchmarks.quality.runs import check_folder, ground_truth, train_run, training_seconds
-from tests.benchmarks.quality.tasks import TASKS
 
 FIGURE = Path(__file__).with_name("lds.png")
 

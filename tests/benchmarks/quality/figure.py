@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests.benchmarks.quality.every_task import TASKS
 from tests.benchmarks.quality.results import Table
-from tests.benchmarks.quality.tasks import TASKS
 
 SHOWN = {"ours": "o-", "ours, as in the paper": "s:", "traker, best λ": "^--", "EK-FAC": "d--"}
 

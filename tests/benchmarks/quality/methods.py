@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_trak import LanguageModelingMixin, RegressionMixin, TRAKCallback, log_odds
+from lightning_trak import LanguageModelingMixin, MultilabelMixin, RegressionMixin, TRAKCallback, log_odds
 from tests.benchmarks.measuring import trainer
-from tests.benchmarks.quality.tasks import TASKS
+from tests.benchmarks.quality.every_task import TASKS
 
 FEW = 10
 TRAKER_DIM = 2048  # its default
@@ -88,7 +88,7 @@ def _kept(file: Path, kind: str, compute: Callable[[], Any]) -> Any:
 
 def _place(file: Path, kind: str) -> Path:
     """Return where a result is kept: beside the checkpoint, and named for the code that it comes from."""
-    parts = (_ekfac, _influence, _sampled) if kind == "ekfac" else (_traker_features, Wrapped, _output)
+    parts = (_ekfac, _influence, _sampled, linear_layers) if kind == "ekfac" else (_traker_features, Wrapped, _output)
     code = hashlib.sha256("".join(inspect.getsource(part) for part in parts).encode())
     return file.with_suffix(f".{kind}-{code.hexdigest()[:8]}")
 
@@ -162,6 +162,8 @@ def _output(module: Any) -> Any:
             output = torch.func.functional_call(model, (weights, buffers), tuple(batch)).detach()
             if isinstance(module, RegressionMixin):
                 return 2 * (batch[1] - output)[:, None]
+            if isinstance(module, MultilabelMixin):
+                return (-output).sigmoid()[:, None] / batch[1].shape[1]  # the loss is the mean over labels
             return (-output).sigmoid()[:, None]
 
     return Output()
@@ -174,6 +176,7 @@ def _ekfac(key: str, file: Path) -> Tensor:
     task, data = TASKS[key], TASKS[key].data()
     module = task.make_module()
     module.load_state_dict(torch.load(file, weights_only=True)["state_dict"])
+    linear_layers(module)
     influence = _influence(module)
     with tempfile.TemporaryDirectory() as root, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -189,6 +192,15 @@ def _ekfac(key: str, file: Path) -> Tensor:
             score_args=ScoreArguments(damping_factor=None),
         )  # fmt: skip
         return analyzer.load_pairwise_scores("scores")["all_modules"].T
+
+
+def linear_layers(module: nn.Module) -> None:
+    """Replace the ``Conv1D`` of Hugging Face by linear layers that compute the same: kronfluence knows these only."""
+    for name, layer in list(module.named_modules()):
+        if type(layer).__name__ == "Conv1D":
+            linear = nn.Linear(*layer.weight.shape)
+            linear.weight, linear.bias = nn.Parameter(layer.weight.detach().T.contiguous()), layer.bias
+            module.set_submodule(name, linear)
 
 
 def _influence(module: Any) -> Any:
@@ -210,6 +222,8 @@ def _influence(module: Any) -> Any:
                 return -prediction.sum()
             if isinstance(module, LanguageModelingMixin):
                 return -log_odds(module.loss(prediction, y)).sum()
+            if isinstance(module, MultilabelMixin):
+                return -log_odds(module.loss(prediction, y) * y.shape[1]).sum()
             others = prediction.scatter(1, y[:, None], -torch.inf).logsumexp(1)
             return (others - prediction.gather(1, y[:, None]).squeeze(1)).sum()
 
@@ -220,6 +234,8 @@ def _sampled(module: Any, prediction: Tensor, y: Tensor) -> Tensor:
     """Return labels drawn from what the model predicts."""
     if isinstance(module, RegressionMixin):
         return torch.normal(prediction.squeeze(1), 0.5**0.5)
+    if isinstance(module, MultilabelMixin):
+        return prediction.sigmoid().bernoulli()
     drawn = torch.distributions.Categorical(logits=prediction).sample()
     if isinstance(module, LanguageModelingMixin):
         return torch.cat([y[:, :1], drawn[:, :-1]], 1)  # after word t stands the prediction of word t + 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import shutil
@@ -19,19 +18,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_trak import retrain_subsets
 from lightning_trak.evaluation.ground_truth import GroundTruth
-from tests.benchmarks import models
 from tests.benchmarks.measuring import silence, trainer
-from tests.benchmarks.quality import tasks
-from tests.benchmarks.quality.tasks import TASKS
+from tests.benchmarks.quality.every_task import TASKS, digest_of_code, packages
 
 PROCESSES = 2
 
 
 def check_folder(key: str, root: Path) -> None:
     """Raise if what ``root`` has of a task comes from other tasks or versions than those of now."""
-    source = b"".join(Path(module.__file__ or "").read_bytes() for module in (tasks, models))
-    versions = [f"{package} {version(package)}" for package in ("torch", "lightning", "scikit-learn")]
-    here = "\n".join([hashlib.sha256(source).hexdigest(), f"python {platform.python_version()}", *versions])
+    versions = [f"{package} {version(package)}" for package in packages(key)]
+    here = "\n".join([digest_of_code(key), f"python {platform.python_version()}", *versions])
     folder, note = root / key, root / key / "made_with"
     if not folder.exists():
         folder.mkdir(parents=True)
