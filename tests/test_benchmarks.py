@@ -7,12 +7,21 @@ from dataclasses import replace
 from functools import partial
 from math import isfinite
 
+import numpy
 import pytest
+import scipy.stats
 import torch
 
+from lightning_trak import GroundTruth, evaluate
+from lightning_trak.metrics import LinearDatamodelingScore
 from tests.benchmarks import diffusion, features, fit, gpu, memory, quality, scoring, sizes, tasks
 from tests.benchmarks.measuring import silence
 from tests.benchmarks.models import MODELS
+from tests.benchmarks.quality.costs import Count, Passes, counted
+from tests.benchmarks.quality.every_task import digest_of_code
+from tests.benchmarks.quality.figure import SHOWN, draw
+from tests.benchmarks.quality.paired import Difference, difference
+from tests.benchmarks.quality.results import Result, Table
 from tests.benchmarks.quality.runs import check_folder
 
 
@@ -103,15 +112,101 @@ def test_quality(table, monkeypatch, tmp_path):
     monkeypatch.setitem(quality.METHODS, "EK-FAC", without)
     cells = [quality.CELLS[0], quality.Cell("2 of 1 run", 1, lambda files: files[:2])]
     monkeypatch.setattr(quality, "CELLS", cells)
-    first, second = table(quality.run, ("diabetes",), 4, 1, tmp_path, tmp_path / "lds.png")
+    first, second, *_, costs = table(quality.run, ("diabetes",), 4, 1, tmp_path, tmp_path / "lds.png")
     assert first[:2] == ["diabetes, MLP regression", "last of 1 run"]
     assert second[:2] == ["diabetes, MLP regression", "2 of 1 run"]
     for row in (first, second):
-        assert len(row) == 2 + len(quality.METHODS) + 2
-        assert all(re.fullmatch(r"-?\d\.\d{3} \(±\d\.\d{3}\)", cell) for cell in [row[2], *row[4:-3]])
-        assert row[3] == row[-3] == "–"
+        assert len(row) == 2 + len(quality.METHODS) + 3
+        assert all(re.fullmatch(r"-?\d\.\d{3} \(±\d\.\d{3}\)", cell) for cell in [row[2], *row[4:-4]])
+        assert row[3] == row[-4] == "–"
+        lead, lower, upper = map(float, re.findall(r"[+-]\d\.\d{3}", row[-3]))
+        assert lower <= upper
+        assert lead == pytest.approx(float(row[2][:6]) - max(float(cell[:6]) for cell in row[6:8]), abs=2e-3)
         assert row[-1] == "–"
+    assert costs[:4] == ["diabetes, MLP regression", "5764", "8192", "512"]
+    assert costs[-2:] == ["2.00 / 1.00", "–"]
+    assert all(1 <= float(passes) < 2 for passes in costs[4].split(" / "))
     assert (tmp_path / "lds.png").stat().st_size > 10_000
+
+
+def resampled_lds(predictions, outputs, subsets, targets):
+    """The LDS of a resample, target by target: ranks are those of all subsets."""
+    ranks = [scipy.stats.rankdata(values, axis=0)[subsets] for values in (predictions, outputs)]
+    found = [numpy.corrcoef(ranks[0][:, target], ranks[1][:, target])[0, 1] for target in targets]
+    return numpy.mean(found)
+
+
+def test_paired_difference():
+    """Against one resample after the other, both methods with the same subsets and targets."""
+    s, m, times = 12, 5, 30
+    torch.manual_seed(0)
+    outputs = torch.randn(s, m)
+    one, other = outputs + torch.randn(s, m), outputs + 2 * torch.randn(s, m)
+    found = difference(one, other, outputs, times=times, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    draws = [torch.randint(size, (times, size), generator=generator).numpy() for size in (s, m)]
+    differences = [
+        resampled_lds(one, outputs, subsets, targets) - resampled_lds(other, outputs, subsets, targets)
+        for subsets, targets in zip(*draws, strict=True)
+    ]
+    expected = numpy.quantile(differences, [0.025, 0.975])
+    assert (found.lower, found.upper) == pytest.approx(tuple(expected), abs=1e-4)
+    actual = [resampled_lds(predictions, outputs, range(s), range(m)) for predictions in (one, other)]
+    assert found.value == pytest.approx(actual[0] - actual[1], abs=1e-5)
+
+
+def test_what_two_methods_have_in_common_does_not_widen_the_paired_interval():
+    torch.manual_seed(0)
+    outputs = torch.randn(40, 20)
+    one = outputs * torch.linspace(0, 2, 20) + torch.randn(40, 20)  # some targets are hard, for both
+    assert difference(one, one, outputs) == Difference(0, 0, 0)
+    found, reverse = difference(one, one.exp() + outputs, outputs), difference(one.exp() + outputs, one, outputs)
+    assert (found.lower, found.upper) == pytest.approx((-reverse.upper, -reverse.lower), abs=1e-6)
+    near = difference(one, one + 0.1 * torch.randn(40, 20), outputs)
+    whole = LinearDatamodelingScore()
+    whole.update(one, outputs)
+    lower, upper = whole.interval()
+    assert near.upper - near.lower < 0.5 * float(upper - lower)
+
+
+def test_passes_are_counted():
+    network, x = torch.nn.Linear(3, 1), torch.randn(10, 3)
+    with counted(network) as count:
+        network(x).sum().backward()
+        network(x[:4]).sum().backward()
+        with torch.no_grad():
+            network(x[:5])
+    network(x)
+    assert count == Count(forward=19, backward=14)
+    assert count.over(3, n_targets=4) == Passes(5, 10 / 3)
+
+
+def test_linear_layers_compute_the_same():
+    data, module = quality.TASKS["gpt2"].data(), quality.TASKS["gpt2"].make_module().eval()
+    batch = data.train_set[:5]
+    before = module.model_output(batch)
+    quality.methods.linear_layers(module)
+    torch.testing.assert_close(module.model_output(batch), before)
+    assert sum(isinstance(layer, torch.nn.Linear) for layer in module.modules()) == 2 * 4 + 1
+
+
+@pytest.mark.parametrize("n_tasks", [1, 2, 3, 8])
+def test_figure_has_a_panel_for_each_task(n_tasks, tmp_path):
+    masks, outputs = torch.rand(6, 9) < 0.5, torch.randn(6, 2, 4)
+    evaluation = evaluate(torch.randn(9, 4), GroundTruth(masks, outputs))
+    results = {("cell", name): Result(evaluation, outputs[:, 0], 2.0) for name in SHOWN}
+    tables = {key: Table(0.5, results) for key in list(quality.TASKS)[:n_tasks]}
+    draw(tables, tmp_path / "lds.png")
+    assert (tmp_path / "lds.png").stat().st_size > 10_000
+
+
+def test_another_task_leaves_the_folders_of_others_valid(monkeypatch):
+    """The code of a task is its own module, and what all of them build on."""
+    before = digest_of_code("diabetes")
+    assert len({before, digest_of_code("gpt2"), digest_of_code("tags")}) == 3
+    monkeypatch.setitem(quality.TASKS, "another", quality.TASKS["tags"])
+    assert digest_of_code("diabetes") == before
+    assert digest_of_code("another") == digest_of_code("tags")
 
 
 def test_sizes(table, tmp_path):

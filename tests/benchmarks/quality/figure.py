@@ -14,16 +14,20 @@ def draw(tables: dict[str, Table], path: Path) -> None:
     """Draw a panel for each task: a point for each choice of checkpoints, joined in the order of their cost."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2 * len(tables), 3.4), layout="constrained")
-    panels = figure.subplots(1, len(tables), squeeze=False)[0]
-    for panel, (key, table) in zip(panels, tables.items(), strict=True):
+    n_rows, n_columns = min(2, len(tables)), (len(tables) + 1) // 2
+    figure = Figure(figsize=(3.2 * n_columns, 3.1 * n_rows + 0.3), layout="constrained")
+    grid = figure.subplots(n_rows, n_columns, squeeze=False)
+    for panel, (key, table) in zip(grid.flat, tables.items(), strict=False):
         for name, style in SHOWN.items():
             results = [result for (_, method), result in table.results.items() if method == name]
             points = sorted((result.seconds, result.evaluation.lds) for result in results)
             panel.plot([x for x, _ in points], [y for _, y in points], style, label=name, markersize=4)
         if table.ceiling is not None:
             panel.axhline(table.ceiling, color="0.7", linewidth=1)
-        panel.set(title=TASKS[key].name, xscale="log", xlabel="seconds of training and attribution", ylim=(0, None))
-    panels[0].set_ylabel("LDS (grey: noise ceiling)")
-    panels[-1].legend(fontsize=7)
+        panel.set(title=TASKS[key].name, xscale="log", ylim=(0, None))
+    for panel in grid.flat[len(tables) :]:
+        panel.set_axis_off()
+    figure.supxlabel("seconds of training and attribution", fontsize="medium")
+    figure.supylabel("LDS (grey: noise ceiling)", fontsize="medium")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(SHOWN), fontsize=8)
     figure.savefig(path, dpi=110)

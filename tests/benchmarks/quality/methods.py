@@ -88,7 +88,9 @@ def _kept(file: Path, kind: str, compute: Callable[[], Any]) -> Any:
 
 def _place(file: Path, kind: str) -> Path:
     """Return where a result is kept: beside the checkpoint, and named for the code that it comes from."""
-    parts = (_ekfac, _influence, _sampled, linear_layers) if kind == "ekfac" else (_traker_features, Wrapped, _output)
+    parts = (
+        (ekfac_scores, _influence, _sampled, linear_layers) if kind == "ekfac" else (_traker_features, Wrapped, _output)
+    )
     code = hashlib.sha256("".join(inspect.getsource(part) for part in parts).encode())
     return file.with_suffix(f".{kind}-{code.hexdigest()[:8]}")
 
@@ -115,8 +117,7 @@ def _traker_features(key: str, file: Path, proj_dim: int) -> tuple[Tensor, Tenso
     from trak.projectors import BasicProjector, ProjectionType
 
     task, data = TASKS[key], TASKS[key].data()
-    module = Wrapped(task.make_module()).eval()
-    module.module.load_state_dict(torch.load(file, weights_only=True)["state_dict"])
+    module = Wrapped(loaded(key, file)).eval()
     dimension = sum(parameter.numel() for parameter in module.parameters())
     model_id = int(hashlib.sha256(file.read_bytes()).hexdigest()[:6], 16)  # chooses the projection
     with tempfile.TemporaryDirectory() as root, warnings.catch_warnings():
@@ -170,12 +171,22 @@ def _output(module: Any) -> Any:
 
 
 def _ekfac(key: str, file: Path) -> Tensor:
+    data = TASKS[key].data()
+    return ekfac_scores(loaded(key, file), data.train_set, data.targets)
+
+
+def loaded(key: str, file: Path) -> Any:
+    """Return a task's module with the weights of a checkpoint."""
+    module = TASKS[key].make_module()
+    module.load_state_dict(torch.load(file, weights_only=True)["state_dict"])
+    return module
+
+
+def ekfac_scores(module: Any, train_set: Any, targets: Any) -> Tensor:
+    """Return the scores of EK-FAC at a module's weights, (n, m)."""
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
 
-    task, data = TASKS[key], TASKS[key].data()
-    module = task.make_module()
-    module.load_state_dict(torch.load(file, weights_only=True)["state_dict"])
     linear_layers(module)
     influence = _influence(module)
     with tempfile.TemporaryDirectory() as root, warnings.catch_warnings():
@@ -186,9 +197,9 @@ def _ekfac(key: str, file: Path) -> Tensor:
             output_dir=root, log_level=logging.ERROR,
         )  # fmt: skip
         batch = {"per_device_batch_size": 200}
-        analyzer.fit_all_factors("factors", data.train_set, factor_args=FactorArguments(strategy="ekfac"), **batch)
+        analyzer.fit_all_factors("factors", train_set, factor_args=FactorArguments(strategy="ekfac"), **batch)
         analyzer.compute_pairwise_scores(
-            "scores", "factors", data.targets, data.train_set, 100, per_device_train_batch_size=200,
+            "scores", "factors", targets, train_set, 100, per_device_train_batch_size=200,
             score_args=ScoreArguments(damping_factor=None),
         )  # fmt: skip
         return analyzer.load_pairwise_scores("scores")["all_modules"].T

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from lightning_trak.evaluation.ground_truth import Evaluation
 
 
@@ -13,10 +15,12 @@ class Result:
 
     Attributes:
         evaluation: its LDS.
+        predictions: what its scores predict of the targets after training on every subset, (s, m).
         seconds: of training and attribution.
     """
 
     evaluation: Evaluation
+    predictions: Tensor
     seconds: float
 
 
