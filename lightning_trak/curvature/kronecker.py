@@ -13,7 +13,7 @@ from lightning_trak.gradients import DenseGradient, Gradient, Sink
 from lightning_trak.gradients.gradient import as_rows, is_word_table, matrix_shape
 
 _VECTORS = 64  # of an example, at most, from which second moments are summed
-_CHUNK_BYTES = 2**24  # of gradients that are rotated at once: much larger arrays cost time to allocate
+CHUNK_BYTES = 2**24  # of gradients that are rotated at once: much larger arrays cost time to allocate
 _LARGEST = 1024  # entries of an axis: a larger one gets no basis, since that takes the cube of them
 
 
@@ -46,7 +46,7 @@ class EigenBasis:
 
     def rotated(self, gradient: Gradient) -> Iterator[tuple[slice, Tensor]]:
         """Yield what `rotate` returns, in float32, a few examples at a time, with their rows."""
-        for rows, part in gradient.split(_CHUNK_BYTES):
+        for rows, part in gradient.split(CHUNK_BYTES):
             yield rows, self.rotate(part).float()
 
 

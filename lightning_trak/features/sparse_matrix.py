@@ -108,8 +108,8 @@ class SparseMatrix:
         if end >= _TABLE:  # so many places would not fit
             places = torch.searchsorted(columns, self.columns.contiguous()).clamp(max=count - 1)
             return places.where(columns[places] == self.columns, count)
-        places = torch.full((end + 1,), count, device=columns.device)
-        places[columns] = torch.arange(count, device=columns.device)
+        places = torch.full((end + 1,), count, dtype=torch.int32, device=columns.device)
+        places[columns] = torch.arange(count, dtype=torch.int32, device=columns.device)
         return places[self.columns.clamp(max=end)]
 
     @cached_property

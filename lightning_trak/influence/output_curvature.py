@@ -154,4 +154,11 @@ class OutputCurvature:
         """Return the Cholesky factor of a multiple of the identity plus R Rᵀ, with R = diag(roots) Φ."""
         matrix = roots[:, None] * self._products.double() * roots
         matrix.diagonal().add_(diagonal)
-        return torch.linalg.cholesky(matrix)
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        if failed:
+            raise ValueError(
+                "The curvature of the outputs is so much larger than the damping that scores of whitened gradients"
+                " cannot be computed. Leave damping out of TRAKCallback, or set a larger one: it is relative to the"
+                " mean eigenvalue of each parameter."
+            )
+        return lower

@@ -124,7 +124,12 @@ class FeatureStore:
         """Return how a field of the store differs from that of another manifest, and the name of what differs."""
         if field in ("n_train", "data"):
             return f"another train set: {difference(self.manifest, manifest)}", "train set"
-        return f"{field}={_short(own)}, but here {field}={_short(here)}", field
+        if field == "preconditioner.name":
+            whitened = "gradients that are whitened, but here they are not"
+            plain = "gradients that are not whitened, but here they are"
+            return whitened if own else plain, "preconditioner, projector, curvature and estimator"
+        former = "proj_dim" if field in ("preconditioner.entries", "preconditioner.target_entries") else field
+        return f"{field}={_short(own)}, but here {field}={_short(here)}", former
 
     @property
     def n_train(self) -> int:

@@ -65,7 +65,7 @@ class TRAKCallback(Callback):
         damping: λ, added to H relative to its mean diagonal. ``"auto"`` with SGD: from learning rate and steps, so that
             a Newton step goes as far as training did on the mean of ``output_to_loss`` over the batch. ``"auto"``
             otherwise: from 0.3 to 10 at each checkpoint, by leave-one-out cross-validation on the linearised model.
-            Both are smaller near an optimum. Whitened gradients have another, see below.
+            Both are smaller near an optimum. For whitened gradients see below.
         temperature: for classification, Q and w are those of temperature-scaled outputs, f / temperature, since models
             that were not trained on all examples are less confident. ``"auto"``: 1.3 with ``damping="auto"`` and no
             fewer trainable parameters than examples, else 1.
@@ -77,9 +77,10 @@ class TRAKCallback(Callback):
             compressed, and store the largest entries of each example: ``proj_dim / 8``, or ``proj_dim / 2`` for
             classification. This needs a mixin that draws labels from the predictions: language modelling, segmentation,
             multilabel, classification into three classes or more, regression of several numbers, contrastive, and
-            diffusion. ``"none"``: project gradients, and put the curvature of the outputs into H. It takes a half to a
-            third of the time. ``"auto"``: ``"kronecker"`` for the first four, if their output and loss are not
-            overridden, and projector, damping, curvature and estimator are defaults; that of the store, if there is one.
+            diffusion. ``"none"``: project gradients, and put the curvature of the outputs into H. For a ResNet-9 it
+            takes a third of the time. ``"auto"``: that of the store, if there is one. Else it is ``"kronecker"`` for
+            the first four, if their output and loss are not overridden, and projector, damping, curvature and estimator
+            are defaults.
         seed: chooses the projections.
         batch_size: of featurization. None: that of the loader, or less where memory is short.
         overwrite: True: delete what earlier runs left in the store when training begins, unless it is resumed. False:
@@ -88,18 +89,20 @@ class TRAKCallback(Callback):
     Every example counts once, however often a sampler draws it. Weights in the loss count: see ``output_to_loss``.
 
     The defaults predict retraining best. Their scores reflect the whole class or cluster of a target. To find
-    near-duplicates of a target, such as leaks, damp less: with ``damping=0.1``, what sets an example apart from its
-    class counts more. It can be asked for at a store that is there.
+    near-duplicates of a target, such as leaks, damp less, with ``preconditioner="kronecker", damping=0.1``: then what
+    sets an example apart from its class counts more.
 
     Where gradients are whitened, λ of each parameter is ``damping`` times the mean eigenvalue of its curvature, 1 times
     for ``"auto"``; there is no H. For classification, the curvature of the output is in H besides, see
-    `OutputCurvature`, and λ of ``"auto"`` follows from the training time, where that is known. See `Preconditioner`.
+    `OutputCurvature`, and λ of ``"auto"`` follows from the training time, where that is known; `Attribution.info` then
+    has λ itself. See `Preconditioner`.
 
     A checkpoint takes ``4 · n · proj_dim`` bytes for its features, beside its weights. Whitened gradients take a fifth
     of that, or three quarters for classification, and their curvature up to three times the size of the weights. An
     interrupted run goes on with the missing rows. ``damping`` and ``temperature`` may change without featurizing again,
-    and ``curvature`` and ``estimator`` where gradients are not whitened. The other settings belong to the store: to
-    change one, use another ``dirpath``.
+    and ``curvature`` and ``estimator`` where gradients are not whitened. Of whitened gradients, the entries are kept
+    that were the largest with the first damping, so a very different one needs a store of its own. The other settings
+    belong to the store: to change one, use another ``dirpath``.
     `Attribution.info` has the values that ``"auto"`` chose.
 
     Before stored features are used, a few are computed again. Data, parameters and settings are compared with those of
@@ -215,16 +218,18 @@ class TRAKCallback(Callback):
         with undisturbed(trainer, pl_module):
             loader = train_loader_of_fit(trainer, pl_module)
             parameters = parameters_to_be(self.settings, trainer, pl_module)
-            plan = Plan.for_new_store(self.settings, self.reports, trainer, pl_module, loader, parameters)
+            anew, path = self.overwrite and trainer.global_step == 0, self.store_path(trainer)
+            manifest = None if anew or not (path / "manifest.json").exists() else FeatureStore(path).manifest
+            plan = Plan.choose(self.settings, self.reports, trainer, pl_module, loader, parameters, manifest)
             loop = plan.loop(trainer, pl_module, loader, lambda: loader, "train")
             loop.preflight(copy_of_weights(pl_module), thorough=True)
             self.train_loader = loader
             if trainer.fast_dev_run:
                 return  # it saves no checkpoint
-            if self.overwrite and trainer.global_step == 0:
-                FeatureStore.remove(self.store_path(trainer))
+            if anew:
+                FeatureStore.remove(path)
             with kept_generators(loader.dataset):
-                self._store = FeatureStore.create(self.store_path(trainer), plan.manifest(loader))
+                self._store = FeatureStore.create(path, plan.manifest(loader))
         self._loop, self._attributed = loop, set(plan.parameters)
         self._run = self._run or uuid4().hex
         if not trainer.checkpoint_callbacks:

@@ -21,7 +21,7 @@ from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import Weights, load_weights, save_weights
 from lightning_trak.trainer.featurization import FeatureBlock, FeaturizationLoop
 from lightning_trak.trainer.framework import rank_zero_warn
-from lightning_trak.trainer.whitening import record_of, same_features, stored_form, whitening_at
+from lightning_trak.trainer.whitening import record_of, rescaled_squares, same_features, stored_form, whitening_at
 
 Array = npt.NDArray[Any]
 _CHECKED = 8  # stored rows that are computed again
@@ -124,6 +124,9 @@ def train_features(
     """
     training = entry.meta.get("training_time")
     features: Any = entry.verified("features")
+    squares = None if dimension is None else np.array(entry.features["squares"])
+    if scales is not None and not rest:
+        squares = rescaled_squares(entry, scales)
     return TrainFeatures(
         features if dimension is None else SparseRows(features, dimension, scales),
         entry.verified("loss_grad").read(),
@@ -131,7 +134,7 @@ def train_features(
         training_time=None if training is None else TrainingTime(**training),
         logistic=entry.meta.get("logistic", False),
         n_trainable=entry.meta.get("n_trainable") or 0,
-        squares=None if dimension is None else np.array(entry.features["squares"]),
+        squares=squares,
         whitened_by_rest=rest,
     )
 

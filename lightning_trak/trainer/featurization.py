@@ -212,14 +212,19 @@ class FeaturizationLoop:
         with self._undisturbed(), ExitStack() as stack:
             function = self._function(copy_of_weights(self._module))
             stack.enter_context(prepared(self._module, function.prepare, self._find_train_loader))
-            return self._drawn(function, self._read_once([0], seed=0), 1) is not None
+            return self.drawn_labels(function, self._read_once([0], seed=0), [0], [0]) is not None
 
-    def _drawn(self, function: ModelFunction, batch: Any, size: int) -> Any:
+    def drawn_labels(self, function: ModelFunction, batch: Any, rows: Sequence[int], seeds: Sequence[int]) -> Any:
+        """Draw labels from the predictions for the examples of a batch, by a seed for each."""
         with torch.no_grad():
-            return function.call(self._module.draw_labels, batch, [0] * size)  # type: ignore[operator]
+            try:
+                return function.call(self._module.draw_labels, batch, seeds)  # type: ignore[operator]
+            except ValueError:
+                check_finite("model_output", function.of("model_output").output(batch), self._examples, rows)
+                raise
 
     def _check_drawn(self, function: ModelFunction, batch: Any, size: int) -> None:
-        if self._drawn(function, batch, size) is None:
+        if self.drawn_labels(function, batch, range(size), [0] * size) is None:
             raise ValueError(
                 f"preconditioner='kronecker', but the output of {type(self._module).__name__} tells all, as for two"
                 " classes or a single number: no label is left to draw. Leave preconditioner out of TRAKCallback."

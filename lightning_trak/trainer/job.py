@@ -206,7 +206,7 @@ def _open_store(
     """Open the store, or create it for given checkpoint files; check that it is of this model and data."""
     path = callback.store_path(trainer)
     if not (path / "manifest.json").exists() and create:
-        plan = Plan.for_new_store(callback.settings, callback.reports, trainer, model, data.train())
+        plan = Plan.choose(callback.settings, callback.reports, trainer, model, data.train())
         return FeatureStore.create(path, plan.manifest(data.train())), plan
     if trainer.fast_dev_run and not (path / "manifest.json").exists():
         raise framework_of(trainer).MisconfigurationException(

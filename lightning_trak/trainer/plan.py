@@ -124,7 +124,7 @@ class Plan:
         self._selector = Selector(settings.gradients, settings.batch_size, reports.tell_once)
 
     @classmethod
-    def for_new_store(
+    def choose(
         cls,
         settings: Settings,
         reports: Reports,
@@ -132,15 +132,29 @@ class Plan:
         module: Any,
         loader: DataLoader[Any],
         parameters: str | Sequence[str] | None = None,
+        manifest: dict[str, Any] | None = None,
     ) -> Plan:
-        """Return the plan for a train set without a store. Of two classes, no label is left to draw: nothing to whiten.
+        """Return the plan for a train set. ``preconditioner="auto"`` is that of the store, or follows from the data.
 
-        See `Plan` for the other arguments.
+        Of two classes, no label is left to draw, so there is nothing to whiten.
+
+        Args:
+            settings: what the user asked for.
+            reports: takes messages to the user.
+            trainer: runs the model.
+            module: the model.
+            loader: of the train set.
+            parameters: which to attribute, if the settings name none.
+            manifest: of a store that is there.
         """
+        if settings.preconditioner != "auto" or not settings.projects_by_default:
+            return cls(settings, reports, module, parameters=parameters)
+        if manifest is not None:
+            own = "kronecker" if manifest.get("preconditioner") else "none"
+            return cls(replace(settings, preconditioner=own), reports, module, parameters=parameters)
         plan = cls(settings, reports, module, parameters=parameters)
-        if settings.preconditioner != "auto" or plan.preconditioner is None or not plan.preconditioner.rest:
-            return plan
-        if plan.loop(trainer, module, loader, lambda: loader, "train").draws_anything():
+        rest = plan.preconditioner is not None and plan.preconditioner.rest
+        if not rest or plan.loop(trainer, module, loader, lambda: loader, "train").draws_anything():
             return plan
         return cls(replace(settings, preconditioner="none"), reports, module, parameters=parameters)
 
@@ -158,11 +172,8 @@ class Plan:
         largest = {"projector": "largest", "drawing": 1, "arguments": {}}
         configuration = self.projector.configuration if own is None else largest
         projection = {**configuration, "proj_dim": self.proj_dim, "seed": self.seed}
-        return {
-            "parameters": self.shapes,
-            "projection": projection,
-            "preconditioner": None if own is None else own.configuration,
-        }
+        preconditioner = None if own is None else own.configuration
+        return {"parameters": self.shapes, "preconditioner": preconditioner, "projection": projection}
 
     def manifest(self, loader: DataLoader[Any]) -> dict[str, Any]:
         """Return the store's manifest for a train set."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_trak.curvature import Curvature, Eigenvalues, Preconditioner, SecondMoments, Whitening, rescaling
 from lightning_trak.data.batch import with_more
 from lightning_trak.data.identity import sampled_rows
-from lightning_trak.features.largest import difference, largest_entries, record_type
+from lightning_trak.features.largest import SparseRows, difference, largest_entries, record_type
 from lightning_trak.gradients import Engine, ModelFunction, Sink
 from lightning_trak.gradients.engine import run_prepared
 from lightning_trak.influence import TrainingTime, whitening_damping
@@ -24,6 +24,7 @@ from lightning_trak.store.weights import Weights, load_weights, save_weights, we
 from lightning_trak.trainer.featurization import FeaturizationLoop
 
 Array = npt.NDArray[Any]
+_READ_ROWS = 4096
 _FILE = "curvature.pt"  # bases and eigenvalues, in the folder of a checkpoint
 
 
@@ -94,6 +95,18 @@ def rescaled(entries: Sequence[CheckpointEntry], own: Preconditioner, sizes: Map
     return scales
 
 
+def rescaled_squares(entry: CheckpointEntry, scales: Tensor) -> Array:
+    """Return ‖φ‖² of all training examples at a checkpoint, (n,), whose features are multiplied with ``scales``, (p,).
+
+    The entries that are not stored are taken to change as the stored ones of their example do.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    blocks = SparseRows(entry.verified("features"), len(scales)).blocks(_READ_ROWS)
+    ratios = [block.scaled(scales).squares() / block.squares().clamp(min=tiny) for block in blocks]
+    squares: Array = entry.features["squares"] * torch.cat(ratios).numpy()
+    return squares
+
+
 def _trainings(entries: Sequence[CheckpointEntry], own: Preconditioner) -> list[TrainingTime]:
     """Return the training times that λ follows from; none if one is unknown."""
     times = [entry.meta.get("training_time") for entry in entries] if own.rest else [None]
@@ -106,23 +119,22 @@ def estimate_curvature(loop: FeaturizationLoop, weights: Weights, digest: str, d
     assert own is not None
     few, rows = (sampled_rows(loop.size, size) for size in (own.basis_examples, own.examples))
     moments = SecondMoments()
-    add = _adding(moments.batch, seed=0)
+    add = _adding(loop, moments.batch, seed=0)
     loop.each_batch(weights, digest, few, add, f"{description}: factors")
     eigenvalues = Eigenvalues(moments.bases())
-    add = _adding(eigenvalues.batch, seed=1)
+    add = _adding(loop, eigenvalues.batch, seed=1)
     loop.each_batch(weights, digest, rows, add, f"{description}: eigenvalues")
     return eigenvalues.curvature()
 
 
 def _adding(
-    batch_of: Callable[[int], AbstractContextManager[Sink]], seed: int
+    loop: FeaturizationLoop, batch_of: Callable[[int], AbstractContextManager[Sink]], seed: int
 ) -> Callable[[ModelFunction, Engine, Sequence[int], Any], None]:
     """Return what sends the gradients of a batch's loss, with drawn labels, to the sink of ``batch_of``."""
 
     def add(function: ModelFunction, engine: Engine, rows: Sequence[int], batch: Any) -> None:
         size = len(rows)
-        with torch.no_grad():
-            labels = function.call(function.module.draw_labels, batch, [2 * row + seed for row in rows])
+        labels = loop.drawn_labels(function, batch, rows, [2 * row + seed for row in rows])
         loss, drawn = function.of("drawn_loss"), with_more(batch, labels)
 
         def send() -> None:

@@ -111,6 +111,21 @@ def test_rotations_are_products_with_the_bases(gradient):
     torch.testing.assert_close(EigenBasis(None, right).rotate(gradient), torch.stack(expected), rtol=1e-3, atol=1e-4)
 
 
+def test_gradients_are_rotated_a_few_at_a_time(monkeypatch):
+    gradient = OuterGradient(torch.randn(7, 4, 2), torch.randn(7, 4, 5))
+    basis = EigenBasis(torch.linalg.qr(torch.randn(2, 2))[0], torch.linalg.qr(torch.randn(5, 5))[0])
+    whole = basis.rotate(gradient)
+    eigenvalues, features = Eigenvalues({"weight": basis}), torch.zeros(7, 10)
+    monkeypatch.setattr("lightning_trak.curvature.kronecker.CHUNK_BYTES", 3 * 4 * 10)
+    assert [rows for rows, _ in basis.rotated(gradient)] == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    with eigenvalues.batch(7) as sink:
+        sink(slice(0, 7), "weight", gradient)
+    found = eigenvalues.curvature()
+    torch.testing.assert_close(found.eigenvalues["weight"], whole.square().mean(0))
+    Whitening(found, {"weight": 10}, {"weight": 1.0}).add_gradient_(features, gradient, 0, 0)
+    torch.testing.assert_close(features, whole / (found.eigenvalues["weight"] + 1).sqrt())
+
+
 @pytest.mark.parametrize(
     ("shape", "has"),
     [

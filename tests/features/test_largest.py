@@ -59,6 +59,17 @@ def test_float16_is_relative_to_the_largest(size):
     np.testing.assert_allclose(dense(largest_entries(features, 3), 4), features.double(), rtol=1e-3)
 
 
+def test_the_largest_entries_of_a_long_row_may_be_anywhere():
+    """Rows are searched in 16 k chunks, and what is left after them."""
+    row = torch.zeros(2 * 16 * 40 * 3 + 37)
+    places = torch.randperm(len(row), generator=torch.Generator().manual_seed(0))[:30]
+    places = torch.cat([places, torch.arange(len(row) - 10, len(row))]).unique()
+    row[places] = torch.linspace(1, 2, len(places))
+    record = largest_entries(row[None], 40)
+    assert set(places.tolist()) <= set(record["indices"][0].tolist())
+    np.testing.assert_allclose(dense(record, len(row))[0], row, rtol=1e-3)
+
+
 def test_an_example_without_entries():
     record = largest_entries(torch.zeros(2, 5), 2)
     assert not dense(record, 5).any()

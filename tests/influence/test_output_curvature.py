@@ -82,6 +82,13 @@ def test_scores_have_own_parts_by_the_formula_of_sherman_and_morrison(kind, targ
         np.testing.assert_allclose(found[i], expected, rtol=2e-3, atol=1e-4)
 
 
+def test_without_damping_curvature_may_be_too_large():
+    features = (1e6 * RNG.normal(size=(N, 3))).astype("f4")
+    one = TrainFeatures(features, LOSS_GRADS, WEIGHTS, squares=(features**2).sum(1), whitened_by_rest=True)
+    with pytest.raises(ValueError, match="so much larger than the damping .* set a larger one"):
+        OutputCurvature(one)
+
+
 def test_nothing_is_put_right_where_all_are_in_the_matrix():
     assert OutputCurvature(train(), largest=N).factor() is None
 
