@@ -14,12 +14,13 @@ import torch
 
 from lightning_trak import GroundTruth, evaluate
 from lightning_trak.metrics import LinearDatamodelingScore
-from tests.benchmarks import diffusion, features, fit, gpu, memory, quality, scoring, sizes, tasks
+from tests.benchmarks import diffusion, factors, features, fit, gpu, memory, quality, scoring, sizes, tasks
 from tests.benchmarks.measuring import silence
 from tests.benchmarks.models import MODELS
 from tests.benchmarks.quality.costs import Count, Passes, counted
 from tests.benchmarks.quality.every_task import digest_of_code
 from tests.benchmarks.quality.figure import SHOWN, draw
+from tests.benchmarks.quality.methods import has_ekfac
 from tests.benchmarks.quality.paired import Difference, difference
 from tests.benchmarks.quality.results import Result, Table
 from tests.benchmarks.quality.runs import check_folder
@@ -59,6 +60,18 @@ def test_memory(table):
     assert int(ours) > 0
     int(step)
     assert re.fullmatch(r"\d+\.\d\d", ratio)
+
+
+def test_factors_are_those_of_kronfluence(capsys):
+    with silence():
+        factors.run()
+    printed = capsys.readouterr().out
+    if not has_ekfac():
+        assert "kronfluence is not installed" in printed
+        return
+    found = [[float(cell) for cell in row[1:]] for row in rows(printed)]
+    assert len(found) == 4
+    assert max(map(max, found)) < 1e-5
 
 
 def test_scoring(table):

@@ -242,11 +242,9 @@ def test_damage_is_named(run, tmp_path, name):
 )
 def test_a_store_of_whitened_gradients_is_of_no_other_setting(run, other):
     root, _, _ = run
-    message = (
-        "preconditioner.entries=256.*restore the former proj_dim"
-        if "proj_dim" in other
-        else "gradients that are whitened, but here they are not"
-    )
+    message = "gradients that are whitened, but here they are not"
+    if "proj_dim" in other:
+        message = "preconditioner.entries=256.*restore the former proj_dim"
     with pytest.raises(ValueError, match=f"was made with {message}"):
         fresh(root, **other).attribute(Model(), datamodule=Texts())
 
@@ -309,6 +307,19 @@ class Line(RegressionMixin, L.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class ByDescent(Model):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+def test_damping_of_many_parts_does_not_follow_from_the_training_time(tmp_path):
+    trainer, _ = fitted(tmp_path, ByDescent)
+    assert set(trainer.attribute(datamodule=Texts()).info.dampings) == {1.0}
+    for entry in FeatureStore(tmp_path / "store"):
+        assert entry.meta["training_time"] is not None
+        assert entry.meta["damping"] == entry.meta["eigenvalues"]
 
 
 @pytest.mark.parametrize(("first", "found"), [("none", None), ("auto", "kronecker")])
