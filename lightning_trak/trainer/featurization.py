@@ -55,7 +55,8 @@ _TRIED = 8  # examples tried before training
 _FEW = 3  # examples tried later: few models have an axis of this size
 _FEWER = 2  # targets tried: gradients were checked on the train set
 _SHOWN = 10  # examples named in a warning, at most
-_WHITENED = 2**29  # entries of whitened gradients at once, at most
+_WHITENED = {"cuda": 2**29}  # entries of whitened gradients at once, at most
+_WHITENED_ELSEWHERE = 2**25  # more take no less time on a CPU
 _WITHOUT_AUGMENTATION = {
     "train": "Define featurize_dataloader() in the LightningDataModule or LightningModule: train_dataloader without"
     " augmentation.",
@@ -347,9 +348,12 @@ class FeaturizationLoop:
 
     @property
     def _largest(self) -> int:
-        """The largest batch size; of whitened gradients, which are dense, as many as fit into 2 GiB."""
+        """The largest batch size; of whitened gradients, which are dense, as many as take 128 MiB, on a GPU 2 GiB."""
         size = min(self._selector.given or loader_batch_size(self._loader), self.size)
-        return size if self.preconditioner is None else min(size, max(1, _WHITENED // self.dimension))
+        if self.preconditioner is None:
+            return size
+        entries = _WHITENED.get(self.device.type, _WHITENED_ELSEWHERE)
+        return min(size, max(1, entries // self.dimension))
 
     def _prepare(self, function: ModelFunction, digest: str, key: int, tried: Any = None) -> Engine:
         """Return the engine for a checkpoint; ``tried`` are the first examples, if already read."""

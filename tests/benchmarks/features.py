@@ -29,6 +29,7 @@ class Case:
         n_train: examples featurized.
         n_targets: examples scored.
         traker: whether the reference implementation is measured, on one batch.
+        preconditioner: as for `TRAKCallback`.
     """
 
     model: str
@@ -37,16 +38,24 @@ class Case:
     n_train: int = 256
     n_targets: int = 32
     traker: bool = False
+    preconditioner: str = "auto"
+
+    @property
+    def name(self) -> str:
+        """In the table."""
+        return MODELS[self.model].name + (", not whitened" if self.preconditioner == "none" else "")
 
 
 CASES = (
-    Case("digits", n_train=16384, n_targets=1024, traker=True),
+    Case("digits", n_train=16384, n_targets=1024),
+    Case("digits", n_train=16384, n_targets=1024, traker=True, preconditioner="none"),
     Case("digits", projector="sparse", n_train=16384, n_targets=1024),
     Case("digits", projector="rademacher", n_train=4096, n_targets=256),
     Case("digits", "vmap", "sparse", n_train=16384, n_targets=1024),
     Case("digits", "loop", "sparse", n_train=4096, n_targets=256),
-    Case("resnet9", n_train=1024, n_targets=128, traker=True),
-    Case("resnet9", n_train=512, n_targets=64),
+    Case("resnet9", n_train=1024, n_targets=128),
+    Case("resnet9", n_train=1024, n_targets=128, traker=True, preconditioner="none"),
+    Case("resnet9", n_train=512, n_targets=64, preconditioner="none"),
     Case("resnet9", projector="sparse", n_train=1024, n_targets=128),
     Case("resnet9", projector="rademacher", n_train=384, n_targets=32),
     Case("resnet9", "vmap", "sparse"),
@@ -56,7 +65,7 @@ CASES = (
     Case("bert"),
     Case("bert", projector="sparse", n_train=64, n_targets=16),
     Case("bert_lora"),
-    Case("gpt2", n_train=192),
+    Case("gpt2", n_train=192, preconditioner="none"),
     Case("gpt2", projector="sparse", n_train=64, n_targets=16),
 )
 
@@ -76,7 +85,7 @@ def _rows(cases: tuple[Case, ...]) -> Iterator[list[str]]:
         plain, ours = measure(case)
         n = case.n_train + case.n_targets
         ratio = f"{theirs[case.model] * n / ours:.0f}" if case.model in theirs else "–"
-        names = [model.name, case.gradients, case.projector]
+        names = [case.name, case.gradients, case.projector]
         yield [*names, f"{ours / plain:.2f}", ratio, f"{n / ours:.1f}", f"{case.n_train} + {case.n_targets}"]
 
 
@@ -94,6 +103,7 @@ def measure(case: Case) -> tuple[float, float]:
 
         def ours() -> None:
             options: dict[str, Any] = {"gradients": case.gradients, "projector": case.projector, "proj_dim": PROJ_DIM}
+            options["preconditioner"] = case.preconditioner
             attribute(module, train, targets, root, checkpoint, **options)
 
         if isinstance(module, ContrastiveMixin):
