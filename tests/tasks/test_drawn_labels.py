@@ -201,12 +201,20 @@ class WordsOfAClassifier(LanguageModelingMixin, Classifier): ...
 class ClassifierOfWords(ClassificationMixin, Words): ...
 
 
+class NumbersOfWords(RegressionMixin, Words): ...
+
+
+class WordsOfNumbers(LanguageModelingMixin, RegressionMixin, nn.Linear): ...
+
+
 def test_of_two_mixins_the_first_one_draws():
     for module, rest in ((Classifier(1, 3), True), (ClassifierOfWords(), True), (WordsOfAClassifier(1, 3), False)):
         assert of_drawing_class(module, "draws_rest") == rest
-        assert of_drawing_class(module, "whitens_by_default") != rest
+        assert of_drawing_class(module, "whitens_by_default")
     assert not any(of_drawing_class(module, "draws_rest") for module in (Words(), OwnDraws(), nn.Linear(1, 1)))
     assert draws_labels(WordsOfAClassifier(1, 3))
+    assert not of_drawing_class(NumbersOfWords(), "whitens_by_default")
+    assert of_drawing_class(WordsOfNumbers(1, 3), "whitens_by_default")
 
 
 def set_nothing(module): ...
