@@ -27,10 +27,10 @@ class Preconditioner:
 
     At each checkpoint, labels are drawn from the predictions for some training examples. A pass over 256 of them gives
     the Kronecker factors of each parameter's Fisher information, a pass over 1000 its eigenvalues Λ; if labels are
-    drawn of what the model output leaves open, 128 and 512 do. Gradients are then
-    divided by √(Λ + λ) along the eigenvectors, and each training example's largest entries are stored. Scores are inner
-    products of whitened gradients, times q / n: the influence with the inverse of the damped Fisher information, as in
-    Grosse et al., "Studying large language model generalization with influence functions", arXiv 2308.03296, Section 2.
+    drawn of what the model output leaves open, 128 and 512 do. Gradients are then divided by √(Λ + λ) along the
+    eigenvectors, and each training example's largest entries are stored. Scores are inner products of whitened
+    gradients, times q / n: the influence with the inverse of the damped Fisher information, as in Grosse et al.,
+    "Studying large language model generalization with influence functions", arXiv 2308.03296, Section 2.
 
     If labels are drawn of what the model output leaves open, the output's own curvature is added when scores are
     computed, see `OutputCurvature`.

@@ -6,16 +6,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 _TABLE = 2**26  # numbers of a dense table of sparse rows, at most
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)

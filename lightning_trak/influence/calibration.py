@@ -102,10 +102,9 @@ def fit_weights(predicted: Tensor, actual: Tensor, usual: Tensor) -> Tensor:
 
         min_v  ‖Y − Σ_c v_c P_c‖² + ρ Σ_c (v_c − a u_c)²
 
-    The strength ρ is
-    chosen by cross-validation over subsets: the largest whose error is within one standard error of the least (Hastie,
-    Tibshirani and Friedman, "The elements of statistical learning", Section 7.10). With the largest of all, only the
-    scale is fitted. Weights of layers are learned in arXiv 2506.05647 too.
+    The strength ρ is chosen by cross-validation over subsets: the largest whose error is within one standard error of
+    the least (Hastie, Tibshirani and Friedman, "The elements of statistical learning", Section 7.10). With the largest
+    of all, only the scale is fitted. Weights of layers are learned in arXiv 2506.05647 too.
 
     Args:
         predicted: P, (c, s, m).

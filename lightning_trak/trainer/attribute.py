@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from lightning_trak.trainer.framework import (
 from lightning_trak.trainer.job import CkptPath, Job, featurized
 from lightning_trak.trainer.kept import KeptFeatures
 from lightning_trak.trainer.progress import progress
+from lightning_trak.trainer.whitening import rescaled_squares
 
 
 def attribute(
@@ -148,8 +150,10 @@ def attribute_self(
     with featurized(trainer, model, None, datamodule, ckpt_path) as job:
         estimator, total = job.estimator(), torch.zeros(job.store.n_train)
         with progress(trainer, "Scoring", len(job.entries)) as advance:
-            for entry, train in zip(job.entries, estimator.trains, strict=True):
+            for entry, train, scales in zip(job.entries, estimator.trains, job.scales, strict=True):
                 with naming(entry):
+                    if scales is not None and not train.whitened_by_rest:
+                        train = replace(train, squares=rescaled_squares(entry, scales))
                     total += estimator.self_influence(train, sums_of(entry, estimator, train))
                 advance(1)
     return total / len(job.entries)

@@ -102,8 +102,8 @@ class TRAKCallback(Callback):
     interrupted run goes on with the missing rows. ``damping`` and ``temperature`` may change without featurizing again,
     and ``curvature`` and ``estimator`` where gradients are not whitened. Of whitened gradients, the entries are kept
     that were the largest with the first damping, so a very different one needs a store of its own. The other settings
-    belong to the store: to change one, use another ``dirpath``.
-    `Attribution.info` has the values that ``"auto"`` chose.
+    belong to the store: to change one, use another ``dirpath``. `Attribution.info` has the values that ``"auto"``
+    chose.
 
     Before stored features are used, a few are computed again. Data, parameters and settings are compared with those of
     the store, and a difference is an error. Of a large train set only 1024 examples are compared, so give a run on

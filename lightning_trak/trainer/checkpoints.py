@@ -21,11 +21,10 @@ from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import Weights, load_weights, save_weights
 from lightning_trak.trainer.featurization import FeatureBlock, FeaturizationLoop
 from lightning_trak.trainer.framework import rank_zero_warn
-from lightning_trak.trainer.whitening import record_of, rescaled_squares, same_features, stored_form, whitening_at
+from lightning_trak.trainer.whitening import READ_ROWS, record_of, same_features, stored_form, whitening_at
 
 Array = npt.NDArray[Any]
 _CHECKED = 8  # stored rows that are computed again
-_READ_ROWS = 4096
 
 
 def add_checkpoint(store: FeatureStore, digest: str, weights: Weights, meta: dict[str, Any]) -> None:
@@ -97,7 +96,7 @@ def check_features(loop: FeaturizationLoop, entry: CheckpointEntry) -> None:
         for name, new in zip(("features", "loss_grad", "curvature"), news, strict=True):
             if not same_features(new, entry.rows(name, batch_rows)):
                 if entry.complete:
-                    for _ in entry.verified(name).blocks(_READ_ROWS):
+                    for _ in entry.verified(name).blocks(READ_ROWS):
                         pass  # damage is an error of its own, after the last row
                 raise ValueError(
                     f"The stored {name} of train rows {batch_rows} are not those that the model and the data give now:"
@@ -124,9 +123,6 @@ def train_features(
     """
     training = entry.meta.get("training_time")
     features: Any = entry.verified("features")
-    squares = None if dimension is None else np.array(entry.features["squares"])
-    if scales is not None and not rest:
-        squares = rescaled_squares(entry, scales)
     return TrainFeatures(
         features if dimension is None else SparseRows(features, dimension, scales),
         entry.verified("loss_grad").read(),
@@ -134,7 +130,7 @@ def train_features(
         training_time=None if training is None else TrainingTime(**training),
         logistic=entry.meta.get("logistic", False),
         n_trainable=entry.meta.get("n_trainable") or 0,
-        squares=squares,
+        squares=None if dimension is None else np.array(entry.features["squares"]),
         whitened_by_rest=rest,
     )
 

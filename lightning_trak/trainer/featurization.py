@@ -55,8 +55,7 @@ _TRIED = 8  # examples tried before training
 _FEW = 3  # examples tried later: few models have an axis of this size
 _FEWER = 2  # targets tried: gradients were checked on the train set
 _SHOWN = 10  # examples named in a warning, at most
-_WHITENED = {"cuda": 2**29}  # entries of whitened gradients at once, at most
-_WHITENED_ELSEWHERE = 2**25  # more take no less time on a CPU
+_WHITENED, _WHITENED_ON_GPU = 2**25, 2**29  # entries of whitened gradients at once; more take no less time on a CPU
 _WITHOUT_AUGMENTATION = {
     "train": "Define featurize_dataloader() in the LightningDataModule or LightningModule: train_dataloader without"
     " augmentation.",
@@ -352,7 +351,7 @@ class FeaturizationLoop:
         size = min(self._selector.given or loader_batch_size(self._loader), self.size)
         if self.preconditioner is None:
             return size
-        entries = _WHITENED.get(self.device.type, _WHITENED_ELSEWHERE)
+        entries = _WHITENED_ON_GPU if self.device.type == "cuda" else _WHITENED
         return min(size, max(1, entries // self.dimension))
 
     def _prepare(self, function: ModelFunction, digest: str, key: int, tried: Any = None) -> Engine:

@@ -147,16 +147,19 @@ class Plan:
             parameters: which to attribute, if the settings name none.
             manifest: of a store that is there.
         """
+
+        def plan_with(preconditioner: str) -> Plan:
+            return cls(replace(settings, preconditioner=preconditioner), reports, module, parameters=parameters)
+
         if settings.preconditioner != "auto" or not settings.projects_by_default:
-            return cls(settings, reports, module, parameters=parameters)
+            return plan_with(settings.preconditioner)
         if manifest is not None:
-            own = "kronecker" if manifest.get("preconditioner") else "none"
-            return cls(replace(settings, preconditioner=own), reports, module, parameters=parameters)
-        plan = cls(settings, reports, module, parameters=parameters)
+            return plan_with("kronecker" if manifest.get("preconditioner") else "none")
+        plan = plan_with("auto")
         rest = plan.preconditioner is not None and plan.preconditioner.rest
         if not rest or plan.loop(trainer, module, loader, lambda: loader, "train").draws_anything():
             return plan
-        return cls(replace(settings, preconditioner="none"), reports, module, parameters=parameters)
+        return plan_with("none")
 
     @property
     def proj_dim(self) -> int:

@@ -24,7 +24,7 @@ from lightning_trak.store.weights import Weights, load_weights, save_weights, we
 from lightning_trak.trainer.featurization import FeaturizationLoop
 
 Array = npt.NDArray[Any]
-_READ_ROWS = 4096
+READ_ROWS = 4096  # of stored features at once
 _FILE = "curvature.pt"  # bases and eigenvalues, in the folder of a checkpoint
 
 
@@ -101,7 +101,7 @@ def rescaled_squares(entry: CheckpointEntry, scales: Tensor) -> Array:
     The entries that are not stored are taken to change as the stored ones of their example do.
     """
     tiny = torch.finfo(torch.float32).tiny
-    blocks = SparseRows(entry.verified("features"), len(scales)).blocks(_READ_ROWS)
+    blocks = SparseRows(entry.verified("features"), len(scales)).blocks(READ_ROWS)
     ratios = [block.scaled(scales).squares() / block.squares().clamp(min=tiny) for block in blocks]
     squares: Array = entry.features["squares"] * torch.cat(ratios).numpy()
     return squares
