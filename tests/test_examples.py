@@ -209,7 +209,7 @@ def test_tabular_regression_of_a_table(tmp_path):
     options = ["--csv", tmp_path / "table.csv", "--target", "price", "--subsets", "2", "--epochs", "2"]
     numbers("tabular_regression.py", r"(6) of (60) train labels", tmp_path, *options)
     numbers("tabular_regression.py", r"(6) of (60) train labels", tmp_path, *options, "--epochs", "3")
-    assert len(list(tmp_path.glob("tabular_regression/*/retraining/runs/*.npz"))) == 4  # two for each setting
+    assert len(list(tmp_path.glob("tabular_regression/*/retraining/runs/*.safetensors"))) == 4  # two for each setting
 
 
 @pytest.fixture

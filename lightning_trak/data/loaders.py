@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from warnings import warn
 
@@ -118,13 +118,13 @@ def _check_sampler(loader: DataLoader[Any], what: str, remedy: str) -> None:
 
 
 def numbered_loader(
-    loader: DataLoader[Any], rows: Sequence[int], batch_size: int | None = None, num_workers: int | None = None
+    loader: DataLoader[Any], rows: Iterable[int], batch_size: int | None = None, num_workers: int | None = None
 ) -> DataLoader[tuple[list[int], Any]]:
     """Return a loader that reads chosen rows of a loader's dataset, in the order given instead of its sampler's.
 
     Args:
         loader: supplies dataset, collate function and worker settings.
-        rows: indices into its dataset.
+        rows: indices into its dataset; each is asked for when its batch is put together.
         batch_size: None for the loader's own.
         num_workers: None for the loader's own.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import warnings
@@ -10,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +20,10 @@ from lightning_trak.metrics import (
     spearman,
 )
 from lightning_trak.results.attribution import Attribution
-from lightning_trak.store.files import atomically
+from lightning_trak.store.arrays import read_arrays, write_arrays
+from lightning_trak.store.files import Damaged
+
+_TRUTH = "ground truth"
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,8 @@ class GroundTruth:
         return float((r * rho / (1 + (r - 1) * rho)) ** 0.5)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write masks and repeats into one ``.npz`` file."""
-        with open(path, "wb") as file:
-            np.savez(file, masks=self.masks.numpy(), repeats=self.repeats.numpy())
+        """Write masks and repeats into one safetensors file."""
+        write_arrays(Path(path), {"masks": self.masks.numpy(), "repeats": self.repeats.numpy()}, _TRUTH)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GroundTruth:
@@ -92,7 +92,7 @@ class GroundTruth:
         if Path(path).is_dir():
             return read_runs(Path(path))
         try:
-            return cls(*_read_arrays(Path(path), "masks", "repeats"))
+            return cls(*_read_tensors(Path(path), _TRUTH, "masks", "repeats"))
         except DamagedRun as error:
             raise DamagedRun(f"{error} Save the ground truth again.") from error
 
@@ -180,8 +180,7 @@ class DamagedRun(ValueError):
 
 def write_run(path: Path, mask: Tensor, outputs: Tensor) -> None:
     """Store a run, whole or not at all: its training examples (n,), and the outputs of the targets (m,)."""
-    with atomically(path) as partial, open(partial, "wb") as file:
-        np.savez(file, mask=mask.numpy(), outputs=outputs.numpy())
+    write_arrays(path, {"mask": mask.numpy(), "outputs": outputs.numpy()}, path.stem)
 
 
 def read_run(path: Path, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -194,7 +193,7 @@ def read_run(path: Path, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     Raises:
         DamagedRun: if the file is damaged, or the run trained on other examples.
     """
-    stored, outputs = _read_arrays(path, "mask", "outputs")
+    stored, outputs = _read_tensors(path, path.stem, "mask", "outputs")
     if stored.ndim != 1 or outputs.ndim != 1:
         shapes = f"mask {tuple(stored.shape)} and outputs {tuple(outputs.shape)}, expected (n,) and (m,)"
         raise DamagedRun(f"'{path}' is damaged: it has {shapes}.")
@@ -210,7 +209,7 @@ def read_runs(dirpath: Path) -> GroundTruth:
         FileNotFoundError: if there are none.
         ValueError: if a file is damaged, or belongs to another subset; the message names it.
     """
-    paths = {path.stem: path for path in (dirpath / "runs").glob("subset*-repeat*.npz")}
+    paths = {path.stem: path for path in (dirpath / "runs").glob("subset*-repeat*.safetensors")}
     subsets, r = _largest_grid(set(paths))
     if not subsets:
         raise FileNotFoundError(f"There are no finished runs in '{dirpath}'. Make them with retrain_subsets(...).")
@@ -257,10 +256,9 @@ def _largest_grid(names: set[str]) -> tuple[list[int], int]:
     return best
 
 
-def _read_arrays(path: Path, *names: str) -> list[Tensor]:
-    content = path.read_bytes()  # outside of try: an error of the file system is no damage
+def _read_tensors(path: Path, place: str, *names: str) -> list[Tensor]:
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            return [torch.from_numpy(arrays[name]) for name in names]
-    except Exception as error:  # zipfile, zlib, struct or NumPy may raise it
-        raise DamagedRun(f"'{path}' is damaged ({type(error).__name__}: {error}).") from error
+        arrays = read_arrays(path, place, names)
+    except Damaged as error:
+        raise DamagedRun(str(error)) from error
+    return [torch.from_numpy(arrays[name]) for name in names]

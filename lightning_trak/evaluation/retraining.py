@@ -183,7 +183,7 @@ class Runs:
         return outputs
 
     def _path(self, name: str) -> Path:
-        return self._folder / f"{name}.npz"
+        return self._folder / f"{name}.safetensors"
 
     def _train(self, mask: Tensor, seed: str) -> Tensor:
         """Train a new model on the examples of ``mask``; return its outputs for the targets, (m,)."""
@@ -228,7 +228,7 @@ def _agree(path: Path, manifest: dict[str, Any]) -> None:
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             write_json(path, manifest)
-        stored = read_json(path)
+        stored = read_json(path, "Use another dirpath, or delete it: the runs there stay, and are taken for these.")
     if (stored.get("n_train"), stored.get("data")) != (manifest["n_train"], manifest["data"]):
         raise ValueError(
             f"'{path.parent}' holds runs on another train set: {difference(stored, manifest)}. Use another dirpath."

@@ -1,8 +1,8 @@
-"""Sparse features: of each example its largest entries, a record of bytes in the store."""
+"""Sparse features: of each example its largest entries, as arrays for the store."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,52 +17,56 @@ _CHUNKS = 16  # for each entry that is kept: more give a closer bound
 Array = npt.NDArray[Any]
 
 
-class Records(Protocol):
-    """Records that are read once, in order, in blocks; e.g. a file."""
+class StoredArrays(Protocol):
+    """Arrays of many rows that are read in order, in blocks; e.g. chunks in the store."""
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """(n,)."""
+    def n(self) -> int:
+        """The number of rows."""
         ...
 
-    def blocks(self, size: int) -> Iterator[Array]:
-        """Yield all records in order, ``size`` at a time."""
+    def blocks(self, names: Sequence[str], size: int) -> Iterator[Mapping[str, Array]]:
+        """Yield all rows in order, ``size`` at a time."""
         ...
 
 
-def record_type(k: int, dimension: int) -> np.dtype[Any]:
-    """Return the type of an example's record: k indices and values, their scale, and ‖φ‖² of all entries.
+def entry_bytes(k: int, dimension: int) -> int:
+    """Return how many bytes `largest_entries` makes of an example.
 
-    Values are float16, relative to the largest, which is the scale.
-
-    >>> record_type(256, dimension=10**6).itemsize
+    >>> entry_bytes(256, dimension=10**6)
     1544
     """
-    index = np.int32 if dimension < 2**31 else np.int64
-    numbers = [("squares", np.float32), ("scale", np.float32)]
-    return np.dtype([*numbers, ("indices", index, (k,)), ("values", np.float16, (k,))])
+    return k * (_index_type(dimension)().itemsize + 2) + 8
 
 
-def largest_entries(features: Tensor, k: int) -> Array:
-    """Return the records of examples, (b,): each example's own k entries of largest absolute value.
+def _index_type(dimension: int) -> type[np.signedinteger[Any]]:
+    return np.int32 if dimension < 2**31 else np.int64
+
+
+def largest_entries(features: Tensor, k: int) -> dict[str, Array]:
+    """Return each example's own k entries of largest absolute value.
 
     Args:
         features: φ, (b, p).
         k: at most p.
 
-    >>> record = largest_entries(torch.tensor([[0.5, -4.0, 2.0]]), 2)
-    >>> record["indices"], record["values"] * record["scale"]
+    Returns:
+        ``indices`` and ``values``, (b, k), where values are float16, relative to the largest; that is the ``scale``,
+        (b,); and ``squares``, ‖φ‖² of all entries, (b,).
+
+    >>> kept = largest_entries(torch.tensor([[0.5, -4.0, 2.0]]), 2)
+    >>> kept["indices"], kept["values"] * kept["scale"]
     (array([[1, 2]], dtype=int32), array([[-4.,  2.]], dtype=float32))
     """
-    records: Array = np.zeros(len(features), record_type(k, features.shape[1]))
     indices = torch.stack([_largest(row, k) for row in features]) if len(features) else torch.zeros(0, k).long()
     values = features.gather(1, indices)
     scale = values.abs().amax(1)
-    records["squares"] = torch.linalg.vector_norm(features, dim=1).square().cpu().numpy()
-    records["scale"] = scale.cpu().numpy()
-    records["indices"] = indices.cpu().numpy()
-    records["values"] = (values / scale.where(scale > 0, 1)[:, None]).cpu().numpy()
-    return records
+    return {
+        "indices": indices.cpu().numpy().astype(_index_type(features.shape[1])),
+        "values": (values / scale.where(scale > 0, 1)[:, None]).half().cpu().numpy(),
+        "scale": scale.float().cpu().numpy(),
+        "squares": torch.linalg.vector_norm(features, dim=1).square().float().cpu().numpy(),
+    }
 
 
 def _largest(row: Tensor, k: int) -> Tensor:
@@ -84,53 +88,56 @@ def _largest(row: Tensor, k: int) -> Tensor:
     return candidates[row[candidates].abs().topk(k)[1]]
 
 
-def matrix_of(records: Array) -> SparseMatrix:
+ENTRIES = ("indices", "values", "scale")  # what a sparse matrix is made of
+
+
+def matrix_of(entries: Mapping[str, Array]) -> SparseMatrix:
     """Return what `largest_entries` returned as a matrix."""
-    values = records["values"].astype(np.float32) * records["scale"][:, None]
-    return SparseMatrix(torch.from_numpy(records["indices"].astype(np.int64)), torch.from_numpy(values))
+    values = entries["values"].astype(np.float32) * entries["scale"][:, None]
+    return SparseMatrix(torch.from_numpy(entries["indices"].astype(np.int64)), torch.from_numpy(values))
 
 
 class SparseRows:
-    """Records as rows of a sparse matrix, read in order.
+    """The largest entries of examples as rows of a sparse matrix, read in order.
 
     Args:
-        records: of n examples.
+        arrays: with what `largest_entries` returns, of n examples.
         dimension: p, the number of columns.
         scales: to multiply columns with, (p,); None for 1.
     """
 
-    def __init__(self, records: Records, dimension: int, scales: Tensor | None = None) -> None:
-        self._records, self._dimension, self._scales = records, dimension, scales
+    def __init__(self, arrays: StoredArrays, dimension: int, scales: Tensor | None = None) -> None:
+        self._arrays, self._dimension, self._scales = arrays, dimension, scales
 
     @property
     def shape(self) -> tuple[int, int]:
         """(n, p)."""
-        return self._records.shape[0], self._dimension
+        return self._arrays.n, self._dimension
 
     def blocks(self, size: int) -> Iterator[SparseMatrix]:
         """Yield all rows in order, ``size`` at a time."""
-        for block in self._records.blocks(size):
-            matrix = matrix_of(block)  # a damaged column may be any number; the records' checksum tells afterwards
-            matrix = SparseMatrix(matrix.columns.clamp(0, self._dimension - 1), matrix.values)
-            yield matrix.scaled(self._scales)
+        for block in self._arrays.blocks(ENTRIES, size):
+            yield matrix_of(block).scaled(self._scales)
 
 
-def difference(one: Array, other: Array) -> float:
-    """Return the relative distance of two arrays of records: ‖φ − φ'‖ / ‖φ'‖ of their entries, over all examples.
+def difference(one: Mapping[str, Array], other: Mapping[str, Array]) -> float:
+    """Return the relative distance of the entries of examples: ‖φ − φ'‖ / ‖φ'‖, over all examples.
 
-    >>> record = largest_entries(torch.tensor([[0.5, -4.0, 2.0]]), 2)
-    >>> difference(record, record)
+    >>> kept = largest_entries(torch.tensor([[0.5, -4.0, 2.0]]), 2)
+    >>> difference(kept, kept)
     0.0
     """
     apart = total = 0.0
-    for mine, others in zip(one, other, strict=True):
-        entries: dict[int, float] = dict(zip(others["indices"].tolist(), _values(others), strict=True))
+    for (mine, values), (others, theirs) in zip(_entries(one), _entries(other), strict=True):
+        entries: dict[int, float] = dict(zip(others, theirs, strict=True))
         total += sum(value**2 for value in entries.values())
-        for index, value in zip(mine["indices"].tolist(), _values(mine), strict=True):
+        for index, value in zip(mine, values, strict=True):
             entries[index] = entries.get(index, 0.0) - value
         apart += sum(value**2 for value in entries.values())
     return float((apart / total) ** 0.5) if total else float(apart > 0)
 
 
-def _values(record: Any) -> list[float]:
-    return (record["values"].astype(np.float64) * record["scale"]).tolist()  # type: ignore[no-any-return]
+def _entries(kept: Mapping[str, Array]) -> Iterator[tuple[list[int], list[float]]]:
+    """Yield indices and values of each example."""
+    values = kept["values"].astype(np.float64) * kept["scale"][:, None]
+    yield from zip(kept["indices"].tolist(), values.tolist(), strict=True)

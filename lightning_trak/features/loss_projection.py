@@ -69,6 +69,7 @@ class LossProjection:
 
     Attributes:
         negative: whether w was computed for a negative loss.
+        seen: the number of examples so far.
     """
 
     def __init__(self, gradients: str, read: Callable[[], tuple[Any, int, Any]]) -> None:
@@ -76,6 +77,7 @@ class LossProjection:
         self._read = read
         self._whole, self._left = 0.0, 0.0
         self.negative = False
+        self.seen = 0
 
     def explained(self) -> float:
         """Return which part of all ‖∇L‖² so far lies along ∇f; 1 if all ∇L are zero."""
@@ -94,6 +96,7 @@ class LossProjection:
         loss_grad, left = project_loss(result.features, losses.features)
         self._whole += losses.features.square().sum().item()
         self._left += left.sum().item()
+        self.seen += size
         return loss_grad, losses.outputs.to(loss_grad)
 
     def curvature(self, loss_grad: Tensor, losses: Tensor) -> Tensor:

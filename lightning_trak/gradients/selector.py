@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from textwrap import shorten
 from typing import Any, NamedTuple, TypeVar
 
@@ -153,9 +154,9 @@ class Selector:
 
     def run(
         self,
-        rows: Sequence[int],
+        rows: Iterable[int],
         largest: int,
-        read: Callable[[Sequence[int], int], Iterable[tuple[Sequence[int], Any]]],
+        read: Callable[[Iterable[int], int], Iterable[tuple[Sequence[int], Any]]],
         prepare: Callable[[], Engine],
         work: Callable[[Engine, Sequence[int], Any], object],
         function: ModelFunction,
@@ -163,22 +164,32 @@ class Selector:
         """Work on all rows, batch by batch. After a failure, go on with the rows that are not yet done.
 
         Args:
-            rows: which examples.
+            rows: which examples; asked for when they are read.
             largest: how many of them at a time, at most.
-            read: takes rows and a batch size; returns (rows, batch) for each batch.
+            read: takes rows and a batch size; returns (rows, batch) for each batch, in the order of the rows.
             prepare: calls `prepare`.
             work: takes engine, rows and batch.
             function: the model at the weights of the checkpoint.
         """
-        done, batch, size = 0, None, 0
-        while done < len(rows):
+        source, undone = iter(rows), deque[int]()  # rows that were asked for, and not worked on
+
+        def left() -> Iterator[int]:
+            yield from list(undone)
+            for row in source:
+                undone.append(row)
+                yield row
+
+        batch, size, finished = None, 0, False
+        while not finished:
             engine, full = None, False
             try:
                 engine = prepare()
-                for batch_rows, batch in read(rows[done:], engine.batch_size or self.batch_size(largest)):
+                for batch_rows, batch in read(left(), engine.batch_size or self.batch_size(largest)):
                     size = len(batch_rows)
                     work(engine, batch_rows, batch)
-                    done += size
+                    for _ in batch_rows:
+                        undone.popleft()
+                finished = True
             except EngineUnsuitable as error:
                 if engine is None:
                     raise

@@ -5,9 +5,7 @@ The index names the arrays and is replaced in one step. So there is always one w
 
 from __future__ import annotations
 
-import json
 import re
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_trak.store.files import atomically, checksum_of_file, write_json
+from lightning_trak.store.files import atomically, checksum_of_file, read_json, write_json
 
 _INDEX = "attribution.json"
 _LEFT = re.compile(r"(\w+-[0-9a-f]{8}\.npy|attribution\.json)(\.[0-9a-f]{32}\.partial)?")
@@ -39,8 +37,7 @@ def write_saved(folder: Path, info: Mapping[str, Any], arrays: Mapping[str, Tens
             with atomically(folder / file) as partial, open(partial, "wb") as opened:
                 np.save(opened, array.numpy(), allow_pickle=False)
             files[name] = {"file": file, "checksum": checksum_of_file(folder / file)}
-        content = {"info": dict(info), "files": files}
-        write_json(folder / _INDEX, {"checksum": _checksum(content), **content})
+        write_json(folder / _INDEX, {"info": dict(info), "files": files})
     except BaseException:
         outdated = list(named)
         raise
@@ -61,9 +58,7 @@ def read_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         OSError, ValueError, TypeError, KeyError, EOFError: if a file is missing or damaged.
     """
-    index = json.loads((folder / _INDEX).read_text())
-    if index["checksum"] != _checksum({name: index[name] for name in ("info", "files")}):
-        raise ValueError(f"the checksum of {_INDEX} has changed")
+    index = read_json(folder / _INDEX, "Compute it again.")
     return index["info"], {name: _load(folder, **file) for name, file in index["files"].items()}
 
 
@@ -77,14 +72,10 @@ def _is_own(folder: Path) -> bool:
 def _files_of(folder: Path) -> list[str]:
     """Return the names of the arrays of an earlier attribution; none if its index cannot be read."""
     try:
-        index = json.loads((folder / _INDEX).read_text())
+        index = read_json(folder / _INDEX)
         return [Path(entry["file"]).name for entry in index["files"].values()]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return []
-
-
-def _checksum(content: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _load(folder: Path, file: str, checksum: int) -> Tensor:

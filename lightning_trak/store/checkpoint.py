@@ -1,138 +1,157 @@
-"""CheckpointEntry: one checkpoint of the feature store, written row by row. NumPy only."""
+"""CheckpointEntry: one checkpoint of the feature store."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock
 
-from lightning_trak.store.files import (
-    CRC_BLOCK,
-    VerifiedRows,
-    allocate,
-    atomically,
-    checksum_of,
-    damaged,
-    explained_os_errors,
-    read_json,
-    write_json,
-)
+from lightning_trak.store.arrays import read_arrays, read_with_notes, write_arrays
+from lightning_trak.store.chunks import Chunks
+from lightning_trak.store.files import Damaged, explained_os_errors, read_json, write_json
 
 Array = npt.NDArray[Any]
+META = "meta.json"
+WEIGHTS = "weights.safetensors"
+_TYPES = {  # of the values in meta.json; all but the first may be None or not there, which is unknown
+    "created": (int,),
+    "run": (str,),
+    "epoch": (int,),
+    "global_step": (int,),
+    "file": (str,),
+    "training_time": (dict,),
+    "n_trainable": (int,),
+    "logistic": (bool,),
+    "loss_explained": (int, float),
+}
+_TRAINING_TYPES = {"time": (int, float), "steps": (int,), "weight_decay": (int, float)}  # of a `TrainingTime`
 
 
 class CheckpointEntry:
-    """One checkpoint of a `FeatureStore`: its weights file, and features that are written row by row.
+    """One checkpoint of a `FeatureStore`: its weights, and the train set's features in chunks of rows.
 
-    Every row is written once. ``written.npy`` says which rows are there, so a crash loses at most the current batch.
-    Features can be read only when all are there.
+    Args:
+        path: the folder of the checkpoint.
+        store: the identity of the store: what is of another store is damaged here.
+        n_train: n.
+        chunk_rows: the number of rows in a chunk.
+
+    Raises:
+        Damaged: if a file is missing that every checkpoint has, or ``meta.json`` is damaged.
     """
 
-    def __init__(self, path: Path, n_train: int) -> None:
-        self.path = path
-        self.digest = path.name
-        self.n_train = n_train
-        self.meta = read_json(path / "meta.json")
-        self._open: dict[str, Array] = {}
+    def __init__(self, path: Path, store: str, n_train: int, chunk_rows: int) -> None:
+        self.path, self.digest, self.n_train = path, path.name, n_train
+        self._store, self._chunk_rows = store, chunk_rows
+        self.meta  # noqa: B018 - damaged metadata are an error now
+        if not self.weights_path.is_file():
+            raise Damaged(self.weights_path, "it is missing", self.remedy)
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """Where the checkpoint comes from, read anew each time: another process may add to it."""
+        meta = read_json(self.path / META, self.remedy)
+        if (meta.get("digest"), meta.get("store")) != (self.digest, self._store):
+            raise Damaged(self.path / META, "it is of another checkpoint or of another store", self.remedy)
+        wrong = _of_other_types(meta)
+        if wrong:
+            raise Damaged(self.path / META, f"no such values can be of {', '.join(wrong)}", self.remedy)
+        return meta
 
     @property
     def weights_path(self) -> Path:
         """The path of the weights file."""
-        return self.path / "weights.pt"
+        return self.path / WEIGHTS
+
+    @property
+    def remedy(self) -> str:
+        """What to do where a file of this checkpoint is damaged that cannot be computed again."""
+        return (
+            f"Delete the folder '{self.path}': the checkpoint is left out, or featurized again with"
+            " trainer.attribute(ckpt_path=[...])."
+        )
+
+    @property
+    def train(self) -> Chunks:
+        """The train set's features, Q, w and f, in chunks."""
+        return Chunks(self.path / "train", f"{self._place}|train", self.n_train, self._chunk_rows)
 
     @property
     def complete(self) -> bool:
         """Whether the features of all training examples are there."""
-        return "checksums" in self.meta
-
-    def allocate(self, k: int, record: np.dtype[Any] | None = None) -> None:
-        """Reserve disk space for all features at once, so that a disk too small is an error before any work is done."""
-        if (self.path / "written.npy").exists():
-            return
-        shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-            "features": ((self.n_train, k), np.float32) if record is None else ((self.n_train,), record),
-            "loss_grad": ((self.n_train,), np.float32),
-            "curvature": ((self.n_train,), np.float32),
-            "written": ((self.n_train,), np.bool_),  # last: its presence means that the others exist
-        }
-        with explained_os_errors(self.path):
-            for name, (shape, dtype) in shapes.items():
-                allocate(self.path / f"{name}.npy", shape, dtype)
-
-    def missing_rows(self) -> npt.NDArray[np.int64]:
-        """Return the rows of the training examples whose features are not written yet, in order."""
-        if not (self.path / "written.npy").exists():
-            return np.arange(self.n_train)
-        return np.flatnonzero(~self._array("written"))
-
-    def written_rows(self) -> npt.NDArray[np.int64]:
-        """Return the training examples whose features are there, in order."""
-        return np.setdiff1d(np.arange(self.n_train), self.missing_rows())
-
-    def rows(self, name: str, rows: Sequence[int]) -> Array:
-        """Return some rows that are written, also of an entry that is not complete.
-
-        Args:
-            name: ``"features"``, ``"loss_grad"`` or ``"curvature"``.
-            rows: which.
-        """
-        return self._array(name, mode="c")[list(rows)]
-
-    def write(self, rows: Sequence[int], features: Array, loss_grad: Array, curvature: Array) -> None:
-        """Write the features (r, k), Q (r,) and w (r,) of the training examples ``rows``."""
-        written = self._array("written")
-        twice = [row for row in rows if written[row]]
-        if twice:
-            raise ValueError(f"Rows {twice[:10]} of checkpoint {self.digest} are written already.")
-        for name, values in (("features", features), ("loss_grad", loss_grad), ("curvature", curvature)):
-            self._array(name)[rows] = values
-        written[rows] = True
-
-    def finish(self) -> None:
-        """Complete the entry once all rows are written: flush them, and store checksums that show later damage."""
-        missing = self.missing_rows()
-        if len(missing):
-            raise ValueError(f"{len(missing)} rows of checkpoint {self.digest} are not written yet.")
-        with explained_os_errors(self.path):
-            for array in self._open.values():
-                array.flush()  # type: ignore[attr-defined]
-            self._open.clear()
-            checksums = {name: self._checksum(name) for name in ("features", "loss_grad", "curvature")}
-            self.meta = {**self.meta, "checksums": checksums}
-            write_json(self.path / "meta.json", self.meta)
-
-    def supplement(self, meta: Mapping[str, Any]) -> None:
-        """Add to ``meta`` what was unknown when the checkpoint was added; known values stay."""
-        new = {name: value for name, value in meta.items() if value is not None and self.meta.get(name) is None}
-        if new:
-            self.meta = {**self.meta, **new}
-            with explained_os_errors(self.path):
-                write_json(self.path / "meta.json", self.meta)
+        return self.train.complete
 
     @property
-    def features(self) -> Array:
-        """Φ, (n, k), memory-mapped copy-on-write: writing to it does not change the file."""
-        return self._complete("features")
+    def features(self) -> Any:
+        """Φ, (n, k); of whitened gradients, a mapping with the largest entries by name, see `largest_entries`."""
+        train = self._complete()
+        (whole,) = train.blocks(None, self.n_train)
+        arrays = {name: array for name, array in whole.items() if name not in ("loss_grad", "curvature", "outputs")}
+        return arrays.get("features", arrays)
 
     @property
     def loss_grad(self) -> Array:
         """Q, (n,)."""
-        return self._complete("loss_grad")
+        return self._complete().column("loss_grad")
 
     @property
     def curvature(self) -> Array:
         """w, (n,)."""
-        return self._complete("curvature")
+        return self._complete().column("curvature")
 
-    def verified(self, name: str) -> VerifiedRows:
-        """Return Φ, Q or w, by property name, to read in order; damage raises an error after the last row."""
-        return VerifiedRows(self._complete(name), self.path / f"{name}.npy", self.meta["checksums"][name])
+    def supplement(self, meta: Mapping[str, Any]) -> None:
+        """Add to ``meta`` what was unknown when the checkpoint was added; known values stay."""
+        known = self.meta
+        if all(value is None or known.get(name) is not None for name, value in meta.items()):
+            return
+        with self.locked("meta"), explained_os_errors(self.path):
+            known = self.meta  # another process may have added something
+            new = {name: value for name, value in meta.items() if value is not None and known.get(name) is None}
+            if new:
+                write_json(self.path / META, {**known, **new})
+
+    @contextmanager
+    def locked(self, what: str) -> Iterator[None]:
+        """Let one process at a time do something at this checkpoint; others wait."""
+        lock = FileLock(self.path / f"{what}.lock", thread_local=False)
+        with explained_os_errors(self.path):
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def read_whitening(self) -> dict[str, Array]:
+        """Return the curvature that gradients are whitened by.
+
+        Raises:
+            Damaged: if it is missing or damaged.
+        """
+        try:
+            arrays = read_arrays(self._whitening_path, self._whitening_place)
+        except FileNotFoundError as error:
+            raise Damaged(self._whitening_path, "it is missing") from error
+        del arrays["id"]
+        return arrays
+
+    def write_whitening(self, arrays: Mapping[str, Array], notes: Mapping[str, Any]) -> None:
+        """Store the curvature that gradients are whitened by. Features belong to it: they are of this one or none."""
+        own = np.frombuffer(uuid4().bytes, np.uint8)
+        with explained_os_errors(self.path):
+            write_arrays(self._whitening_path, {**arrays, "id": own}, self._whitening_place, notes)
+
+    @property
+    def whitening_notes(self) -> dict[str, Any]:
+        """The notes of `write_whitening`; empty if there is no curvature."""
+        return self._whitening[1]
 
     def read_sums(self, key: Mapping[str, Any]) -> dict[str, Array] | None:
         """Return what `write_sums` wrote for these features and this key; None if it is missing or damaged.
@@ -140,52 +159,68 @@ class CheckpointEntry:
         Args:
             key: all that the sums depend on, apart from the features.
         """
+        path, place = self._sums(key)
         try:
-            with open(self._sums_path(key), "rb") as opened, np.load(opened, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except Exception:  # There is none, or it is damaged, of which zip files tell in many ways.
+            return read_arrays(path, place)
+        except (FileNotFoundError, Damaged):
             return None
-        return arrays if arrays.pop("checksum", None) == checksum_of(arrays) else None
 
     def write_sums(self, key: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
         """Store sums over the train set; see `read_sums`."""
-        path = self._sums_path(key)
-        with explained_os_errors(self.path), atomically(path) as partial, open(partial, "wb") as file:
-            np.savez(file, **arrays, checksum=checksum_of(arrays))  # type: ignore[arg-type]
+        path, place = self._sums(key)
+        with explained_os_errors(self.path):
+            write_arrays(path, arrays, place)
 
-    def _sums_path(self, key: Mapping[str, Any]) -> Path:
-        """Return the path of the sums: its name is a digest of all that they depend on."""
-        text = json.dumps([key, self.meta["checksums"]], sort_keys=True)
-        return self.path / f"sums-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.npz"
+    def delete_damaged(self) -> list[Path]:
+        """Delete damaged files that can be computed again; return them."""
+        deleted = []
+        try:
+            if self._whitening_path.exists():
+                self.read_whitening()
+        except Damaged as error:
+            error.path.unlink(missing_ok=True)
+            deleted.append(error.path)
+        return deleted + self.train.delete_damaged()  # those of a curvature that is gone are no use either
 
-    def _complete(self, name: str) -> Array:
-        if not self.complete:
+    def _sums(self, key: Mapping[str, Any]) -> tuple[Path, str]:
+        """Return the path of sums, and their place. The name is a digest of all that they depend on."""
+        place = f"{self._place}|sums|{json.dumps(key, sort_keys=True)}"
+        return self.path / f"sums-{hashlib.blake2b(place.encode(), digest_size=8).hexdigest()}.safetensors", place
+
+    @property
+    def _whitening_path(self) -> Path:
+        return self.path / "whitening.safetensors"
+
+    @property
+    def _whitening_place(self) -> str:
+        return f"{self._store}|{self.digest}|whitening"
+
+    @property
+    def _whitening(self) -> tuple[str, dict[str, Any]]:
+        """Return the identity of the curvature, and the notes on it."""
+        try:
+            arrays, notes = read_with_notes(self._whitening_path, self._whitening_place, ["id"])
+        except FileNotFoundError:
+            return "", {}
+        return arrays["id"].tobytes().hex(), notes
+
+    @property
+    def _place(self) -> str:
+        return f"{self._store}|{self.digest}|{self._whitening[0]}"
+
+    def _complete(self) -> Chunks:
+        train, missing = self.train, self.train.missing()
+        if missing:
             raise ValueError(
-                f"Checkpoint {self.digest} has features of {self.n_train - len(self.missing_rows())} of {self.n_train}"
+                f"Checkpoint {self.digest} has features of {self.n_train - sum(map(len, missing))} of {self.n_train}"
                 " training examples. trainer.attribute(...) with a train set computes the rest."
             )
-        return self._array(name, mode="c")
+        return train
 
-    def _array(self, name: str, mode: str = "r+") -> Array:
-        if name not in self._open or mode == "c":
-            path = self.path / f"{name}.npy"
-            try:
-                array: Array = np.load(path, mmap_mode=mode, allow_pickle=False)  # type: ignore[arg-type]
-            except (OSError, ValueError, EOFError) as error:
-                raise self._damaged(name, str(error)) from error
-            if len(array) != self.n_train:
-                raise self._damaged(name, f"it has {len(array)} rows, expected {self.n_train}")
-            if mode == "c":
-                return array
-            self._open[name] = array
-        return self._open[name]
 
-    def _checksum(self, name: str) -> int:
-        crc = 0
-        with open(self.path / f"{name}.npy", "rb") as file:
-            while block := file.read(CRC_BLOCK):
-                crc = zlib.crc32(block, crc)
-        return crc
-
-    def _damaged(self, name: str, why: str) -> ValueError:
-        return damaged(self.path / f"{name}.npy", why)
+def _of_other_types(meta: Mapping[str, Any]) -> list[str]:
+    """Return the names of values in ``meta.json`` that are of another type than their readers expect."""
+    known = {name: value for name, value in meta.items() if value is not None and name in _TYPES}
+    wrong = [name for name, value in {"created": None, **known}.items() if type(value) not in _TYPES[name]]
+    training = known.get("training_time", {}) if "training_time" not in wrong else {}
+    return wrong + [name for name, value in training.items() if type(value) not in _TRAINING_TYPES.get(name, ())]

@@ -1,21 +1,38 @@
-"""FeatureStore: a directory of checkpoints, their features, and scores. NumPy only."""
+"""FeatureStore: a directory of checkpoints, their features, and scores."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from lightning_trak.data.identity import difference
-from lightning_trak.store.checkpoint import CheckpointEntry
-from lightning_trak.store.files import explained_os_errors, read_json, write_json
+from filelock import FileLock
+from torch import Tensor
 
-FORMAT_VERSION = 1
+from lightning_trak.data.identity import ROW_CHARACTERS, difference, sampled_rows
+from lightning_trak.store.checkpoint import META, WEIGHTS, CheckpointEntry
+from lightning_trak.store.files import PARTIAL, Damaged, atomically, explained_os_errors, read_json, write_json
+from lightning_trak.store.weights import save_weights
+
+FORMAT_VERSION = 2
+CHUNK_ROWS = 256  # unless the manifest says another number
+_CHUNK_BYTES, _CHUNK_SECONDS = 2**21, 60.0
+_ANEW = "Use another dirpath, or start anew with TRAKCallback(overwrite=True)."
+_FIELDS = {  # that every manifest has
+    "format_version": int,
+    "n_train": int,
+    "chunk_rows": int,
+    "parameters": dict,
+    "projection": dict,
+}
+_OF_NO_IMPORT = ("data_rows", "chunk_rows")  # the first says where "data" differs, the other may be any
 
 
 class FeatureStore:
@@ -23,17 +40,17 @@ class FeatureStore:
 
     ::
 
-        <dirpath>/manifest.json                     format version, n_train, projection, parameters, data fingerprint
-        <dirpath>/checkpoints/<digest>/weights.pt   the weights
-                                       features.npy, loss_grad.npy: Φ and Q
-                                       curvature.npy: w, the curvature ∂²L/∂f² of each example's loss
-                                       curvature.pt: that of the parameters, if gradients are whitened
-                                       sums-*.npz: H and other sums over the train set
-                                       written.npy, meta.json
+        <dirpath>/manifest.json                             format version, n_train, projection, parameters, data
+        <dirpath>/checkpoints/<digest>/weights.safetensors  the weights
+                                       meta.json            where they come from
+                                       train/<row>.safetensors  Φ, Q, w and f of a range of rows, see `Chunks`
+                                       whitening.safetensors    the curvature, if gradients are whitened
+                                       sums-*.safetensors       H and other sums over the train set
         <dirpath>/scores/<name>/...
 
     A checkpoint is named by the digest of its weights, so the same weights twice are one entry. All entries share one
-    manifest. What does not fit it is an error.
+    manifest. What does not fit it is an error. Every file has a checksum, which depends on its place in the store. Any
+    number of processes may work on a store at the same time.
 
     Args:
         dirpath: the directory of an existing store; `FeatureStore.create` makes a new one.
@@ -44,13 +61,13 @@ class FeatureStore:
 
     >>> import tempfile
     >>> import numpy as np
+    >>> import torch
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     store = FeatureStore.create(folder, {"n_train": 2})
-    ...     entry = store.add("abc", {"epoch": 0})
-    ...     entry.allocate(k=3)
-    ...     entry.write([1], np.ones((1, 3)), np.ones(1), np.ones(1))
-    ...     store.digests, entry.missing_rows().tolist(), entry.complete
-    (['abc'], [0], False)
+    ...     store = FeatureStore.create(folder, {"n_train": 2, "parameters": {}, "projection": {}, "chunk_rows": 1})
+    ...     entry = store.add("abc", {"epoch": 0}, {"weight": torch.zeros(3)})
+    ...     entry.train.write(0, {"features": np.ones((1, 3)), "loss_grad": np.ones(1), "curvature": np.ones(1)})
+    ...     store.digests, entry.train.missing(), entry.complete
+    (['abc'], [range(1, 2)], False)
     """
 
     def __init__(self, dirpath: str | os.PathLike[str]) -> None:
@@ -61,13 +78,19 @@ class FeatureStore:
                 f"There is no feature store in '{dirpath}' (no manifest.json). Train with TRAKCallback('{dirpath}')"
                 " first, or pass checkpoints with ckpt_path=..."
             )
-        self.manifest = read_json(path)
-        version = self.manifest.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"The store '{dirpath}' has format_version={version!r}; this version of lightning_trak reads"
-                f" {FORMAT_VERSION}. Use another dirpath."
-            )
+        _check_version(path)
+        self.manifest = read_json(path, _ANEW)
+        for name, kind in _FIELDS.items():
+            value = self.manifest.get(name)
+            if type(value) is not kind or (isinstance(value, int) and not 1 <= value <= sys.maxsize):
+                raise Damaged(path, f"its {name} is {_short(value)}", _ANEW)
+        rows = self.manifest.get("data_rows", "")
+        if type(rows) is not str or len(rows) not in (0, ROW_CHARACTERS * len(sampled_rows(self.n_train))):
+            raise Damaged(path, f"its data_rows are {_short(rows)}", _ANEW)
+        if not isinstance(self.manifest.get("preconditioner"), dict | None):
+            raise Damaged(path, f"its preconditioner is {_short(self.manifest['preconditioner'])}", _ANEW)
+        text = json.dumps(self.manifest, sort_keys=True)
+        self.identity = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     @classmethod
     def create(cls, dirpath: str | os.PathLike[str], manifest: Mapping[str, Any]) -> FeatureStore:
@@ -79,9 +102,11 @@ class FeatureStore:
         """
         path = Path(dirpath)
         with explained_os_errors(path):
-            if not (path / "manifest.json").exists():
-                (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-                write_json(path / "manifest.json", {"format_version": FORMAT_VERSION, **manifest})
+            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            with FileLock(path / "manifest.lock"):
+                if not (path / "manifest.json").exists():
+                    chosen = {"format_version": FORMAT_VERSION, "chunk_rows": CHUNK_ROWS, **manifest}
+                    write_json(path / "manifest.json", chosen)
         store = cls(path)
         store.check(manifest)
         return store
@@ -102,7 +127,7 @@ class FeatureStore:
     def check(self, manifest: Mapping[str, Any]) -> None:
         """Raise a ValueError that names the first field in which ``manifest`` differs from the store's own."""
         for name, value in json.loads(json.dumps(manifest)).items():
-            if name == "data_rows":  # it only says where "data" differs
+            if name in _OF_NO_IMPORT:
                 continue
             given, stored = _flat({name: value}), _flat({name: self.manifest.get(name)})
             for field in [*stored, *(field for field in given if field not in stored)]:
@@ -114,10 +139,11 @@ class FeatureStore:
                         " anew with TRAKCallback(overwrite=True)."
                     )
 
-            if list(_flat({name: value})) != list(_flat({name: self.manifest.get(name)})):
+            own = self.manifest.get(name)
+            if isinstance(own, dict) and isinstance(value, dict) and list(_flat(own)) != list(_flat(value)):
                 raise ValueError(
                     f"The store '{self.dirpath}' was made with the {name} in another order than here:"
-                    f" {_short(list(self.manifest[name]))} against {_short(list(value))}. Use another dirpath."
+                    f" {_short(list(own))} against {_short(list(value))}. Use another dirpath."
                 )
 
     def _difference(self, field: str, own: Any, here: Any, manifest: Mapping[str, Any]) -> tuple[str, str]:
@@ -143,50 +169,84 @@ class FeatureStore:
         return [digest for _, digest in sorted(found)]
 
     def __iter__(self) -> Iterator[CheckpointEntry]:
-        folder = self.dirpath / "checkpoints"
-        for path in sorted(folder.iterdir() if folder.is_dir() else []):
-            if (path / "meta.json").is_file():
-                yield CheckpointEntry(path, self.n_train)
+        for path in sorted(self._folder.iterdir() if self._folder.is_dir() else []):
+            if path.is_dir() and not path.name.endswith(PARTIAL):
+                yield self._entry(path.name)
 
     def __len__(self) -> int:
         return len(list(iter(self)))
 
     def __contains__(self, digest: str) -> bool:
-        return (self.dirpath / "checkpoints" / digest / "meta.json").is_file()
+        return (self._folder / digest).is_dir()
 
     def __getitem__(self, digest: str) -> CheckpointEntry:
         if digest not in self:
             raise KeyError(f"The store '{self.dirpath}' has no checkpoint {digest}; it has {self.digests}.")
-        return CheckpointEntry(self.dirpath / "checkpoints" / digest, self.n_train)
+        return self._entry(digest)
 
-    def folder(self, digest: str) -> Path:
-        """Return the folder of a checkpoint, created if needed. Weights are written there before the entry is added."""
-        path = self.dirpath / "checkpoints" / digest
-        with explained_os_errors(self.dirpath):
-            path.mkdir(parents=True, exist_ok=True)
-        return path
-
-    def add(self, digest: str, meta: Mapping[str, Any]) -> CheckpointEntry:
-        """Add a checkpoint without features; one that is there already is returned unchanged."""
+    def add(self, digest: str, meta: Mapping[str, Any], weights: Mapping[str, Tensor]) -> CheckpointEntry:
+        """Add a checkpoint without features, whole or not at all; of one that is there, ``meta`` is supplemented."""
         if digest not in self:
-            path = self.folder(digest)
-            with explained_os_errors(self.dirpath):
-                write_json(path / "meta.json", {"digest": digest, "created": time.time_ns(), **meta})
-        return self[digest]
+            known = {"digest": digest, "store": self.identity, "created": time.time_ns(), **meta}
+            try:
+                with explained_os_errors(self.dirpath), atomically(self._folder / digest) as partial:
+                    partial.mkdir(parents=True)
+                    save_weights(weights, partial / WEIGHTS)
+                    write_json(partial / META, known)
+            except OSError:
+                if digest not in self:  # else another process has added it at the same time
+                    raise
+        entry = self[digest]
+        entry.supplement(meta)
+        return entry
 
     def discard(self, digest: str) -> None:
         """Delete a checkpoint and its features."""
-        shutil.rmtree(self.dirpath / "checkpoints" / digest, ignore_errors=True)
+        shutil.rmtree(self._folder / digest, ignore_errors=True)
+
+    @property
+    def _folder(self) -> Path:
+        return self.dirpath / "checkpoints"
+
+    def _entry(self, digest: str) -> CheckpointEntry:
+        return CheckpointEntry(self._folder / digest, self.identity, self.n_train, self.manifest["chunk_rows"])
 
     def scores_dir(self, name: str) -> Path:
         """Return the directory of the scores saved under ``name``."""
         return self.dirpath / "scores" / folder_name(name)
 
     def __repr__(self) -> str:
-        complete = sum(entry.complete for entry in self)
+        found = [entry.complete for entry in self]
         return (
-            f"FeatureStore('{self.dirpath}', n_train={self.n_train}, checkpoints={len(self)}, featurized={complete},"
+            f"FeatureStore('{self.dirpath}', n_train={self.n_train}, checkpoints={len(found)}, featurized={sum(found)},"
             f" projection={_short(self.manifest.get('projection'))})"
+        )
+
+
+def rows_in_a_chunk(row_bytes: int, seconds: float = 0.0) -> int:
+    """Return how many rows a chunk has: about 2 MiB of them, and no more than a minute's work.
+
+    Args:
+        row_bytes: how much is stored of a training example.
+        seconds: how long it takes to compute it, where that is known.
+
+    >>> rows_in_a_chunk(8200), rows_in_a_chunk(8200, seconds=2.0)
+    (255, 30)
+    """
+    rows = _CHUNK_BYTES // row_bytes
+    return max(1, min(rows, int(_CHUNK_SECONDS / seconds)) if seconds else rows)
+
+
+def _check_version(path: Path) -> None:
+    """Raise a ValueError if a manifest is of another format version; what has no version is damaged."""
+    try:
+        version = json.loads(path.read_bytes()).get("format_version")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # damaged; read_json says how
+    if type(version) is int and version != FORMAT_VERSION:
+        raise ValueError(
+            f"The store '{path.parent}' has format_version={version!r}; this version of lightning_trak reads"
+            f" {FORMAT_VERSION}. Use another dirpath, or start anew with TRAKCallback(overwrite=True)."
         )
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from lightning_trak.data.identity import bytes_of
-from lightning_trak.store.files import atomically
+from lightning_trak.store.files import Damaged, atomically
 
 Weights = dict[str, Tensor]
 
@@ -50,33 +52,56 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write weights to ``path``, whole or not at all."""
-    # An open file, not a path: then a full disk is an OSError. Cloned: a view would be saved with its whole storage.
-    with atomically(path) as partial, open(partial, "wb") as file:
-        torch.save({name: value.detach().cpu().clone() for name, value in weights.items()}, file)
+    """Write weights to a safetensors file, whole or not at all.
+
+    Raises:
+        TypeError: if a tensor is of a type that the file format does not have.
+    """
+    own = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
+    try:
+        content = save(own)  # cloned: it refuses tensors that share memory
+    except (KeyError, ValueError, SafetensorError) as error:
+        types = sorted({str(value.dtype) for value in own.values()})
+        raise TypeError(
+            f"Weights of the types {', '.join(types)} cannot be stored as safetensors: {error}. Convert those that are"
+            " unusual, or keep them out of the state dict."
+        ) from error
+    with atomically(path) as partial:
+        partial.write_bytes(content)
 
 
 def load_weights(path: Path, digest: str) -> Weights:
     """Read the weights that `save_weights` wrote, and verify their digest.
 
     Raises:
-        ValueError: if the file is damaged.
+        Damaged: if the file is damaged.
     """
+    remedy = f"Delete the folder '{path.parent}' and featurize the checkpoint again with ckpt_path=..."
     try:
-        weights: Weights = torch.load(path, map_location="cpu", weights_only=True)
-        found = weights_digest(weights)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, AttributeError) as error:
-        found = f"unreadable ({type(error).__name__})"
+        weights: Weights = load(path.read_bytes())
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(path, f"{type(error).__name__}: {error}", remedy) from error
+    found = weights_digest(weights)
     if found != digest:
-        raise ValueError(
-            f"The weights file '{path}' is damaged: its digest is {found}, expected {digest}. Delete the folder"
-            f" '{path.parent}' and featurize the checkpoint again with ckpt_path=..."
-        )
+        raise Damaged(path, f"its digest is {found}, expected {digest}", remedy)
     return weights
 
 
+def names_of_weights(path: Path) -> set[str]:
+    """Return the names of the weights that `save_weights` wrote.
+
+    Raises:
+        Damaged: if the file is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return set(file.keys())
+    except SafetensorError as error:
+        raise Damaged(path, str(error), f"Delete the folder '{path.parent}'.") from error
+
+
 def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """Read a Lightning ``.ckpt`` file, or a plain state-dict file: that is returned as ``{"state_dict": ...}``.
+    """Read a Lightning ``.ckpt`` file, or a state-dict file of torch or safetensors: ``{"state_dict": ...}``.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -85,6 +110,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"ckpt_path names '{path}', which is no file. Pass paths of .ckpt or state-dict files.")
     try:
+        if os.fspath(path).endswith(".safetensors"):
+            return {"state_dict": load(Path(path).read_bytes())}
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
@@ -92,7 +119,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
             " weights alone and pass that file:"
             " torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt')"
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, SafetensorError) as error:
         raise ValueError(f"'{path}' is damaged or no checkpoint: {error}") from error
     if not isinstance(content, Mapping) or not isinstance(content.get("state_dict", content), Mapping):
         raise ValueError(f"'{path}' holds no weights; expected a Lightning checkpoint or a state dict.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import Parameter, signature, unwrap
 from typing import Any
@@ -25,7 +25,7 @@ def read_batches(
     trainer: Any,
     module: Any,
     loader: DataLoader[Any],
-    rows: Sequence[int],
+    rows: Iterable[int],
     batch_size: int | None = None,
     num_workers: int | None = None,
 ) -> Iterator[tuple[list[int], Any]]:

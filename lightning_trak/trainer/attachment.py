@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +20,8 @@ from lightning_trak.trainer.framework import (
     framework_of,
     rank_zero_warn,
 )
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -77,6 +81,21 @@ def _uncompiled() -> AbstractContextManager[Any]:
 
 def _log_nothing(*_: Any, **__: Any) -> None:
     """Replace ``self.log``: featurization logs nothing."""
+
+
+def launched(trainer: Trainer, function: Callable[..., T], *args: Any) -> T:
+    """Call a function in every process of the trainer; return the first process's result where they end with it."""
+    launcher = trainer.strategy.launcher
+    if trainer.world_size == 1 or launcher is None or trainer.state.status == "running":
+        return function(*args)
+    found = launcher.launch(_sendable, os.getpid(), function, *args)
+    return pickle.loads(found) if isinstance(found, bytes) else found
+
+
+def _sendable(caller: int, function: Callable[..., T], *args: Any) -> T | bytes:
+    """Call a function; in another process than the caller's, pickle the result: shared memory ends with its process."""
+    result = function(*args)
+    return result if os.getpid() == caller else pickle.dumps(result)
 
 
 @contextmanager

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_trak.influence import Estimator, Solved, n_blocks
+from lightning_trak.features.sparse_matrix import SparseMatrix
+from lightning_trak.influence import Estimator, Extremes, Scores, Solved, n_blocks
 from lightning_trak.results.attribution import Attribution, AttributionInfo
 from lightning_trak.store.store import folder_name
+from lightning_trak.trainer.attachment import launched
 from lightning_trak.trainer.checkpoints import naming, sums_of
 from lightning_trak.trainer.framework import (
     LightningDataModule,
@@ -21,7 +24,7 @@ from lightning_trak.trainer.framework import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_trak.trainer.job import CkptPath, Job, featurized
+from lightning_trak.trainer.job import CkptPath, Job, prepared_job
 from lightning_trak.trainer.kept import KeptFeatures
 from lightning_trak.trainer.progress import progress
 from lightning_trak.trainer.whitening import rescaled_squares
@@ -66,9 +69,11 @@ def attribute(
         top_k: keep only the highest and lowest ``top_k`` scores of each target, not all n × m.
 
     Returns:
-        The scores, (n, m), averaged over the checkpoints. For `Attribution.without`, `Attribution.parts` and
-        `calibrate` the result also keeps model, trainer and loaders, and the targets' features: 4 m k bytes for each
-        checkpoint, or 24 KB a target where gradients are whitened. `Attribution.save` leaves all that out.
+        The scores, (n, m), averaged over the checkpoints. Of several processes each returns them; those that a launcher
+        of Lightning starts for this call alone (``ddp_spawn``, ``ddp_notebook``) return them to the caller. For
+        `Attribution.without`, `Attribution.parts` and `calibrate` the result also keeps model, trainer and loaders, and
+        the targets' features: 4 m k bytes for each checkpoint, or 24 KB a target where gradients are whitened.
+        `Attribution.save` leaves all that out.
 
     Raises:
         MisconfigurationException: if trainer, model, loaders and store do not fit together; the remedy is named.
@@ -78,28 +83,47 @@ def attribute(
         raise ValueError(f"top_k must be a positive integer or None, got {top_k!r}.")
     if name is not None:
         folder_name(name)
-    with featurized(trainer, model, dataloaders, datamodule, ckpt_path) as job:
-        targets, outputs = job.target_features()
-        estimator, solved = job.estimator(), []
-        for entry, train, phi in zip(job.entries, estimator.trains, targets, strict=True):
-            with naming(entry):
-                solved.append(estimator.solve(train, phi, sums_of(entry, estimator, train)))
-        n_train, n_targets = job.store.n_train, len(targets[0])
-        with progress(trainer, "Scoring", n_blocks(n_train, n_targets)) as advance:
-            if top_k is None:
-                whole = estimator.scores(solved, lambda: advance(1))
-            else:
-                extremes = estimator.extremes(solved, top_k, lambda: advance(1))
+    return launched(trainer, _attribute, trainer, model, dataloaders, datamodule, ckpt_path, name, top_k)
+
+
+def _attribute(
+    trainer: Trainer,
+    model: Any,
+    dataloaders: Any,
+    datamodule: Any,
+    ckpt_path: CkptPath,
+    name: str | None,
+    top_k: int | None,
+) -> Attribution:
+    """Do what `attribute` does, in each process."""
+    with prepared_job(trainer, model, dataloaders, datamodule, ckpt_path) as job:
+        estimator, solved, targets, outputs, found = job.featurized(partial(_scores, job, top_k))
+    n_targets = len(targets[0])
     info = _info(job, estimator, solved, n_targets)
-    scores, spread = (whole.mean, whole.spread) if top_k is None else (extremes, None)
+    scores, spread = (found.mean, found.spread) if isinstance(found, Scores) else (found, None)
     kept = KeptFeatures(job, estimator, targets)
     attribution = Attribution(scores, info, spread, outputs=outputs, kept=kept)
-    if name is not None:
+    if name is not None and trainer.is_global_zero:
         try:
             attribution.save(job.store.scores_dir(name))
         except OSError as error:  # of a full disk, for example: nothing that was computed is lost
             rank_zero_warn(f"The scores are returned, but could not be saved as {name!r}: {error}")
     return attribution
+
+
+def _scores(
+    job: Job, top_k: int | None
+) -> tuple[Estimator, list[Solved], list[Tensor | SparseMatrix], Tensor, Scores | Extremes]:
+    """Featurize the targets and score; return all that later questions need."""
+    targets, outputs = job.target_features()
+    estimator, solved = job.estimator(), []
+    for entry, train, phi in zip(job.entries, estimator.trains, targets, strict=True):
+        with naming(entry):
+            solved.append(estimator.solve(train, phi, sums_of(entry, estimator, train)))
+    with progress(job.trainer, "Scoring", n_blocks(job.store.n_train, len(targets[0]))) as advance:
+        if top_k is None:
+            return estimator, solved, targets, outputs, estimator.scores(solved, lambda: advance(1))
+        return estimator, solved, targets, outputs, estimator.extremes(solved, top_k, lambda: advance(1))
 
 
 def _info(job: Job, estimator: Estimator, solved: Sequence[Solved], n_targets: int) -> AttributionInfo:
@@ -147,13 +171,23 @@ def attribute_self(
     Returns:
         Self-influences in units of the loss, (n,), float32.
     """
-    with featurized(trainer, model, None, datamodule, ckpt_path) as job:
-        estimator, total = job.estimator(), torch.zeros(job.store.n_train)
-        with progress(trainer, "Scoring", len(job.entries)) as advance:
-            for entry, train, scales in zip(job.entries, estimator.trains, job.scales, strict=True):
-                with naming(entry):
-                    if scales is not None and not train.whitened_by_rest:
-                        train = replace(train, squares=rescaled_squares(entry, scales))
-                    total += estimator.self_influence(train, sums_of(entry, estimator, train))
-                advance(1)
+    return launched(trainer, _attribute_self, trainer, model, datamodule, ckpt_path)
+
+
+def _attribute_self(trainer: Trainer, model: Any, datamodule: Any, ckpt_path: CkptPath) -> Tensor:
+    """Do what `attribute_self` does, in each process."""
+    with prepared_job(trainer, model, None, datamodule, ckpt_path) as job:
+        return job.featurized(partial(_self_influence, job))
+
+
+def _self_influence(job: Job) -> Tensor:
+    """Return the self-influences of the train set, averaged over checkpoints."""
+    estimator, total = job.estimator(), torch.zeros(job.store.n_train)
+    with progress(job.trainer, "Scoring", len(job.entries)) as advance:
+        for entry, train, scales in zip(job.entries, estimator.trains, job.scales, strict=True):
+            with naming(entry):
+                if scales is not None and not train.whitened_by_rest:
+                    train = replace(train, squares=rescaled_squares(entry, scales))
+                total += estimator.self_influence(train, sums_of(entry, estimator, train))
+            advance(1)
     return total / len(job.entries)

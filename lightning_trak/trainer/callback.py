@@ -21,8 +21,8 @@ from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import Weights, copy_of_weights, tensors_in, weights_digest
 from lightning_trak.trainer import arguments
 from lightning_trak.trainer.attachment import attached, undisturbed
-from lightning_trak.trainer.checkpoint_io import WatchedCheckpointIO
-from lightning_trak.trainer.checkpoints import add_checkpoint, featurize_checkpoint, pool_of
+from lightning_trak.trainer.checkpoint_io import watch
+from lightning_trak.trainer.checkpoints import featurize_checkpoint, pool_of
 from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import (
     Callback,
@@ -37,6 +37,7 @@ from lightning_trak.trainer.loaders import train_loader_of_fit
 from lightning_trak.trainer.loss_check import LossCheck
 from lightning_trak.trainer.plan import PROJ_DIM, SEED, Plan, Settings, parameters_to_be
 from lightning_trak.trainer.reports import Reports
+from lightning_trak.trainer.resumed import files_of_run
 
 _FINISH_LATER = "trainer.attribute(...) computes what is missing, once the cause is fixed."
 
@@ -99,11 +100,12 @@ class TRAKCallback(Callback):
 
     A checkpoint takes ``4 · n · proj_dim`` bytes for its features, beside its weights. Whitened gradients take a fifth
     of that, or three quarters for classification, and their curvature up to three times the size of the weights. An
-    interrupted run goes on with the missing rows. ``damping`` and ``temperature`` may change without featurizing again,
-    and ``curvature`` and ``estimator`` where gradients are not whitened. Of whitened gradients, the entries are kept
-    that were the largest with the first damping, so a very different one needs a store of its own. The other settings
-    belong to the store: to change one, use another ``dirpath``. `Attribution.info` has the values that ``"auto"``
-    chose.
+    interrupted run goes on with the rows that are missing; at most a minute's work is lost. Several processes, of one
+    trainer or of several programs, share the work at each checkpoint. ``damping`` and ``temperature`` may change
+    without featurizing again, and ``curvature`` and ``estimator`` where gradients are not whitened. Of whitened
+    gradients, the entries are kept that were the largest with the first damping, so a very different one needs a store
+    of its own. The other settings belong to the store: to change one, use another ``dirpath``. `Attribution.info` has
+    the values that ``"auto"`` chose.
 
     Before stored features are used, a few are computed again. Data, parameters and settings are compared with those of
     the store, and a difference is an error. Of a large train set only 1024 examples are compared, so give a run on
@@ -181,7 +183,7 @@ class TRAKCallback(Callback):
         self._featurized = self._failed = 0
         self._loss_check = LossCheck()
         self._run: str | None = None  # the identity of this training, kept when it is resumed
-        self._saved = False
+        self._saved = self._unshared = False
         self._attributed: set[str] = set()
 
     @property
@@ -207,9 +209,7 @@ class TRAKCallback(Callback):
             return
         check_supported(trainer, pl_module)
         self._start_anew()
-        watched = trainer.strategy.checkpoint_io
-        inner = watched.inner if isinstance(watched, WatchedCheckpointIO) else watched
-        trainer.strategy.checkpoint_io = WatchedCheckpointIO(inner, self)
+        watch(trainer, self)
         # First in the list, to see a batch before another callback's on_train_batch_start changes it.
         trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]
 
@@ -226,12 +226,13 @@ class TRAKCallback(Callback):
             self.train_loader = loader
             if trainer.fast_dev_run:
                 return  # it saves no checkpoint
-            if anew:
+            if anew and trainer.is_global_zero:
                 FeatureStore.remove(path)
+            trainer.strategy.barrier()
             with kept_generators(loader.dataset):
-                self._store = FeatureStore.create(path, plan.manifest(loader))
+                self._store = FeatureStore.create(path, plan.manifest(loader, loop.seconds))
         self._loop, self._attributed = loop, set(plan.parameters)
-        self._run = self._run or uuid4().hex
+        self._run = trainer.strategy.broadcast(self._run or uuid4().hex)
         if not trainer.checkpoint_callbacks:
             rank_zero_info(
                 "TRAKCallback: this Trainer has no ModelCheckpoint. If no checkpoint is saved by hand, the final"
@@ -241,10 +242,14 @@ class TRAKCallback(Callback):
             self._training = TrainingTime()
         elif self._training is not None and self._training.steps != trainer.global_step:
             self._training = None  # resumed without a recorded time: discard the old one
+        if trainer.global_step and trainer.is_global_zero:
+            self._reconcile(trainer)
+        self.saved()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Featurize what was saved since the last training step; compute the loss of an epoch's first batch."""
         if self.featurize_on == "save":
+            self._share_pending(trainer)
             self._featurize_pending()
         self._loss_check.watch(batch)
         if batch_idx == 0 and self.train_loader is not None:
@@ -276,9 +281,13 @@ class TRAKCallback(Callback):
         if self._store is None:
             return
         self._check_trained(pl_module)
+        self._saved = trainer.strategy.broadcast(self._saved)
         if not self._saved and trainer.global_step:
             weights = copy_of_weights(pl_module)
-            self._add(weights, weights_digest(weights), trainer.current_epoch, trainer.global_step, "none was saved")
+            epoch, step = trainer.current_epoch, trainer.global_step
+            self._add(weights, weights_digest(weights), epoch, step, "none was saved", self._training)
+            self.saved()
+        self._share_pending(trainer)
         if self._pending:
             with attached(trainer, pl_module, trainer.datamodule):
                 self._featurize_pending()
@@ -302,13 +311,17 @@ class TRAKCallback(Callback):
         if self._store is None or not {"state_dict", "epoch", "global_step"} <= checkpoint.keys():
             return  # the file is no checkpoint of Lightning
         self._saved = True
+        self.last_saved = self._add_file(path, checkpoint, self._training)
+
+    def _add_file(self, path: str, checkpoint: dict[str, Any], training: TrainingTime | None) -> str:
+        """Put the weights of a file into the store; return their digest."""
         weights = tensors_in(checkpoint["state_dict"])
-        digest = self.last_saved = weights_digest(weights)
-        if self._files.get(path) == digest:
-            return
-        self.file_removed(path)
-        self._files[path] = digest
-        self._add(weights, digest, checkpoint["epoch"], checkpoint["global_step"], os.path.basename(path))
+        digest = weights_digest(weights)
+        if self._files.get(path) != digest:
+            self.file_removed(path)
+            self._files[path] = digest
+            self._add(weights, digest, checkpoint["epoch"], checkpoint["global_step"], os.path.basename(path), training)
+        return digest
 
     def file_removed(self, path: str) -> None:
         """Forget a file that was deleted or overwritten; discard its weights if they are not featurized yet."""
@@ -319,7 +332,9 @@ class TRAKCallback(Callback):
             with self._training_goes_on("The weights of a deleted checkpoint could not be removed"):
                 self._store.discard(digest)
 
-    def _add(self, weights: Weights, digest: str, epoch: int, step: int, file: str) -> None:
+    def _add(
+        self, weights: Weights, digest: str, epoch: int, step: int, file: str, training: TrainingTime | None
+    ) -> None:
         """Put weights into the store, to be featurized."""
         assert self._store is not None
         with self._training_goes_on(f"The checkpoint '{file}' of step {step} could not be put into the feature store"):
@@ -327,10 +342,37 @@ class TRAKCallback(Callback):
                 return
             added = digest not in self._store
             meta = {"epoch": epoch, "global_step": step, "file": file, "run": self._run}
-            meta["training_time"] = self._training and asdict(self._training)
+            meta["training_time"] = training and asdict(training)
             meta["n_trainable"] = None if self._loop is None else self._loop.n_trainable
-            add_checkpoint(self._store, digest, weights, meta)
+            self._store.add(digest, meta, weights)
             self._pending.setdefault(digest, added)
+
+    def saved(self) -> None:
+        """Note, in every process, that the first may have written a checkpoint file."""
+        self._unshared = True
+
+    def _share_pending(self, trainer: Trainer) -> None:
+        """Let all processes know what is to be featurized: the first alone sees files."""
+        if self._unshared:
+            self._unshared = False
+            digests = trainer.strategy.broadcast(list(self._pending))
+            self._pending = {digest: self._pending.get(digest, False) for digest in digests}
+
+    def _reconcile(self, trainer: Trainer) -> None:
+        """Bring the store in line with the files of a resumed run: it may have been killed between the two."""
+        assert self._store is not None
+        assert self._run is not None
+        for path, checkpoint in files_of_run(trainer, self._run):
+            training = checkpoint[CHECKPOINT_KEY].get("training_time")
+            self._add_file(path, checkpoint, training and TrainingTime(**training))
+        with self._training_goes_on("The checkpoints of the resumed run could not be compared with its files"):
+            for entry in self._store:
+                if entry.meta.get("run") != self._run or entry.complete or entry.digest in self._files.values():
+                    continue
+                if self.featurize_on == "save":
+                    self._pending.setdefault(entry.digest, False)
+                else:  # its file was deleted
+                    self._store.discard(entry.digest)
 
     def _featurize_pending(self) -> None:
         if self._store is None or self._loop is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, Protocol
 
-from lightning_trak.trainer.framework import CheckpointIO
+from lightning_trak.trainer.framework import CheckpointIO, Trainer
 
 
 class Listener(Protocol):
@@ -16,6 +16,26 @@ class Listener(Protocol):
 
     def file_removed(self, path: str) -> None:
         """Handle a file that was deleted."""
+
+    def saved(self) -> None:
+        """Note, in every process, that one of them may have written files."""
+
+
+def watch(trainer: Trainer, listener: Listener) -> None:
+    """Tell a listener of the checkpoint files that a trainer writes and deletes."""
+    strategy = trainer.strategy
+    watched = strategy.checkpoint_io
+    inner = watched.inner if isinstance(watched, WatchedCheckpointIO) else watched
+    strategy.checkpoint_io = WatchedCheckpointIO(inner, listener)
+    if trainer.world_size > 1:  # the first process alone writes files, and all take part in saving
+        vars(strategy).pop("save_checkpoint", None)  # of an earlier fit
+        save = strategy.save_checkpoint
+
+        def save_and_tell(*args: Any, **kwargs: Any) -> None:
+            save(*args, **kwargs)
+            listener.saved()
+
+        vars(strategy)["save_checkpoint"] = save_and_tell
 
 
 class WatchedCheckpointIO(CheckpointIO):

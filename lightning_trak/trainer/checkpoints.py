@@ -2,46 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from time import sleep
+from typing import Any, TypeVar
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lightning_trak.curvature import Whitening
 from lightning_trak.data.identity import sampled_rows
 from lightning_trak.features.largest import SparseRows, matrix_of
+from lightning_trak.features.loss_projection import LossProjection
 from lightning_trak.features.sparse_matrix import SparseMatrix
-from lightning_trak.influence import SUMS_VERSION, Estimator, GaussNewton, TrainFeatures, TrainingTime
+from lightning_trak.influence import SUMS_VERSION, Estimator, GaussNewton, TrainFeatures, TrainingTime, is_logistic
 from lightning_trak.store.checkpoint import CheckpointEntry
-from lightning_trak.store.files import explained_os_errors
-from lightning_trak.store.store import FeatureStore
-from lightning_trak.store.weights import Weights, load_weights, save_weights
+from lightning_trak.store.chunks import Chunks, Claim, scattered
+from lightning_trak.store.files import Damaged, check_space
+from lightning_trak.store.store import FeatureStore, rows_in_a_chunk
+from lightning_trak.store.weights import Weights, load_weights
 from lightning_trak.trainer.featurization import FeatureBlock, FeaturizationLoop
 from lightning_trak.trainer.framework import rank_zero_warn
-from lightning_trak.trainer.whitening import READ_ROWS, record_of, same_features, stored_form, whitening_at
+from lightning_trak.trainer.whitening import same, same_features, stored_form, whitening_at
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 _CHECKED = 8  # stored rows that are computed again
+_MENDED = 3  # how often damaged features are computed again before that is given up
+_SHARED = 16  # chunks of targets that several processes share, at least
+_WAIT = 0.5  # seconds between two looks whether another process is done
 
 
-def add_checkpoint(store: FeatureStore, digest: str, weights: Weights, meta: dict[str, Any]) -> None:
-    """Put weights into the store. The file comes first, so that no entry lacks its weights."""
-    if digest in store:
-        store[digest].supplement(meta)
-        return
-    folder = store.folder(digest)
-    with explained_os_errors(store.dirpath):
-        save_weights(weights, folder / "weights.pt")
-    store.add(digest, meta)
-
-
-def pool_of(store: FeatureStore, digests: Sequence[str] | None = None) -> str:
+def pool_of(store: FeatureStore, entries: Sequence[CheckpointEntry] | None = None) -> str:
     """Say how many checkpoints of the store are averaged over (by default all), and from how many runs."""
-    chosen = store.digests if digests is None else digests
-    runs = {store[digest].meta.get("run") for digest in chosen}
+    chosen = list(store) if entries is None else entries
+    runs = {entry.meta.get("run") for entry in chosen}
     known = len(runs - {None})
     sources = [f"{known} run{'s' * (known > 1)}"] * (known > 0) + ["files"] * (None in runs)
     return f"{len(chosen)} of {len(store)} checkpoints in '{store.dirpath}', from {' and '.join(sources)}"
@@ -52,6 +51,8 @@ def naming(entry: CheckpointEntry, *, can_leave_out: bool = True) -> Iterator[No
     """Add to a ValueError at which checkpoint it was raised and, if that helps, how to leave the checkpoint out."""
     try:
         yield
+    except Damaged:
+        raise  # it names the file
     except ValueError as error:
         remedy = f" To leave this checkpoint out, delete '{entry.path}'." if can_leave_out else ""
         raise ValueError(
@@ -60,26 +61,74 @@ def naming(entry: CheckpointEntry, *, can_leave_out: bool = True) -> Iterator[No
         ) from error
 
 
+def mended(entries: Sequence[CheckpointEntry], compute: Callable[[], T]) -> T:
+    """Call ``compute``, which featurizes what is missing and reads it, until no stored features are damaged.
+
+    Damaged features are deleted, so that they are missing.
+    """
+    for _ in range(_MENDED):
+        try:
+            return compute()
+        except Damaged as error:
+            deleted = [path for entry in entries for path in entry.delete_damaged()]
+            if not deleted and error.path.exists():
+                raise
+            rank_zero_warn(f"'{error.path}' is damaged: {error.why}. {max(1, len(deleted))} files are computed again.")
+    return compute()
+
+
 def featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> None:
-    """Compute the missing train features of a checkpoint, and mark it as complete."""
+    """Compute the train features of a checkpoint that are missing. Several processes may do so: they share the work."""
+    mended([entry], partial(_featurize_checkpoint, loop, entry, number))
+
+
+def _featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> None:
+    missing = sum(map(len, entry.train.missing()))
+    if not missing:
+        return
+    if missing < entry.n_train and loop.repeatable:
+        check_features(loop, entry)
     weights = load_weights(entry.weights_path, entry.digest)
-    entry.allocate(loop.dimension, record_of(loop))
+    check_space(entry.path, missing * loop.row_bytes)
     where = f" (epoch {entry.meta['epoch']}, step {entry.meta['global_step']})" if "epoch" in entry.meta else ""
-    description = f"Featurizing checkpoint {number}{where}"
-    rows = entry.missing_rows().tolist()
-
-    def receive(batch_rows: Sequence[int], block: FeatureBlock) -> None:
-        entry.write(batch_rows, stored_form(loop, block.features), block.loss_grad, block.curvature)
-
     with naming(entry):
+        entry.supplement({"logistic": loop.logistic, "n_trainable": loop.n_trainable})
         whitening = whitening_at(loop, entry, weights, f"Curvature of checkpoint {number}{where}")
-        projection = loop.run(weights, entry.digest, rows, receive, description, whitening)
-    if projection is not None and rows:
-        if len(rows) == loop.size:  # after an interruption, it knows the last rows only
+        projection = _fill(
+            loop, entry.train, weights, entry.digest, f"Featurizing checkpoint {number}{where}", whitening
+        )
+    if projection is not None:
+        if projection.seen == loop.size:  # else it knows a part of the rows
             entry.supplement({"loss_explained": projection.explained()})
         loop.report(projection)
-    entry.supplement({"logistic": loop.logistic, "n_trainable": loop.n_trainable})
-    entry.finish()
+
+
+def _fill(
+    loop: FeaturizationLoop,
+    chunks: Chunks,
+    weights: Weights,
+    digest: str,
+    description: str,
+    whitening: Whitening | None,
+) -> LossProjection | None:
+    """Compute missing chunks until none is missing; return the projection that gave Q in this process, if one did."""
+    projection = None
+    while missing := chunks.missing():
+        with Claim(chunks) as claim:
+            rows = iter(claim)
+            first = next(rows, None)
+            if first is None:
+                sleep(_WAIT)  # other processes have all that is missing
+                continue
+
+            def receive(batch_rows: Sequence[int], block: FeatureBlock, claim: Claim = claim) -> None:
+                terms = {"loss_grad": block.loss_grad, "curvature": block.curvature, "outputs": block.outputs}
+                claim.write(batch_rows, stored_form(loop, block.features) | terms)
+
+            total = sum(map(len, missing))
+            found = loop.run(weights, digest, chain([first], rows), receive, description, whitening, total)
+            projection = projection or found
+    return projection
 
 
 def check_features(loop: FeaturizationLoop, entry: CheckpointEntry) -> None:
@@ -88,16 +137,18 @@ def check_features(loop: FeaturizationLoop, entry: CheckpointEntry) -> None:
     Raises:
         ValueError: if they differ from the stored rows.
     """
-    written = entry.written_rows()
-    rows = written[sampled_rows(len(written), _CHECKED)].tolist()
+    there = [row for rows in entry.train.present() for row in rows]
+    rows = [there[place] for place in sampled_rows(len(there), _CHECKED)]
 
     def compare(batch_rows: Sequence[int], block: FeatureBlock) -> None:
-        news = (stored_form(loop, block.features), block.loss_grad, block.curvature)
-        for name, new in zip(("features", "loss_grad", "curvature"), news, strict=True):
-            if not same_features(new, entry.rows(name, batch_rows)):
-                if entry.complete:
-                    for _ in entry.verified(name).blocks(READ_ROWS):
-                        pass  # damage is an error of its own, after the last row
+        stored = entry.train.rows(batch_rows)
+        equal = {
+            "features": same_features(stored_form(loop, block.features), stored),
+            "loss_grad": same(block.loss_grad, stored["loss_grad"]),
+            "curvature": same(block.curvature, stored["curvature"]),
+        }
+        for name, is_equal in equal.items():
+            if not is_equal:
                 raise ValueError(
                     f"The stored {name} of train rows {batch_rows} are not those that the model and the data give now:"
                     " model_output, the loss, the collate function or a batch hook has changed since. Restore it, or"
@@ -108,6 +159,24 @@ def check_features(loop: FeaturizationLoop, entry: CheckpointEntry) -> None:
         weights = load_weights(entry.weights_path, entry.digest)
         whitening = whitening_at(loop, entry, weights)
         loop.run(weights, entry.digest, rows, compare, "Checking the store", whitening)
+
+
+class StoredFeatures:
+    """Φ of a checkpoint, (n, k), read from its chunks."""
+
+    def __init__(self, chunks: Chunks) -> None:
+        self._chunks = chunks
+        self._k = chunks.read(chunks.all()[0], ["features"])["features"].shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, k)."""
+        return self._chunks.n, self._k
+
+    def blocks(self, size: int) -> Iterator[Array]:
+        """Yield all rows in order, ``size`` at a time."""
+        for block in self._chunks.blocks(["features"], size):
+            yield block["features"]
 
 
 def train_features(
@@ -121,16 +190,17 @@ def train_features(
         rest: whether they are whitened by what the outputs leave open.
         scales: to multiply their entries with, (p,); None for 1.
     """
-    training = entry.meta.get("training_time")
-    features: Any = entry.verified("features")
+    train, training = entry.train, entry.meta.get("training_time")
+    outputs, loss_grad, curvature = (train.column(name) for name in ("outputs", "loss_grad", "curvature"))
+    logistic = entry.meta.get("logistic", False)
     return TrainFeatures(
-        features if dimension is None else SparseRows(features, dimension, scales),
-        entry.verified("loss_grad").read(),
-        entry.verified("curvature").read(),
+        StoredFeatures(train) if dimension is None else SparseRows(train, dimension, scales),
+        loss_grad,
+        curvature,
         training_time=None if training is None else TrainingTime(**training),
-        logistic=entry.meta.get("logistic", False),
+        logistic=logistic and is_logistic(*map(torch.from_numpy, (outputs, loss_grad, curvature))),
         n_trainable=entry.meta.get("n_trainable") or 0,
-        squares=None if dimension is None else np.array(entry.features["squares"]),
+        squares=None if dimension is None else train.column("squares"),
         whitened_by_rest=rest,
     )
 
@@ -157,20 +227,42 @@ def sums_of(entry: CheckpointEntry, estimator: Estimator, train: TrainFeatures) 
 
 
 def featurize_targets(
-    loop: FeaturizationLoop, entry: CheckpointEntry, number: str
+    loop: FeaturizationLoop, entry: CheckpointEntry, number: str, shared: Path | None = None
 ) -> tuple[Tensor | SparseMatrix, Tensor]:
-    """Return the targets' features at a checkpoint, (m, k), of whitened ones the largest entries; and f, (m,)."""
-    record = record_of(loop)
-    features: Array = np.zeros(loop.size, record) if record else np.zeros((loop.size, loop.dimension), np.float32)
+    """Featurize the targets at a checkpoint.
 
-    outputs: Array = np.zeros(loop.size, np.float32)
+    Args:
+        loop: reads the targets.
+        entry: the checkpoint.
+        number: of the checkpoint, for the progress bar.
+        shared: a folder in which several processes share the work.
 
-    def receive(rows: Sequence[int], block: FeatureBlock) -> None:
-        features[rows], outputs[rows] = stored_form(loop, block.features), block.outputs
-
+    Returns:
+        φ(z), (m, k), of whitened gradients the largest entries; and f(z), (m,).
+    """
     weights = load_weights(entry.weights_path, entry.digest)
+    description = f"Featurizing targets at checkpoint {number}"
     with naming(entry, can_leave_out=False):  # the cause is in the targets
         whitening = whitening_at(loop, entry, weights)
-        description = f"Featurizing targets at checkpoint {number}"
-        loop.run(weights, entry.digest, range(loop.size), receive, description, whitening)
-    return (torch.from_numpy(features) if record is None else matrix_of(features)), torch.from_numpy(outputs)
+        if shared is None:
+            found = _collected(loop, weights, entry.digest, description, whitening)
+        else:
+            few = max(1, loop.size // _SHARED)
+            chunks = Chunks(shared / entry.digest, "targets", loop.size, min(few, rows_in_a_chunk(loop.row_bytes)))
+            _fill(loop, chunks, weights, entry.digest, description, whitening)
+            (found,) = chunks.blocks(None, loop.size)
+    features = torch.from_numpy(found["features"]) if "features" in found else matrix_of(found)
+    return features, torch.from_numpy(found["outputs"])
+
+
+def _collected(
+    loop: FeaturizationLoop, weights: Weights, digest: str, description: str, whitening: Whitening | None
+) -> dict[str, Array]:
+    """Return features and outputs of all examples, by name."""
+    parts: list[tuple[Sequence[int], dict[str, Array]]] = []
+
+    def receive(rows: Sequence[int], block: FeatureBlock) -> None:
+        parts.append((rows, stored_form(loop, block.features) | {"outputs": block.outputs}))
+
+    loop.run(weights, digest, range(loop.size), receive, description, whitening)
+    return scattered(parts, loop.size)

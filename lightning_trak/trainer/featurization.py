@@ -6,9 +6,10 @@ It does not call ``trainer.predict``, which would overwrite the state of a runni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import partial
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from lightning_trak.curvature import Preconditioner
 from lightning_trak.data.batch import same_tensors
 from lightning_trak.data.loaders import loader_batch_size
 from lightning_trak.features.featurizer import Featurizer
+from lightning_trak.features.largest import entry_bytes
 from lightning_trak.features.loss_projection import PER_SAMPLE_LOSS, LossProjection
 from lightning_trak.gradients import (
     Engine,
@@ -30,7 +32,6 @@ from lightning_trak.gradients import (
     Trial,
     numbered_gradient,
 )
-from lightning_trak.influence import is_logistic
 from lightning_trak.isolation.random_states import seed_all
 from lightning_trak.projection import Projector, projection_key
 from lightning_trak.store.weights import Weights, copy_of_weights
@@ -46,7 +47,7 @@ from lightning_trak.tasks.checks import (
 )
 from lightning_trak.tasks.loss_terms import LossTerms
 from lightning_trak.trainer.attachment import undisturbed
-from lightning_trak.trainer.framework import LightningModule, Trainer
+from lightning_trak.trainer.framework import LightningModule, Trainer, stop_if_asked
 from lightning_trak.trainer.progress import progress
 from lightning_trak.trainer.reports import Reports
 
@@ -121,7 +122,8 @@ class FeaturizationLoop:
         self._label: Callable[[Any], Any] | None = None
         self._without_gradient: list[int] = []
         self.repeatable = True  # whether two reads of an example are equal; preflight finds out
-        self.logistic = not self._loss_terms.need_projection  # whether the loss is softplus(−f), as far as seen
+        self.seconds = 0.0  # that an example takes at most, as far as known
+        self.logistic = not self._loss_terms.need_projection  # whether the loss may be softplus(−f)
 
     @property
     def size(self) -> int:
@@ -151,6 +153,11 @@ class FeaturizationLoop:
         if own is None:
             return None
         return min(own.entries if self._examples == "train" else own.target_entries, self.dimension)
+
+    @property
+    def row_bytes(self) -> int:
+        """How many bytes are stored of an example."""
+        return stored_bytes(self.entries, self.dimension)
 
     @property
     def n_trainable(self) -> int:
@@ -186,7 +193,9 @@ class FeaturizationLoop:
             batch = self._read_once(rows, seed=0)
             self.repeatable = self._is_repeatable(batch, self._read_once(rows, seed=1))
             versions = versions_of(batch)
+            start = perf_counter()
             outputs = self._try(function, batch, alone, len(rows))
+            self.seconds = (perf_counter() - start) / len(rows)
             check_unchanged(self._module, batch, versions)
             if not train:
                 return
@@ -202,7 +211,7 @@ class FeaturizationLoop:
                 if self._selector.gradients != "auto":  # with "auto", some engine can
                     Selector(self._selector.gradients).choose(losses, batch, len(rows))
             else:
-                self._check_loss(outputs, *self._loss_terms(function.call, batch, outputs), rows)
+                self._check_loss(*self._loss_terms(function.call, batch, outputs), rows)
             engine = self._prepare(function, digest, projection_key(self._seed, digest), batch)
             if thorough:
                 self._try_whole_batch(function, engine)
@@ -272,20 +281,22 @@ class FeaturizationLoop:
         self,
         weights: Weights,
         digest: str,
-        rows: Sequence[int],
+        rows: Iterable[int],
         receive: Callable[[Sequence[int], FeatureBlock], object],
         description: str,
         projector: Projector | None = None,
+        total: int | None = None,
     ) -> LossProjection | None:
         """Featurize ``rows`` at one checkpoint.
 
         Args:
             weights: the checkpoint's weights.
             digest: their digest.
-            rows: which examples, read in this order.
+            rows: which examples, in this order; asked for when they are read.
             receive: takes rows and their `FeatureBlock`, batch by batch.
             description: what the progress bar says.
             projector: used instead of the loop's own, e.g. a `Whitening`.
+            total: the number of rows, if they have no length.
 
         Returns:
             The projection that gave Q; None if Q needed none.
@@ -296,7 +307,7 @@ class FeaturizationLoop:
             featurizer = self.featurizer(function, engine, digest, projector)
             receive(batch_rows, self._featurize(featurizer, batch_rows, batch, projection))
 
-        self.each_batch(weights, digest, rows, featurize, description)
+        self.each_batch(weights, digest, rows, featurize, description, total)
         self._projector.forget()
         self._warn_of_zero_gradients()
         return projection
@@ -311,22 +322,24 @@ class FeaturizationLoop:
         self,
         weights: Weights,
         digest: str,
-        rows: Sequence[int],
+        rows: Iterable[int],
         work: Callable[[ModelFunction, Engine, Sequence[int], Any], object],
         description: str,
+        total: int | None = None,
     ) -> None:
         """Call ``work`` with (function, engine, rows, batch) for each batch of ``rows``, at one checkpoint.
 
         After a failure of an engine or a shortage of memory, ``work`` is called again with the batch, or a part of it.
         """
-        rows = [int(row) for row in rows]
-        with self._undisturbed(), progress(self._trainer, description, len(rows)) as advance, ExitStack() as stack:
+        count = len(rows) if isinstance(rows, Sized) else total or 0
+        with self._undisturbed(), progress(self._trainer, description, count) as advance, ExitStack() as stack:
             function, key = self._function(weights), projection_key(self._seed, digest)
             stack.enter_context(prepared(self._module, function.prepare, self._find_train_loader))
 
             def advancing(engine: Engine, batch_rows: Sequence[int], batch: Any) -> None:
                 work(function, engine, batch_rows, batch)
                 advance(len(batch_rows))
+                stop_if_asked(self._trainer)
 
             prepare = partial(self._prepare, function, digest, key)
             self._selector.run(rows, self._largest, self._read, prepare, advancing, function)
@@ -403,15 +416,14 @@ class FeaturizationLoop:
             curvature = projection.curvature(loss_grad, losses) if own is None else own
         elif self._examples == "train":
             loss_grad, curvature = self._loss_terms(featurizer.function.call, batch, result.outputs)
-        self._check_loss(result.outputs, loss_grad, curvature, rows)
+        self._check_loss(loss_grad, curvature, rows)
         numbers = (values.float().cpu() for values in (result.outputs.detach(), loss_grad, curvature))
         return FeatureBlock(result.features, *(values.numpy() for values in numbers))
 
-    def _check_loss(self, outputs: Tensor, loss_grad: Tensor, curvature: Tensor, rows: Sequence[int]) -> None:
-        """Check Q and w, and note whether they are those of the logistic loss, which the estimator must know."""
+    def _check_loss(self, loss_grad: Tensor, curvature: Tensor, rows: Sequence[int]) -> None:
+        """Check Q and w."""
         check_finite("out_to_loss_grad", loss_grad, self._examples, rows)
         check_finite("out_to_loss_curvature", curvature, self._examples, rows)
-        self.logistic &= is_logistic(outputs.to(loss_grad.device), loss_grad, curvature)
 
     def _function(self, weights: Weights) -> ModelFunction:
         device, plugin = self._trainer.strategy.root_device, self._trainer.precision_plugin
@@ -424,7 +436,7 @@ class FeaturizationLoop:
                 )
         return ModelFunction(self._module, weights, self._parameters, device, plugin.convert_input)
 
-    def _read(self, rows: Sequence[int], batch_size: int, num_workers: int | None = None) -> Iterator[tuple[Any, Any]]:
+    def _read(self, rows: Iterable[int], batch_size: int, num_workers: int | None = None) -> Iterator[tuple[Any, Any]]:
         dataset = None if self._examples == "train" else self._loader.dataset
         for own, batch in read_batches(self._trainer, self._module, self._loader, rows, batch_size, num_workers):
             labelled = batch if self._label is None else self._label(batch)
@@ -444,3 +456,8 @@ class FeaturizationLoop:
                 about=f"reads of {self._examples} examples",
             )
         return same
+
+
+def stored_bytes(entries: int | None, dimension: int) -> int:
+    """Return how many bytes are stored of an example: its features, or the largest entries of them; Q, w and f."""
+    return (4 * dimension if entries is None else entry_bytes(entries, dimension)) + 3 * 4

@@ -52,6 +52,7 @@ __all__ = [
     "rank_zero_info",
     "rank_zero_warn",
     "register",
+    "stop_if_asked",
 ]
 
 
@@ -82,8 +83,12 @@ class Framework:
         self.MisconfigurationException: type[Exception] = self._find(
             "utilities.exceptions", "MisconfigurationException"
         )
+        self.SIGTERMException: type[BaseException] = self._find("utilities.exceptions", "SIGTERMException")
         self.BaseFinetuning: type[BaseFinetuning] = self._find("callbacks", "BaseFinetuning")
         self.DDPStrategy: type[Strategy] = self._find("strategies", "DDPStrategy")
+        self.of_parts: tuple[type[Strategy], ...] = tuple(  # derived from DDPStrategy, and not like it
+            self._find("strategies", name) for name in ("DeepSpeedStrategy", "XLAStrategy")
+        )
         self.SingleDeviceStrategy: type[Strategy] = self._find("strategies", "SingleDeviceStrategy")
         self.DataHookSelector: type[_DataHookSelector] = self._find(
             "trainer.connectors.data_connector", "_DataHookSelector"
@@ -194,6 +199,12 @@ def extend_loaded() -> None:
             setattr(framework.Trainer, name, getattr(pl.Trainer, name))
 
 
+def stop_if_asked(trainer: Trainer) -> None:
+    """Stop, as Lightning's own loops do, if the process was told to terminate during ``fit`` (SIGTERM)."""
+    if trainer.received_sigterm:
+        raise framework_of(trainer).SIGTERMException
+
+
 def _class_name(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
@@ -206,11 +217,11 @@ def check_supported(trainer: Trainer, module: Any) -> None:
             f"{type(module).__name__} does not define model_output(self, batch), the number to attribute for every"
             " example of a batch. Mix in ClassificationMixin or RegressionMixin, or define it with TRAKMixin."
         )
-    supported = (framework.SingleDeviceStrategy, framework.DDPStrategy)
-    if trainer.world_size > 1 or not isinstance(trainer.strategy, supported):
+    strategy = trainer.strategy
+    whole = isinstance(strategy, (framework.SingleDeviceStrategy, framework.DDPStrategy))
+    if not whole or isinstance(strategy, framework.of_parts):
         raise framework.MisconfigurationException(
-            f"TRAKCallback featurizes in one process, got {type(trainer.strategy).__name__} with"
-            f" world_size={trainer.world_size}. Train without the callback, then attribute the checkpoint files on one"
-            " device: Trainer(devices=1, callbacks=[TRAKCallback(...)]).attribute(model, datamodule=dm,"
-            " ckpt_path=[...])."
+            f"TRAKCallback needs the whole model in every process, got {type(strategy).__name__}. Train without the"
+            " callback, then attribute the consolidated checkpoint files on one device or with strategy='ddp':"
+            " Trainer(devices=1, callbacks=[TRAKCallback(...)]).attribute(model, datamodule=dm, ckpt_path=[...])."
         )

@@ -1,16 +1,18 @@
-"""The job before scoring: open the store, choose checkpoints, and featurize the train set at them."""
+"""The job before scoring: open the store, choose checkpoints, and featurize train set and targets at them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -21,14 +23,21 @@ from lightning_trak.gradients.function import check_fit
 from lightning_trak.influence import Estimator, Options, TrainingTime
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.store import FeatureStore
-from lightning_trak.store.weights import load_weights, read_checkpoint, read_weights, weights_digest, weights_in
+from lightning_trak.store.weights import (
+    load_weights,
+    names_of_weights,
+    read_checkpoint,
+    read_weights,
+    weights_digest,
+    weights_in,
+)
 from lightning_trak.trainer.attachment import attached
 from lightning_trak.trainer.callback import TRAKCallback, find_callback
 from lightning_trak.trainer.checkpoints import (
-    add_checkpoint,
     check_features,
     featurize_checkpoint,
     featurize_targets,
+    mended,
     pool_of,
     train_features,
 )
@@ -46,6 +55,7 @@ from lightning_trak.trainer.loaders import Loaders
 from lightning_trak.trainer.plan import Plan
 from lightning_trak.trainer.whitening import rescaled
 
+T = TypeVar("T")
 CkptPath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 
 
@@ -62,6 +72,7 @@ class Job:
         loaders: find the targets.
         datamodule: supplies data, unless the model does.
         options: of the estimator.
+        shared: where several processes share the targets' features.
     """
 
     trainer: Trainer
@@ -72,13 +83,43 @@ class Job:
     loaders: Loaders
     datamodule: LightningDataModule | None
     options: Options
+    shared: Path | None = None
+
+    def featurized(self, compute: Callable[[], T]) -> T:
+        """Featurize the train set where features are missing, then call ``compute``, which reads them.
+
+        If it finds some of them damaged, all that are damaged are featurized again, and it is called again.
+        """
+
+        def run() -> T:
+            self._featurize_missing()
+            rank_zero_info(f"TRAKCallback: averaging over {pool_of(self.store, self.entries)}.")
+            vars(self).pop("scales", None)  # of a curvature that was damaged
+            return compute()
+
+        return mended(self.entries, run)
+
+    def _featurize_missing(self) -> None:
+        """Check a few stored features, then featurize the train set at checkpoints without features."""
+        missing = [entry for entry in self.entries if not entry.complete]
+        complete = [entry for entry in self.entries if entry not in missing]
+        loader = self.loaders.train() if missing else self.loaders.train_if_defined()
+        if loader is None:
+            return
+        loop, first = self.loop("train"), self.entries[0]
+        loop.preflight(load_weights(first.weights_path, first.digest), first.digest)
+        if loop.repeatable:
+            for entry in dict.fromkeys([*complete[:1], *complete[-1:]]):
+                check_features(loop, entry)
+        for number, entry in enumerate(missing, 1):
+            featurize_checkpoint(loop, entry, f"{number}/{len(missing)}")
 
     def target_features(self) -> tuple[list[Tensor | SparseMatrix], Tensor]:
         """Return φ(z) of all targets, (m, k), at every checkpoint; and f(z), (m,), see `Attribution.outputs`."""
         loop, total = self.target_loop(), len(self.entries)
         features, latest = [], {}
         for number, (entry, scales) in enumerate(zip(self.entries, self.scales, strict=True), 1):
-            found, outputs = featurize_targets(loop, entry, f"{number}/{total}")
+            found, outputs = featurize_targets(loop, entry, f"{number}/{total}", self.shared)
             features.append(found.scaled(scales) if isinstance(found, SparseMatrix) else found)
             latest[entry.meta.get("run") or entry.digest] = outputs
         return features, torch.stack(list(latest.values())).mean(0)
@@ -134,10 +175,10 @@ def layer_of(parameter: str) -> str:
 
 
 @contextmanager
-def featurized(
+def prepared_job(
     trainer: Trainer, model: Any, dataloaders: Any, datamodule: LightningDataModule | None, ckpt_path: CkptPath
 ) -> Iterator[Job]:
-    """Open the store, and featurize the train set at checkpoints without features."""
+    """Open the store and choose its checkpoints; `Job.featurized` featurizes the train set at them."""
     callback = find_callback(trainer)
     model, dataloaders, datamodule = _sorted_out(model, dataloaders, datamodule)
     model = _model(trainer, model)
@@ -152,11 +193,23 @@ def featurized(
             _build(model, datamodule, callback.store_path(trainer), ckpt_path)
         data = Loaders(trainer, model, datamodule, dataloaders, fitted)
         store, plan = _open_store(trainer, model, callback, data, create=ckpt_path is not None)
-        digests = _select(trainer, store, ckpt_path)
-        _featurize_missing(trainer, model, store, plan, data, digests)
-        rank_zero_info(f"TRAKCallback: averaging over {pool_of(store, digests)}.")
+        entries = [store[digest] for digest in _select(trainer, store, ckpt_path)]
         options = Options(callback.damping, callback.temperature, callback.curvature, callback.estimator)
-        yield Job(trainer, model, store, plan, [store[digest] for digest in digests], data, datamodule, options)
+        with _shared_folder(trainer, store) as shared:
+            yield Job(trainer, model, store, plan, entries, data, datamodule, options, shared)
+
+
+@contextmanager
+def _shared_folder(trainer: Trainer, store: FeatureStore) -> Iterator[Path | None]:
+    """Make a folder that the processes of a trainer share; None for a single process."""
+    if trainer.world_size == 1:
+        yield None
+        return
+    folder = store.dirpath / "targets" / trainer.strategy.broadcast(uuid4().hex)
+    yield folder
+    trainer.strategy.barrier()
+    if trainer.is_global_zero:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sorted_out(model: Any, dataloaders: Any, datamodule: Any) -> tuple[Any, Any, Any]:
@@ -196,8 +249,10 @@ def _names_of_weights(store: Path, ckpt_path: CkptPath) -> set[str] | None:
     """Return the names of one checkpoint's weights; None if there is no checkpoint yet."""
     paths = [ckpt_path] if isinstance(ckpt_path, (str, os.PathLike)) else list(ckpt_path or [])
     given = [path for path in paths if path not in ("best", "last")]
-    path = next(iter([*given, *store.glob("checkpoints/*/weights.pt")]), None)
-    return None if path is None else set(read_weights(path))
+    if given:
+        return set(read_weights(given[0]))
+    path = next(store.glob("checkpoints/*/weights.safetensors"), None)
+    return None if path is None else names_of_weights(path)
 
 
 def _open_store(
@@ -253,24 +308,5 @@ def _select(trainer: Trainer, store: FeatureStore, ckpt_path: CkptPath) -> list[
             digests.append(digest)
         check_fit(trainer.lightning_module, weights)
         meta = {"file": os.path.basename(path), "training_time": training and asdict(training)}
-        add_checkpoint(store, digest, weights, meta)
+        store.add(digest, meta, weights)
     return digests
-
-
-def _featurize_missing(
-    trainer: Trainer, model: LightningModule, store: FeatureStore, plan: Plan, data: Loaders, digests: list[str]
-) -> None:
-    """Check a few stored features, then featurize the train set at checkpoints without features."""
-    missing = [digest for digest in digests if not store[digest].complete]
-    complete = [digest for digest in digests if digest not in missing]
-    begun = [digest for digest in missing if len(store[digest].written_rows())]
-    loader = data.train() if missing else data.train_if_defined()
-    if loader is None:
-        return
-    loop = plan.loop(trainer, model, loader, data.train, "train")
-    loop.preflight(load_weights(store[digests[0]].weights_path, digests[0]), digests[0])
-    if loop.repeatable:
-        for digest in dict.fromkeys([*complete[:1], *complete[-1:], *begun]):
-            check_features(loop, store[digest])
-    for number, digest in enumerate(missing, 1):
-        featurize_checkpoint(loop, store[digest], f"{number}/{len(missing)}")

@@ -78,7 +78,9 @@ class Loaders:
     def _request(self, owner: Any, hook: str, stage: str) -> Any:
         """Call a loader hook of a datamodule or module, after preparing and setting it up as Lightning does."""
         if not any(prepared == id(owner) for prepared, _ in self._prepared):
-            owner.prepare_data()
+            if self._trainer.local_rank == 0:  # once for every machine, as in ``fit``
+                owner.prepare_data()
+            self._trainer.strategy.barrier()
         if (id(owner), stage) not in self._prepared:
             owner.setup(stage)
             self._prepared.add((id(owner), stage))

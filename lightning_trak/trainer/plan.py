@@ -13,8 +13,9 @@ from lightning_trak.data.identity import fingerprint
 from lightning_trak.gradients import Selector
 from lightning_trak.gradients.parameters import select_parameters
 from lightning_trak.projection import IdentityProjector, Projector, make_projector, restore_projector
+from lightning_trak.store.store import rows_in_a_chunk
 from lightning_trak.tasks.base import draws_labels, of_drawing_class
-from lightning_trak.trainer.featurization import FeaturizationLoop
+from lightning_trak.trainer.featurization import FeaturizationLoop, stored_bytes
 from lightning_trak.trainer.framework import is_finetuning, rank_zero_warn
 from lightning_trak.trainer.reports import Reports
 
@@ -162,11 +163,14 @@ class Plan:
         return plan_with("none")
 
     @property
+    def dimension(self) -> int:
+        """The number of features of an example; of whitened ones, the largest are stored."""
+        return self.projector.dimension(self.n_params)
+
+    @property
     def proj_dim(self) -> int:
         """k, the number of stored features of a training example."""
-        if self.preconditioner is not None:
-            return min(self.preconditioner.entries, self.n_params)
-        return self.projector.dimension(self.n_params)
+        return self.dimension if self.preconditioner is None else min(self.preconditioner.entries, self.n_params)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -178,10 +182,21 @@ class Plan:
         preconditioner = None if own is None else own.configuration
         return {"parameters": self.shapes, "preconditioner": preconditioner, "projection": projection}
 
-    def manifest(self, loader: DataLoader[Any]) -> dict[str, Any]:
-        """Return the store's manifest for a train set."""
+    def manifest(self, loader: DataLoader[Any], seconds: float = 0.0) -> dict[str, Any]:
+        """Return the store's manifest for a train set.
+
+        Args:
+            loader: of the train set.
+            seconds: how long it takes to featurize an example, where that is known.
+        """
         data = fingerprint(loader.dataset)
-        return {"n_train": data["n_train"], **self.identity, **data}
+        row_bytes = stored_bytes(None if self.preconditioner is None else self.proj_dim, self.dimension)
+        return {
+            "n_train": data["n_train"],
+            "chunk_rows": rows_in_a_chunk(row_bytes, seconds),
+            **self.identity,
+            **data,
+        }
 
     def loop(
         self,

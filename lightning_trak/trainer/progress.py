@@ -13,7 +13,7 @@ from tqdm import tqdm
 def progress(trainer: Any, description: str, total: int) -> Iterator[Callable[[int], object]]:
     """Show a progress bar if the trainer shows any; yield the function that advances it."""
     callback = trainer.progress_bar_callback
-    hidden = callback is None or getattr(callback, "is_disabled", False)
+    hidden = callback is None or getattr(callback, "is_disabled", False) or not trainer.is_global_zero
     rich = getattr(callback, "progress", None)
     if not hidden and rich is not None and rich.live.is_started:  # nothing else may print beside its live display
         task = rich.add_task(description, total=total)

@@ -14,35 +14,31 @@ from torch import Tensor
 from lightning_trak.curvature import Curvature, Eigenvalues, Preconditioner, SecondMoments, Whitening, rescaling
 from lightning_trak.data.batch import with_more
 from lightning_trak.data.identity import sampled_rows
-from lightning_trak.features.largest import SparseRows, difference, largest_entries, record_type
+from lightning_trak.features.largest import SparseRows, difference, largest_entries
 from lightning_trak.gradients import Engine, ModelFunction, Sink
 from lightning_trak.gradients.engine import run_prepared
 from lightning_trak.influence import TrainingTime, whitening_damping
 from lightning_trak.store.checkpoint import CheckpointEntry
-from lightning_trak.store.files import explained_os_errors
-from lightning_trak.store.weights import Weights, load_weights, save_weights, weights_digest
+from lightning_trak.store.weights import Weights
 from lightning_trak.trainer.featurization import FeaturizationLoop
 
 Array = npt.NDArray[Any]
 READ_ROWS = 4096  # of stored features at once
-_FILE = "curvature.pt"  # bases and eigenvalues, in the folder of a checkpoint
 
 
-def stored_form(loop: FeaturizationLoop, features: Tensor) -> Array:
-    """Return features as they are kept: as they are, or the largest entries of whitened ones."""
+def stored_form(loop: FeaturizationLoop, features: Tensor) -> dict[str, Array]:
+    """Return features as they are kept, by name: as they are, or the largest entries of whitened ones."""
     kept = loop.entries
-    return features.cpu().numpy() if kept is None else largest_entries(features, kept)
+    return {"features": features.cpu().numpy()} if kept is None else largest_entries(features, kept)
 
 
-def record_of(loop: FeaturizationLoop) -> np.dtype[Any] | None:
-    """Return the type of an example's record of largest entries; None if features are kept as they are."""
-    return None if loop.entries is None else record_type(loop.entries, loop.dimension)
+def same_features(new: Mapping[str, Array], stored: Mapping[str, Array]) -> bool:
+    """Say whether features are the same up to rounding."""
+    return difference(new, stored) <= 0.05 if "indices" in new else same(new["features"], stored["features"])
 
 
-def same_features(new: Array, stored: Array) -> bool:
-    """Say whether features, or Q or w, are the same up to rounding."""
-    if new.dtype.names is not None:
-        return difference(new, stored) <= 0.05
+def same(new: Array, stored: Array) -> bool:
+    """Say whether two arrays are the same up to rounding."""
     return not np.linalg.norm(new - stored) > 0.05 * np.linalg.norm(stored) + 1e-3  # damage by NaN is told later
 
 
@@ -59,17 +55,20 @@ def whitening_at(
     """
     if loop.preconditioner is None:
         return None
-    path, digest = entry.path / _FILE, entry.meta.get("curvature")
-    if digest is not None:
-        curvature = Curvature.from_tensors(load_weights(path, digest))
-    else:
-        curvature = estimate_curvature(loop, weights, entry.digest, description)
-        tensors, means = curvature.tensors(), curvature.means
-        damping = whitening_damping(means, loop.preconditioner.damping, _trainings([entry], loop.preconditioner))
-        with explained_os_errors(entry.path):
-            save_weights(tensors, path)
-        entry.supplement({"curvature": weights_digest(tensors), "eigenvalues": means, "damping": damping})
-    return Whitening(curvature.to(loop.device), loop.sizes, entry.meta["damping"])
+    if not entry.whitening_notes:
+        with entry.locked("whitening"):
+            if not entry.whitening_notes:  # else another process has estimated it in the meantime
+                curvature = estimate_curvature(loop, weights, entry.digest, description)
+                own, means = loop.preconditioner, curvature.means
+                damping = whitening_damping(means, own.damping, _trainings([entry], own))
+                arrays = {name: value.cpu().numpy() for name, value in curvature.tensors().items()}
+                entry.write_whitening(arrays, {"eigenvalues": means, "damping": damping})
+    return Whitening(_curvature_of(entry).to(loop.device), loop.sizes, entry.whitening_notes["damping"])
+
+
+def _curvature_of(entry: CheckpointEntry) -> Curvature:
+    """Return the curvature that gradients are whitened by at a checkpoint, from the store."""
+    return Curvature.from_tensors({name: torch.from_numpy(array) for name, array in entry.read_whitening().items()})
 
 
 def rescaled(entries: Sequence[CheckpointEntry], own: Preconditioner, sizes: Mapping[str, int]) -> list[Tensor | None]:
@@ -86,12 +85,12 @@ def rescaled(entries: Sequence[CheckpointEntry], own: Preconditioner, sizes: Map
     trainings = _trainings(entries, own)
     scales: list[Tensor | None] = []
     for entry in entries:
-        damping = whitening_damping(entry.meta["eigenvalues"], own.damping, trainings)
-        if damping == entry.meta["damping"]:
+        former = entry.whitening_notes
+        damping = whitening_damping(former["eigenvalues"], own.damping, trainings)
+        if damping == former["damping"]:
             scales.append(None)
         else:
-            curvature = Curvature.from_tensors(load_weights(entry.path / _FILE, entry.meta["curvature"]))
-            scales.append(rescaling(curvature, sizes, entry.meta["damping"], damping))
+            scales.append(rescaling(_curvature_of(entry), sizes, former["damping"], damping))
     return scales
 
 
@@ -101,9 +100,9 @@ def rescaled_squares(entry: CheckpointEntry, scales: Tensor) -> Array:
     The entries that are not stored are taken to change as the stored ones of their example do.
     """
     tiny = torch.finfo(torch.float32).tiny
-    blocks = SparseRows(entry.verified("features"), len(scales)).blocks(READ_ROWS)
+    blocks = SparseRows(entry.train, len(scales)).blocks(READ_ROWS)
     ratios = [block.scaled(scales).squares() / block.squares().clamp(min=tiny) for block in blocks]
-    squares: Array = entry.features["squares"] * torch.cat(ratios).numpy()
+    squares: Array = entry.train.column("squares") * torch.cat(ratios).numpy()
     return squares
 
 

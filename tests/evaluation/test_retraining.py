@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import random
 
 import lightning as L
@@ -15,6 +14,7 @@ from lightning_trak import GroundTruth, counterfactuals, evaluate, retrain_subse
 from lightning_trak.evaluation.ground_truth import DamagedRun, read_run, run_name, write_run
 from lightning_trak.evaluation.retraining import draw_subset, seeded
 from lightning_trak.results.attribution import Attribution, AttributionInfo
+from lightning_trak.store.arrays import write_arrays
 from tests.conftest import Blobs, Classifier, make_data, make_trainer
 
 N, M = 40, 7
@@ -123,7 +123,7 @@ def flipped(content, places):
 
 def test_a_damaged_file_is_never_read_as_another_run(tmp_path):
     """Whichever of its bytes is flipped, and wherever it is cut."""
-    path, mask, outputs = tmp_path / "run.npz", torch.rand(50) < 0.5, torch.randn(7)
+    path, mask, outputs = tmp_path / "run.safetensors", torch.rand(50) < 0.5, torch.randn(7)
     write_run(path, mask, outputs)
     content, damaged = path.read_bytes(), 0
     contents = [flipped(content, {place}) for place in range(len(content))]
@@ -143,27 +143,21 @@ DAMAGES = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
     "empty": lambda path: path.write_bytes(b""),
     "flipped": lambda path: path.write_bytes(flipped(path.read_bytes(), range(100, 600))),
-    "another": lambda path: write_run(path, ~torch.from_numpy(np.load(path)["mask"]), torch.zeros(M)),
-    "without": lambda path: path.write_bytes(_npz(mask=np.zeros(N, bool))),
-    "scalar": lambda path: path.write_bytes(_npz(mask=np.load(path)["mask"], outputs=np.zeros(()))),
+    "another": lambda path: write_run(path, ~read_run(path)[0], torch.zeros(M)),
+    "without": lambda path: write_arrays(path, {"mask": np.zeros(N, bool)}, path.stem),
+    "scalar": lambda path: write_run(path, read_run(path)[0], torch.zeros(())),
 }
-
-
-def _npz(**arrays):
-    file = io.BytesIO()
-    np.savez(file, **arrays)
-    return file.getvalue()
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_run_is_named_and_done_again(tmp_path, truth, damage):
     retrain(tmp_path, n_subsets=2)
-    path = tmp_path / "runs" / "runs" / f"{run_name(1, 1)}.npz"
+    path = tmp_path / "runs" / "runs" / f"{run_name(1, 1)}.safetensors"
     DAMAGES[damage](path)
-    with pytest.raises(ValueError, match=rf"{run_name(1, 1)}.npz' is .*retrain_subsets\(.* runs it again"):
+    with pytest.raises(ValueError, match=rf"{run_name(1, 1)}.safetensors' is .*retrain_subsets\(.* runs it again"):
         GroundTruth.load(tmp_path / "runs")
     make = Counting(tmp_path)
-    with pytest.warns(UserWarning, match=rf"{run_name(1, 1)}.npz' is .* It is run again"):
+    with pytest.warns(UserWarning, match=rf"{run_name(1, 1)}.safetensors' is .* It is run again"):
         mended = retrain(tmp_path, make, n_subsets=2)
     assert make.made == 1
     assert torch.equal(mended.repeats, truth.repeats[:2])
@@ -172,8 +166,8 @@ def test_a_damaged_run_is_named_and_done_again(tmp_path, truth, damage):
 
 def test_a_damaged_run_of_counterfactuals_is_done_again(tmp_path):
     _counterfactuals(tmp_path, Blobs(), Counting(tmp_path))
-    paths = sorted((tmp_path / "counterfactuals" / "runs").glob("*.npz"))
-    contents = [path.read_bytes() for path in paths]
+    paths = sorted((tmp_path / "counterfactuals" / "runs").glob("*.safetensors"))
+    contents, outputs = [path.read_bytes() for path in paths], [read_run(path)[1] for path in paths]
     paths[0].write_bytes(contents[0][:50])
     paths[1].write_bytes(contents[2])  # of another run
     make = Counting(tmp_path)
@@ -181,16 +175,14 @@ def test_a_damaged_run_of_counterfactuals_is_done_again(tmp_path):
         _counterfactuals(tmp_path, Blobs(), make)
     assert [sum(path.name in str(warning.message) for warning in warned) for path in paths] == [1, 1, 0]
     assert make.made == 2
-    assert [np.load(path)["outputs"].tolist() for path in paths] == [
-        np.load(io.BytesIO(content))["outputs"].tolist() for content in contents
-    ]
+    assert all(torch.equal(read_run(path)[1], before) for path, before in zip(paths, outputs, strict=True))
 
 
 def test_a_damaged_ground_truth_is_named(tmp_path, truth):
-    truth.save(tmp_path / "truth.npz")
-    DAMAGES["truncated"](tmp_path / "truth.npz")
-    with pytest.raises(ValueError, match=r"truth.npz' is damaged .* Save the ground truth again"):
-        GroundTruth.load(tmp_path / "truth.npz")
+    truth.save(tmp_path / "truth.safetensors")
+    DAMAGES["truncated"](tmp_path / "truth.safetensors")
+    with pytest.raises(ValueError, match=r"truth.safetensors' is damaged: .* Save the ground truth again"):
+        GroundTruth.load(tmp_path / "truth.safetensors")
 
 
 def test_runs_of_other_targets_are_told_apart(tmp_path):
@@ -318,8 +310,8 @@ def test_a_directory_of_other_runs_is_refused(tmp_path):
 
 
 def test_save_and_load(tmp_path, truth):
-    truth.save(tmp_path / "truth.npz")
-    loaded = GroundTruth.load(tmp_path / "truth.npz")
+    truth.save(tmp_path / "truth.safetensors")
+    loaded = GroundTruth.load(tmp_path / "truth.safetensors")
     assert torch.equal(loaded.masks, truth.masks)
     assert torch.equal(loaded.repeats, truth.repeats)
     with pytest.raises(ValueError, match=r"masks must be \(s, n\)"):

@@ -1,4 +1,4 @@
-"""Records of the largest entries, and the sparse matrices of them, against dense arrays."""
+"""The largest entries, and the sparse matrices of them, against dense arrays."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_trak.features.largest import SparseRows, difference, largest_entries, matrix_of, record_type
+from lightning_trak.features.largest import SparseRows, difference, entry_bytes, largest_entries, matrix_of
 
 
-class Records:
-    def __init__(self, records):
-        self.records, self.shape = records, records.shape
+class Stored:
+    def __init__(self, kept):
+        self.kept, self.n = kept, len(kept["scale"])
 
-    def blocks(self, size):
-        for start in range(0, len(self.records), size):
-            yield self.records[start : start + size]
+    def blocks(self, names, size):
+        for start in range(0, self.n, size):
+            yield {name: self.kept[name][start : start + size] for name in names}
 
 
-def dense(records, p):
+def dense(kept, p):
     """A slow loop."""
-    result = np.zeros((len(records), p))
-    for row, record in enumerate(records):
-        for index, value in zip(record["indices"], record["values"], strict=True):
-            result[row, index] = float(value) * float(record["scale"])
+    result = np.zeros((len(kept["scale"]), p))
+    for row, scale in enumerate(kept["scale"]):
+        for index, value in zip(kept["indices"][row], kept["values"][row], strict=True):
+            result[row, index] = float(value) * float(scale)
     return result
 
 
@@ -43,9 +43,9 @@ def test_long_rows(p):
     features[1] = 1.0
     features[2, p // 2 :] = 0.0
     k = min(p, 3)
-    for row, record in zip(features.abs().numpy(), largest_entries(features, k), strict=True):
-        assert len({*record["indices"].tolist()}) == k
-        np.testing.assert_array_equal(np.sort(row[record["indices"]]), np.sort(row)[-k:])
+    for row, indices in zip(features.abs().numpy(), largest_entries(features, k)["indices"], strict=True):
+        assert len({*indices.tolist()}) == k
+        np.testing.assert_array_equal(np.sort(row[indices]), np.sort(row)[-k:])
 
 
 def test_squares_are_of_all_entries():
@@ -86,11 +86,11 @@ def test_as_many_as_there_are():
 def test_products_of_sparse_rows_are_those_of_dense_ones(block):
     features = torch.randn(11, 40, generator=torch.Generator().manual_seed(1))
     targets = torch.randn(5, 40, generator=torch.Generator().manual_seed(2))
-    records, others = Records(largest_entries(features, 5)), largest_entries(targets, 9)
-    rows, matrix = SparseRows(records, 40), matrix_of(others)
+    stored, others = Stored(largest_entries(features, 5)), largest_entries(targets, 9)
+    rows, matrix = SparseRows(stored, 40), matrix_of(others)
     assert (rows.shape, matrix.shape, len(matrix)) == ((11, 40), (5, 9), 5)
     found = torch.cat([part @ (matrix * 0.5).T for part in rows.blocks(block)])
-    expected = dense(records.records, 40) @ dense(others, 40).T / 2
+    expected = dense(stored.kept, 40) @ dense(others, 40).T / 2
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
     assert (expected == 0).any()  # of rows without a common entry
 
@@ -105,5 +105,8 @@ def test_difference_is_that_of_dense_arrays():
 
 
 def test_many_parameters_have_longer_indices():
-    assert record_type(2, 2**31 - 1)["indices"].base == np.int32
-    assert record_type(2, 2**31)["indices"].base == np.int64
+    assert entry_bytes(2, 2**31 - 1) == 2 * (4 + 2) + 8
+    assert entry_bytes(2, 2**31) == 2 * (8 + 2) + 8
+    features = torch.zeros(1, 1).expand(1, 4)
+    kept = largest_entries(features, 2)
+    assert entry_bytes(2, 4) == sum(array.nbytes for array in kept.values())

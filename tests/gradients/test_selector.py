@@ -132,7 +132,7 @@ def run(selector, function, checkpoint="a", given=True):
         return selector.prepare(function, checkpoint, lambda: Trial(function, data[:3], 3, data[:1]), 8)
 
     def read(rows, size):
-        for part in torch.tensor(rows).split(size):
+        for part in torch.tensor(list(rows)).split(size):
             yield part.tolist(), data[part]
 
     def work(engine, rows, batch):

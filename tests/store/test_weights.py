@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import argparse
 import errno
+import itertools
+import json
+from contextlib import suppress
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 
 from lightning_trak.gradients.parameters import select_parameters
-from lightning_trak.store.weights import load_weights, read_weights, save_weights, tensors_in, weights_digest
+from lightning_trak.store.files import Damaged
+from lightning_trak.store.weights import (
+    load_weights,
+    names_of_weights,
+    read_weights,
+    save_weights,
+    tensors_in,
+    weights_digest,
+)
 
 WEIGHTS = {
     "a": torch.randn(3, 2),
@@ -43,45 +57,148 @@ def test_digest_is_the_identity_of_weights():
 
 
 def test_save_and_load(tmp_path):
-    path = tmp_path / "weights.pt"
+    path = tmp_path / "weights.safetensors"
     save_weights(WEIGHTS, path)
     loaded = load_weights(path, weights_digest(WEIGHTS))
-    assert all(torch.equal(loaded[name], value) for name, value in WEIGHTS.items())
-    assert [item.name for item in tmp_path.iterdir()] == ["weights.pt"]
-    with pytest.raises(ValueError, match="is damaged: its digest is"):
+    assert loaded.keys() == WEIGHTS.keys()
+    for name, value in WEIGHTS.items():
+        assert (loaded[name].dtype, loaded[name].shape) == (value.dtype, value.shape)
+        assert torch.equal(loaded[name], value)
+    assert names_of_weights(path) == set(WEIGHTS)
+    assert [item.name for item in tmp_path.iterdir()] == ["weights.safetensors"]
+    with pytest.raises(Damaged, match="is damaged: its digest is"):
         load_weights(path, "0" * 32)
 
 
+def test_the_file_is_one_that_safetensors_reads(tmp_path):
+    save_weights(WEIGHTS, tmp_path / "weights.safetensors")
+    loaded = load_file(tmp_path / "weights.safetensors")
+    assert weights_digest(loaded) == weights_digest(WEIGHTS)
+
+
+def test_tensors_of_all_kinds_come_back(tmp_path):
+    base = torch.randn(4, 3)
+    complex_numbers = torch.tensor([1 + 2j, 3j])
+    weights = {
+        "base": base,
+        "again": base,  # two names of one tensor
+        "part": base[1:],
+        "transposed": base.T,
+        "strided": base[:, ::2],
+        "expanded": torch.ones(1).expand(5),
+        "images": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "parameter": nn.Parameter(base),
+        "complex": complex_numbers,
+        "conjugate": complex_numbers.conj(),
+        "negative": complex_numbers.conj().imag,
+        "bytes": torch.arange(256, dtype=torch.uint8),
+        "eighths": torch.arange(4.0).to(torch.float8_e4m3fn),
+        "half": torch.arange(4.0).half(),
+        "long": torch.tensor([2**62, -1]),
+        "": torch.zeros(0),
+        'ünïcode "quoted"': torch.ones(1),
+    }
+    path = tmp_path / "weights.safetensors"
+    save_weights(weights, path)
+    loaded = load_weights(path, weights_digest(weights))
+    assert loaded.keys() == weights.keys()
+    assert torch.equal(loaded["conjugate"], complex_numbers.conj().resolve_conj())
+    assert not any(value.requires_grad for value in loaded.values())
+    loaded["part"].add_(1)  # nothing is shared, and the file stays as it is
+    assert torch.equal(load_weights(path, weights_digest(weights))["part"], base[1:])
+
+
 def test_a_view_does_not_drag_its_storage_along(tmp_path):
-    save_weights({"a": torch.zeros(1_000_000)[:10]}, tmp_path / "weights.pt")
-    assert (tmp_path / "weights.pt").stat().st_size < 10_000
+    save_weights({"a": torch.zeros(1_000_000)[:10]}, tmp_path / "weights.safetensors")
+    assert (tmp_path / "weights.safetensors").stat().st_size < 10_000
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", None])
-def test_damaged_weights(tmp_path, content):
-    path = tmp_path / "weights.pt"
+def test_types_that_the_format_lacks(tmp_path):
+    with pytest.raises(TypeError, match="torch.complex128, torch.float32 cannot be stored as safetensors"):
+        save_weights({"a": torch.ones(1), "b": torch.ones(1, dtype=torch.complex128)}, tmp_path / "weights.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["empty", "garbage", "truncated", "longer", "pickled", "gone", "folder"])
+def test_damaged_weights(tmp_path, damage):
+    path = tmp_path / "weights.safetensors"
     save_weights(WEIGHTS, path)
-    path.write_bytes(path.read_bytes()[:-40] if content is None else content)
-    with pytest.raises(ValueError, match=r"is damaged.*ckpt_path"):
-        load_weights(path, weights_digest(WEIGHTS))
+    content = path.read_bytes()
     path.unlink()
-    with pytest.raises(ValueError, match=r"unreadable \(FileNotFoundError\)"):
+    if damage == "pickled":
+        torch.save(WEIGHTS, path)
+    elif damage == "folder":
+        path.mkdir()
+    elif damage != "gone":
+        forms = {"empty": b"", "garbage": b"garbage", "truncated": content[:-4], "longer": content + b"\0"}
+        path.write_bytes(forms[damage])
+    with pytest.raises(Damaged, match=r"weights.safetensors' is damaged.*ckpt_path"):
         load_weights(path, weights_digest(WEIGHTS))
+    if damage not in ("gone", "folder"):
+        with pytest.raises(Damaged, match=r"weights.safetensors' is damaged.*Delete the folder"):
+            names_of_weights(path)
+
+
+def test_every_bit_of_the_weights_counts(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    weights = {"a": torch.arange(3.0), "bc": torch.tensor([[True], [False]])}
+    save_weights(weights, path)
+    content, digest = path.read_bytes(), weights_digest(weights)
+    start = 8 + int.from_bytes(content[:8], "little")
+    noticed = set()
+    for place, bit in itertools.product(range(len(content)), range(8)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+        try:
+            found = load_weights(path, digest)
+        except Damaged:
+            noticed.add(8 * place + bit)
+        else:  # a space of the header
+            assert all(torch.equal(found[name], value) for name, value in weights.items())
+    assert noticed >= {*range(8 * 8), *range(8 * start, 8 * len(content))}
+    for size in range(len(content)):
+        path.write_bytes(content[:size])
+        with pytest.raises(Damaged):
+            load_weights(path, digest)
+
+
+HEADERS = st.dictionaries(
+    st.sampled_from(["a", "b", "__metadata__"]),
+    st.fixed_dictionaries(
+        {
+            "dtype": st.sampled_from(["F32", "F64", "BF16", "F8_E4M3", "F8_E8M0", "F4", "F6_E2M3", "BOOL", "C64", "X"]),
+            "shape": st.lists(st.integers(0, 9) | st.sampled_from([2**31, 2**62, 2**63, 2**64 - 1, -1]), max_size=4),
+            "data_offsets": st.lists(st.integers(0, 17) | st.sampled_from([2**63, 2**64]), min_size=2, max_size=2),
+        }
+    )
+    | st.dictionaries(st.text(max_size=3), st.text(max_size=3) | st.none(), max_size=2),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=100) | HEADERS.map(lambda header: json.dumps(header).encode()), st.binary(max_size=17))
+def test_any_file_of_weights_is_read_or_damaged(tmp_path_factory, header, data):
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    with pytest.raises(Damaged, match="any.safetensors' is damaged"):
+        load_weights(path, "another digest")
+    with suppress(Damaged):
+        names_of_weights(path)
 
 
 def test_a_failed_write_leaves_the_former_file(tmp_path, monkeypatch):
-    path = tmp_path / "weights.pt"
+    path = tmp_path / "weights.safetensors"
     save_weights(WEIGHTS, path)
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        save_weights({"a": torch.zeros(1)}, path)
-    monkeypatch.undo()
-    assert [item.name for item in tmp_path.iterdir()] == ["weights.pt"]
-    load_weights(path, weights_digest(WEIGHTS))
+    for function in ("os.fsync", "os.replace", "pathlib.Path.write_bytes"):
+        with monkeypatch.context() as patch:
+            patch.setattr(function, full)
+            with pytest.raises(OSError, match="No space left"):
+                save_weights({"a": torch.zeros(1)}, path)
+        assert [item.name for item in tmp_path.iterdir()] == ["weights.safetensors"]
+        load_weights(path, weights_digest(WEIGHTS))
 
 
 def test_read_checkpoint(tmp_path):

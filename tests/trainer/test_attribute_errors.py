@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 import lightning_trak as lt
 from lightning_trak import FeatureStore, TRAKCallback
+from lightning_trak.store.weights import load_weights
 from tests.conftest import Blobs, Classifier, make_data, make_trainer
 from tests.trainer.references import fresh
 
@@ -132,20 +133,41 @@ def test_damaged_store(tmp_path):
     trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store"), max_epochs=1)
     trainer.fit(Classifier(), datamodule=Blobs())
     entry = next(iter(FeatureStore(tmp_path / "store")))
-    for name in ("features.npy", "loss_grad.npy", "weights.pt"):
-        path = entry.path / name
+    scores = trainer.attribute().scores
+    for path in (entry.train.path(0), entry.weights_path, entry.path / "meta.json"):
         content = path.read_bytes()
-        path.write_bytes(content[:-9])
-        with pytest.raises(ValueError, match=f"{name}.* is damaged.*[Dd]elete"):
-            trainer.attribute()
         flipped = bytearray(content)
         for place in range(len(flipped) // 3, 2 * len(flipped) // 3):
             flipped[place] ^= 0xFF
-        path.write_bytes(flipped)
-        with pytest.raises(ValueError, match=f"{name}.* is damaged.*[Dd]elete"):
-            trainer.attribute()
-        path.write_bytes(content)
-    trainer.attribute()
+        for damaged in (content[:-9], bytes(flipped), b""):
+            path.write_bytes(damaged)
+            if path == entry.train.path(0):
+                with pytest.warns(UserWarning, match=f"{path.name}' is damaged.*1 files are computed again"):
+                    torch.testing.assert_close(trainer.attribute().scores, scores)
+            else:
+                with pytest.raises(ValueError, match=f"{path.name}.* is damaged.*Delete the folder '{entry.path}'"):
+                    trainer.attribute()
+            path.write_bytes(content)
+    path = entry.weights_path
+    path.unlink()
+    with pytest.raises(ValueError, match=f"{path.name}.* is damaged: it is missing"):
+        trainer.attribute()
+
+
+def test_damage_without_a_train_set_is_an_error_with_a_remedy(tmp_path):
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store"), max_epochs=1)
+    data = Blobs()
+    trainer.fit(Classifier(), datamodule=data)
+    data.setup("test")
+    trainer, targets = fresh(tmp_path), data.test_dataloader()
+    trainer.attribute(Classifier(), targets)
+    entry = next(iter(FeatureStore(tmp_path / "store")))
+    entry.train.path(0).write_bytes(b"damaged")
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(MisconfigurationException, match="There is no train set"),
+    ):
+        trainer.attribute(Classifier(), targets)
 
 
 @pytest.mark.parametrize("row", [3, 33])  # among those tried first, and later
@@ -217,7 +239,7 @@ def test_targets_without_labels_are_of_the_class_that_the_last_checkpoint_predic
     store, predicted = FeatureStore(root / "store"), []
     for entry in store:
         model = Classifier().eval()
-        model.load_state_dict(torch.load(entry.weights_path, weights_only=True))
+        model.load_state_dict(load_weights(entry.weights_path, entry.digest))
         predicted.append(model(x).argmax(1).detach())
     assert (predicted[0] != predicted[-1]).any()
     expected = trainer.attribute(dataloaders=DataLoader(TensorDataset(x, predicted[-1]), 20)).scores

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_trak import FeatureStore, TRAKCallback
 from lightning_trak.gradients import ENGINES, EngineUnsuitable, HooksEngine, layer_rule
-from lightning_trak.store.checkpoint import CheckpointEntry
+from lightning_trak.store.chunks import Claim
 from tests.conftest import Blobs, Classifier, Shift, make_trainer
 
 N, M = 40, 7
@@ -51,14 +51,14 @@ def run(tmp_path_factory):
 def written(monkeypatch):
     """The rows of each batch that went into a store."""
     batches = []
-    write = CheckpointEntry.write
+    write = Claim.write
 
-    def noting(self, rows, *arrays):
+    def noting(self, rows, arrays):
         batches.append(list(rows))
-        assert {len(rows)} == {len(array) for array in arrays}
-        write(self, rows, *arrays)
+        assert {len(rows)} == {len(array) for array in arrays.values()}
+        write(self, rows, arrays)
 
-    monkeypatch.setattr(CheckpointEntry, "write", noting)
+    monkeypatch.setattr(Claim, "write", noting)
     return batches
 
 
@@ -198,6 +198,7 @@ def test_one_example_that_does_not_fit(tmp_path, run, wrap, said, engine):
 def test_a_run_that_ran_out_of_memory_is_continued(tmp_path, run, monkeypatch, wrap, written):
     root, expected = run
     sizes = []
+    monkeypatch.setattr("lightning_trak.trainer.plan.rows_in_a_chunk", lambda *_: 3)
 
     def full_after_a_while(size):
         sizes.append(size)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_trak import Attribution, FeatureStore, MultilabelMixin, RegressionMixin, SegmentationMixin, TRAKCallback
 from lightning_trak.curvature import Curvature
 from lightning_trak.gradients import DenseGradient
+from lightning_trak.store.weights import load_weights
 from tests.conftest import Blobs, Classifier, make_trainer
 from tests.trainer.references import features_float64
 from tests.trainer.test_whitening import WHOLE, N, OwnOutput, Texts, fitted, tokens
@@ -46,8 +47,8 @@ def test_tokens_and_layers_are_those_of_a_slow_loop(tmp_path):
     store = FeatureStore(tmp_path / "store")
     tokens_of, layers_of = 0.0, {}
     for entry in store:
-        module.load_state_dict(torch.load(entry.weights_path, weights_only=True))
-        curvature = Curvature.from_tensors(torch.load(entry.path / "curvature.pt", weights_only=True))
+        module.load_state_dict(load_weights(entry.weights_path, entry.digest))
+        curvature = Curvature.from_tensors({name: torch.from_numpy(x) for name, x in entry.read_whitening().items()})
         one, q = shares_float64(module, curvature, tokens(N, 0)[I][0])
         other, _ = shares_float64(module, curvature, tokens(5, 1)[J][0])
         tokens_of = tokens_of + one @ other.T * q / N / len(store)
@@ -162,7 +163,7 @@ def test_layers_of_projected_features(classes):
     p = sum(value.numel() for value in module.parameters())
     expected, store, info = {}, FeatureStore(root / "store"), attribution.info
     for entry, damping in zip(store, info.dampings, strict=True):
-        module.load_state_dict(torch.load(entry.weights_path, weights_only=True))
+        module.load_state_dict(load_weights(entry.weights_path, entry.digest))
         phi, probabilities = features_float64(module, train, names, np.eye(p))
         (target,), _ = features_float64(module, [targets[J]], names, np.eye(p))
         q = 1 / (1 + np.exp(np.log(probabilities / (1 - probabilities)) / info.temperature))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from contextlib import nullcontext
 
 import lightning as L
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_trak import Attribution, FeatureStore, LanguageModelingMixin, RegressionMixin, TRAKCallback
 from lightning_trak.curvature import Curvature
 from lightning_trak.gradients import DenseGradient
+from lightning_trak.store.weights import load_weights
 from tests.conftest import Blobs, Classifier, make_trainer
 from tests.trainer.references import fresh
 
@@ -128,8 +130,8 @@ def reference(store, module):
     total = 0.0
     for entry in store:
         module = copy.deepcopy(module)
-        module.load_state_dict(torch.load(entry.weights_path, weights_only=True))
-        curvature = Curvature.from_tensors(torch.load(entry.path / "curvature.pt", weights_only=True))
+        module.load_state_dict(load_weights(entry.weights_path, entry.digest))
+        curvature = Curvature.from_tensors({name: torch.from_numpy(x) for name, x in entry.read_whitening().items()})
         train, q = whitened_float64(module, curvature, tokens(N, 0))
         targets, _ = whitened_float64(module, curvature, tokens(M, 1))
         total = total + (train @ targets.T) * q[:, None] / N / len(store)
@@ -158,8 +160,8 @@ def test_self_influence_is_that_of_a_slow_loop(run):
     expected = 0.0
     store = FeatureStore(run[0] / "store")
     for entry in store:
-        module.load_state_dict(torch.load(entry.weights_path, weights_only=True))
-        curvature = Curvature.from_tensors(torch.load(entry.path / "curvature.pt", weights_only=True))
+        module.load_state_dict(load_weights(entry.weights_path, entry.digest))
+        curvature = Curvature.from_tensors({name: torch.from_numpy(x) for name, x in entry.read_whitening().items()})
         train, q = whitened_float64(module, curvature, tokens(N, 0))
         expected = expected + q**2 * (train**2).sum(1) / N / len(store)
     np.testing.assert_allclose(found, expected, rtol=1e-3)
@@ -206,34 +208,44 @@ def test_the_same_labels_are_drawn_again(run, tmp_path):
     fresh(tmp_path).attribute(Model(), datamodule=Texts(), ckpt_path=files)
     first, again = FeatureStore(run[0] / "store"), FeatureStore(tmp_path / "store")
     for digest in first.digests:
-        assert np.array_equal(first[digest].features, again[digest].features)
+        for name, array in first[digest].features.items():
+            np.testing.assert_array_equal(again[digest].features[name], array)
 
 
-def test_an_interrupted_featurization_goes_on_with_the_same_curvature(run, tmp_path):
-    root, trainer, _ = run
-    shutil.copytree(root / "store", tmp_path / "store")
+def test_an_interrupted_featurization_goes_on_with_the_same_curvature(run, tmp_path, monkeypatch):
+    _, trainer, _ = run
     expected = trainer.attribute(datamodule=Texts()).scores
+    monkeypatch.setattr("lightning_trak.trainer.plan.rows_in_a_chunk", lambda *_: 10)
+    files = sorted((run[0] / "files").iterdir())
+    torch.testing.assert_close(fresh(tmp_path).attribute(Model(), Texts(), ckpt_path=files).scores, expected)
+    before = {}
     for entry in FeatureStore(tmp_path / "store"):
-        written = np.load(entry.path / "written.npy", mmap_mode="r+")
-        written[10:] = False
-        meta = entry.path / "meta.json"
-        text = meta.read_text()
-        assert '"checksums"' in text
-        meta.write_text(text.replace('"checksums"', '"before"'))
-    found = fresh(tmp_path).attribute(Model(), datamodule=Texts()).scores
-    torch.testing.assert_close(found, expected)
+        assert len(entry.train.all()) == -(-N // 10)
+        before[entry.digest] = entry.read_whitening()
+        for rows in entry.train.all()[1:]:
+            entry.train.path(rows.start).unlink()
+    torch.testing.assert_close(fresh(tmp_path).attribute(Model(), datamodule=Texts()).scores, expected)
+    for entry in FeatureStore(tmp_path / "store"):
+        for name, array in entry.read_whitening().items():
+            np.testing.assert_array_equal(before[entry.digest][name], array)
 
 
-@pytest.mark.parametrize("name", ["curvature.pt", "features.npy"])
-def test_damage_is_named(run, tmp_path, name):
-    root, _, _ = run
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+@pytest.mark.parametrize("name", ["whitening.safetensors", "train/0000000000.safetensors"])
+def test_damage_is_told_and_mended(run, tmp_path, name, damage):
+    """Features of a curvature that is lost are computed again too: its eigenvectors are another set."""
+    root, trainer, _ = run
     shutil.copytree(root / "store", tmp_path / "store")
     path = next(iter(FeatureStore(tmp_path / "store"))).path / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name}.*damaged"):
-        fresh(tmp_path).attribute(Model(), datamodule=Texts())
+    path.unlink()
+    if damage == "flipped":
+        path.write_bytes(content)
+    told = damage == "flipped" or name == "whitening.safetensors"
+    with pytest.warns(UserWarning, match="is damaged") if told else nullcontext():
+        found = fresh(tmp_path).attribute(Model(), datamodule=Texts()).scores
+    torch.testing.assert_close(found, trainer.attribute(datamodule=Texts()).scores, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +331,7 @@ def test_damping_of_many_parts_does_not_follow_from_the_training_time(tmp_path):
     assert set(trainer.attribute(datamodule=Texts()).info.dampings) == {1.0}
     for entry in FeatureStore(tmp_path / "store"):
         assert entry.meta["training_time"] is not None
-        assert entry.meta["damping"] == entry.meta["eigenvalues"]
+        assert entry.whitening_notes["damping"] == entry.whitening_notes["eigenvalues"]
 
 
 @pytest.mark.parametrize(("first", "found"), [("none", None), ("auto", "kronecker")])
@@ -461,8 +473,8 @@ def test_classes_are_whitened_by_what_the_label_leaves_open(tmp_path, module_typ
     data.setup("test")
     store, expected, expected_own = FeatureStore(tmp_path / "store"), 0.0, 0.0
     for entry in store:
-        module.load_state_dict(torch.load(entry.weights_path, weights_only=True))
-        curvature = Curvature.from_tensors(torch.load(entry.path / "curvature.pt", weights_only=True))
+        module.load_state_dict(load_weights(entry.weights_path, entry.digest))
+        curvature = Curvature.from_tensors({name: torch.from_numpy(x) for name, x in entry.read_whitening().items()})
         strength = None
         if known:
             steps = max(one.meta["global_step"] for one in store)

@@ -45,7 +45,7 @@ def ours(key: str, file: Path) -> tuple[float, Passes]:
         own = trainer(root, TRAKCallback(f"{root}/trak"), accelerator="cpu")
         own.attribute(module, datamodule=data, ckpt_path=file)
         (entry,) = FeatureStore(f"{root}/trak")
-        stored = entry.features.nbytes / n
+        stored = sum(path.stat().st_size for path in entry.train.folder.iterdir()) / n
     return stored, count.over(n, n_targets=len(data.targets))
 
 

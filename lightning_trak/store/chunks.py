@@ -1,0 +1,232 @@
+"""Arrays of many rows, in one file for each range of rows. All work is to fill the missing ranges."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from filelock import FileLock, Timeout
+
+from lightning_trak.store.arrays import read_arrays, write_arrays
+from lightning_trak.store.files import Damaged, explained_os_errors
+
+Array = npt.NDArray[Any]
+_END = ".safetensors"
+_REMEDY = "trainer.attribute(...) with a train set computes its rows again."
+
+
+class Chunks:
+    """Arrays of n rows, in files of ``size`` rows each: *chunks*. That a file is there says that its rows are done.
+
+    A file is written whole or not at all, and never changed. So several processes may read and fill the same chunks.
+
+    Args:
+        folder: of the files.
+        place: names what the rows belong to; see `write_arrays`.
+        n: the number of rows.
+        size: of a chunk; the last may be smaller.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     chunks = Chunks(Path(folder), "example", n=5, size=2)
+    ...     chunks.write(2, {"x": np.array([2.0, 3.0])})
+    ...     chunks.missing(), chunks.rows([3], ["x"])
+    ([range(0, 2), range(4, 5)], {'x': array([3.])})
+    """
+
+    def __init__(self, folder: Path, place: str, n: int, size: int) -> None:
+        self.folder, self.n, self.size = folder, n, size
+        self._place = place
+
+    def all(self) -> list[range]:
+        """Return the rows of every chunk."""
+        return [range(start, min(start + self.size, self.n)) for start in range(0, self.n, self.size)]
+
+    def missing(self) -> list[range]:
+        """Return the rows of the chunks that are not there."""
+        there = self._there()
+        return [rows for rows in self.all() if rows.start not in there]
+
+    def present(self) -> list[range]:
+        """Return the rows of the chunks that are there."""
+        there = self._there()
+        return [rows for rows in self.all() if rows.start in there]
+
+    @property
+    def complete(self) -> bool:
+        """Whether all rows are there."""
+        return len(self._there()) == -(-self.n // self.size)
+
+    def _there(self) -> set[int]:
+        """Return the first rows of the chunks that are there."""
+        if not self.folder.is_dir():
+            return set()
+        names = {path.name for path in self.folder.iterdir()}
+        starts = {int(name.removesuffix(_END)) for name in names if name.removesuffix(_END).isdecimal()}
+        return {row for row in starts if row < self.n and not row % self.size and self.path(row).name in names}
+
+    def path(self, start: int) -> Path:
+        """Return the file of the chunk that begins with the row ``start``."""
+        return self.folder / f"{start:010d}{_END}"
+
+    def write(self, start: int, arrays: Mapping[str, Array]) -> None:
+        """Write the rows of a chunk, by name (r, ...)."""
+        with explained_os_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_arrays(self.path(start), arrays, self._place_of(start))
+
+    def read(self, rows: range, names: Sequence[str] | None = None) -> dict[str, Array]:
+        """Return the arrays ``names`` of a chunk, or all.
+
+        Raises:
+            Damaged: if it is missing or damaged.
+        """
+        path = self.path(rows.start)
+        try:
+            return read_arrays(path, self._place_of(rows.start), names)
+        except FileNotFoundError as error:
+            raise Damaged(path, "it is missing", _REMEDY) from error
+        except Damaged as error:
+            raise Damaged(path, error.why, _REMEDY) from error
+
+    def rows(self, chosen: Sequence[int], names: Sequence[str] | None = None) -> dict[str, Array]:
+        """Return some rows, in any order, of chunks that are there."""
+        found: dict[int, dict[str, Array]] = {}
+        for start in sorted({row - row % self.size for row in chosen}):
+            arrays = self.read(range(start, min(start + self.size, self.n)), names)
+            places = {row: row - start for row in chosen if row - row % self.size == start}
+            found |= {row: {name: array[place] for name, array in arrays.items()} for row, place in places.items()}
+        return {name: np.stack([found[row][name] for row in chosen]) for name in found[chosen[0]]}
+
+    def column(self, name: str) -> Array:
+        """Return an array of all rows."""
+        return np.concatenate([self.read(rows, [name])[name] for rows in self.all()])
+
+    def blocks(self, names: Sequence[str] | None, size: int) -> Iterator[dict[str, Array]]:
+        """Yield all rows of the arrays ``names``, or of all arrays, in order, ``size`` at a time."""
+        held: list[dict[str, Array]] = []
+        count = 0
+        for rows in self.all():
+            held.append(self.read(rows, names))
+            count += len(rows)
+            cut = count if rows.stop == self.n else count - count % size
+            if not cut:
+                continue
+            whole = {name: _joined([arrays[name] for arrays in held]) for name in held[0]}
+            for start in range(0, cut, size):
+                yield {name: array[start : min(start + size, cut)] for name, array in whole.items()}
+            held, count = [{name: array[cut:] for name, array in whole.items()}], count - cut
+
+    def delete_damaged(self) -> list[Path]:
+        """Delete damaged chunks, which makes them missing ones; return their files."""
+        deleted = []
+        for rows in self.present():
+            try:
+                self.read(rows)
+            except Damaged as error:
+                error.path.unlink(missing_ok=True)
+                deleted.append(error.path)
+        return deleted
+
+    def _place_of(self, start: int) -> str:
+        return f"{self._place}|rows {start} of {self.n}, {self.size} in a chunk"
+
+
+class Claim:
+    """Missing chunks that this process computes: each is one process's at a time, until it is written.
+
+    Iterate over a claim for the rows to compute. A chunk is claimed when its first row is asked for, so that other
+    processes can take those that follow. The lock dies with its process. A chunk that another process has is left out.
+
+    Args:
+        chunks: to be filled.
+
+    Use it as a context manager, which gives back what is not written.
+    """
+
+    def __init__(self, chunks: Chunks) -> None:
+        self._chunks = chunks
+        self._locks: dict[int, FileLock] = {}
+        self._rows: dict[int, list[tuple[Sequence[int], dict[str, Array]]]] = {}
+        self._process = os.getpid()
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if os.getpid() == self._process:  # else it is a fork, which has nothing to give back
+            for start in list(self._locks):
+                self._release(start)
+
+    def __iter__(self) -> Iterator[int]:
+        for rows in self._chunks.missing():
+            if self._take(rows.start):
+                yield from rows
+
+    def write(self, rows: Sequence[int], arrays: Mapping[str, Array]) -> None:
+        """Take the arrays of some rows; a chunk is written as soon as all of its rows are there.
+
+        Raises:
+            ValueError: if a row is not claimed, or comes twice.
+        """
+        size = self._chunks.size
+        starts = np.asarray(rows) // size * size
+        for start in np.unique(starts).tolist():
+            places = np.flatnonzero(starts == start).tolist()
+            own = [rows[place] for place in places]
+            if start not in self._locks:
+                raise ValueError(f"The rows {own} are written already, or are not claimed.")
+            held = self._rows.setdefault(start, [])
+            held.append((own, {name: array[places] for name, array in arrays.items()}))
+            if sum(len(part) for part, _ in held) == min(size, self._chunks.n - start):
+                found, names = np.concatenate([part for part, _ in held]), held[0][1]
+                order = np.argsort(found)
+                if len(np.unique(found)) < len(found):
+                    raise ValueError(f"Of the chunk that begins with row {start}, rows came twice: {found.tolist()}.")
+                self._chunks.write(
+                    start, {name: np.concatenate([one[name] for _, one in held])[order] for name in names}
+                )
+                del self._rows[start]
+                self._release(start)
+
+    def _take(self, start: int) -> bool:
+        """Lock a chunk; say whether it is this process's to compute."""
+        with explained_os_errors(self._chunks.folder):
+            self._chunks.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self._chunks.folder / f"{start:010d}.lock", thread_local=False)
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                return False
+        self._locks[start] = lock
+        if self._chunks.path(start).exists():  # another process has computed it in the meantime
+            self._release(start)
+            return False
+        return True
+
+    def _release(self, start: int) -> None:
+        """Give a chunk back. Its lock file goes first: whoever takes a new one looks whether the chunk is there."""
+        lock = self._locks.pop(start)
+        with suppress(OSError):  # Windows does not delete what is open
+            Path(lock.lock_file).unlink()
+        lock.release()
+
+
+def _joined(arrays: Sequence[Array]) -> Array:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def scattered(parts: Iterable[tuple[Sequence[int], Mapping[str, Array]]], n: int) -> dict[str, Array]:
+    """Return arrays of n rows from parts (rows, arrays by name) that together have each row once."""
+    whole: dict[str, Array] = {}
+    for rows, arrays in parts:
+        for name, array in arrays.items():
+            if name not in whole:
+                whole[name] = np.zeros((n, *array.shape[1:]), array.dtype)
+            whole[name][rows] = array
+    return whole
