@@ -51,10 +51,10 @@ def read_with_notes(
 ) -> tuple[dict[str, Array], dict[str, Any]]:
     """Return what `write_arrays` wrote at this place, with the notes; see `read_arrays`."""
     try:
-        with safe_open(path, "np") as file:
+        with safe_open(path, "pt") as file:  # maps the file, while "np" would copy it
             metadata = file.metadata()
             checksums = json.loads(metadata["checksums"])
-            arrays = {name: file.get_tensor(name) for name in (checksums if names is None else names)}
+            arrays = {name: file.get_tensor(name).numpy() for name in (checksums if names is None else names)}
         for name, array in arrays.items():
             if checksums[name] != _checksum(name, array, place + metadata["notes"]):
                 other = metadata["place"] != place

@@ -85,6 +85,7 @@ def _log_nothing(*_: Any, **__: Any) -> None:
 
 def launched(trainer: Trainer, function: Callable[..., T], *args: Any) -> T:
     """Call a function in every process of the trainer; return the first process's result where they end with it."""
+    framework_of(trainer)  # an error if it is no Trainer
     launcher = trainer.strategy.launcher
     if trainer.world_size == 1 or launcher is None or trainer.state.status == "running":
         return function(*args)

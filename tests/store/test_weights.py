@@ -161,6 +161,19 @@ def test_every_bit_of_the_weights_counts(tmp_path):
             load_weights(path, digest)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [("F8_E8M0", [8]), ("F4", [16]), ("X", [8]), ("F64", [2**60]), ("F64", [0, 2**63]), ("F64", [2**62, 2**62, 0])],
+)
+def test_headers_that_are_never_written(tmp_path, dtype, shape):
+    path = tmp_path / "weights.safetensors"
+    size = 0 if 0 in shape else 8
+    header = json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    with pytest.raises(Damaged, match="weights.safetensors' is damaged"):
+        load_weights(path, "another digest")
+
+
 HEADERS = st.dictionaries(
     st.sampled_from(["a", "b", "__metadata__"]),
     st.fixed_dictionaries(
