@@ -49,7 +49,9 @@ def write_saved(folder: Path, info: Mapping[str, Any], arrays: Mapping[str, Tens
 def check_saved(folder: Path) -> None:
     """Raise a FileNotFoundError if a folder has no attribution."""
     if not (folder / _INDEX).is_file():
-        raise FileNotFoundError(f"There is no saved attribution in '{folder}' (no {_INDEX}).")
+        raise FileNotFoundError(
+            f"There is no saved attribution in '{folder}' (no {_INDEX}). Compute it again, and save it there."
+        )
 
 
 def read_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

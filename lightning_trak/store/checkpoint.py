@@ -171,6 +171,10 @@ class CheckpointEntry:
         with explained_os_errors(self.path):
             write_arrays(path, arrays, place)
 
+    def computes(self, path: Path) -> bool:
+        """Say whether a file of this checkpoint can be computed again."""
+        return path == self._whitening_path or path.parent == self.train.folder
+
     def delete_damaged(self) -> list[Path]:
         """Delete damaged files that can be computed again; return them."""
         deleted = []

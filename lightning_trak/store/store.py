@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -201,8 +202,11 @@ class FeatureStore:
         return entry
 
     def discard(self, digest: str) -> None:
-        """Delete a checkpoint and its features."""
-        shutil.rmtree(self._folder / digest, ignore_errors=True)
+        """Delete a checkpoint and its features. It is renamed first: one that is half deleted would be damaged."""
+        removed = self._folder / f"{digest}.{uuid4().hex}{PARTIAL}"
+        with suppress(FileNotFoundError):
+            os.replace(self._folder / digest, removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
     @property
     def _folder(self) -> Path:

@@ -64,15 +64,17 @@ def naming(entry: CheckpointEntry, *, can_leave_out: bool = True) -> Iterator[No
 def mended(entries: Sequence[CheckpointEntry], compute: Callable[[], T]) -> T:
     """Call ``compute``, which featurizes what is missing and reads it, until no stored features are damaged.
 
-    Damaged features are deleted, so that they are missing.
+    Damaged features are deleted, so that they are missing. It is also called again if a checkpoint was deleted.
     """
     for _ in range(_MENDED):
         try:
             return compute()
         except Damaged as error:
-            deleted = [path for entry in entries for path in entry.delete_damaged()]
-            if not deleted and error.path.exists():
+            if not all(entry.path.is_dir() for entry in entries):
+                continue
+            if not any(entry.computes(error.path) for entry in entries):
                 raise
+            deleted = [path for entry in entries for path in entry.delete_damaged()]
             rank_zero_warn(f"'{error.path}' is damaged: {error.why}. {max(1, len(deleted))} files are computed again.")
     return compute()
 

@@ -50,6 +50,7 @@ from lightning_trak.trainer.framework import (
     framework_of,
     is_datamodule,
     rank_zero_info,
+    rank_zero_warn,
 )
 from lightning_trak.trainer.loaders import Loaders
 from lightning_trak.trainer.plan import Plan
@@ -92,12 +93,28 @@ class Job:
         """
 
         def run() -> T:
+            self._leave_out_deleted()
             self._featurize_missing()
             rank_zero_info(f"TRAKCallback: averaging over {pool_of(self.store, self.entries)}.")
             vars(self).pop("scales", None)  # of a curvature that was damaged
             return compute()
 
         return mended(self.entries, run)
+
+    def _leave_out_deleted(self) -> None:
+        """Leave out checkpoints that a running ``fit`` has discarded since, with their files.
+
+        Raises:
+            MisconfigurationException: if none is left.
+        """
+        for entry in [entry for entry in self.entries if not entry.path.is_dir()]:
+            rank_zero_warn(f"Checkpoint {entry.digest} was deleted from the store in the meantime, and is left out.")
+            self.entries.remove(entry)
+        if not self.entries:
+            raise framework_of(self.trainer).MisconfigurationException(
+                f"All checkpoints that were to be attributed are deleted by now from '{self.store.dirpath}'. Call"
+                " attribute again when training has saved another."
+            )
 
     def _featurize_missing(self) -> None:
         """Check a few stored features, then featurize the train set at checkpoints without features."""

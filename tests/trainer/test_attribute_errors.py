@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 import lightning_trak as lt
 from lightning_trak import FeatureStore, TRAKCallback
-from lightning_trak.store.weights import load_weights
+from lightning_trak.store.weights import load_weights, read_weights, weights_digest
 from tests.conftest import Blobs, Classifier, make_data, make_trainer
 from tests.trainer.references import fresh
 
@@ -152,6 +152,26 @@ def test_damaged_store(tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match=f"{path.name}.* is damaged: it is missing"):
         trainer.attribute()
+
+
+def test_a_checkpoint_that_training_discards_in_the_meantime_is_left_out(tmp_path, monkeypatch):
+    files = [tmp_path / f"{seed}.pt" for seed in range(2)]
+    modules = [Classifier() for _ in files]
+    for module, file in zip(modules, files, strict=True):
+        torch.nn.init.normal_(module.net[0].weight)
+        torch.save(module.state_dict(), file)
+    expected = fresh(tmp_path / "one").attribute(Classifier(), datamodule=Blobs(), ckpt_path=files[0]).scores
+    digests, load = [weights_digest(read_weights(file)) for file in files], load_weights
+
+    def discarding(path, digest):
+        FeatureStore(tmp_path / "store").discard(digests[1])
+        return load(path, digest)
+
+    monkeypatch.setattr("lightning_trak.trainer.checkpoints.load_weights", discarding)
+    with pytest.warns(UserWarning, match=f"{digests[1]} was deleted from the store in the meantime, and is left out"):
+        found = fresh(tmp_path).attribute(Classifier(), datamodule=Blobs(), ckpt_path=files)
+    assert found.info.checkpoints == (digests[0],)
+    torch.testing.assert_close(found.scores, expected)
 
 
 def test_damage_without_a_train_set_is_an_error_with_a_remedy(tmp_path):
