@@ -278,6 +278,9 @@ class TRAKCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Featurize what is left; with ``featurize_on="fit_end"``, all that the run kept."""
+        if self._store is None and trainer.global_step and not trainer.fast_dev_run:  # resumed after the last step
+            with attached(trainer, pl_module, trainer.datamodule):
+                self.on_train_start(trainer, pl_module)
         if self._store is None:
             return
         self._check_trained(pl_module)

@@ -876,3 +876,34 @@ def test_half_of_the_features_of_one_model_are_not_completed_by_another(tmp_path
     module.scale = 1.0
     trainer.attribute(module, datamodule=data)
     assert FeatureStore(tmp_path / "store")[entry.digest].complete
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+@pytest.mark.parametrize("featurize_on", ["save", "fit_end"])
+def test_a_resumed_run_brings_its_store_in_line_with_its_files(tmp_path, featurize_on, epochs):
+    """As after a kill between a checkpoint file and the store; also if training had ended by then."""
+
+    def run(max_epochs, ckpt_path=None):
+        trak, files = TRAKCallback(tmp_path / "store", featurize_on=featurize_on), every_epoch(tmp_path)
+        return fit(tmp_path, trak, files, max_epochs=max_epochs, ckpt_path=ckpt_path)
+
+    run(2)
+    store, files = FeatureStore(tmp_path / "store"), sorted((tmp_path / "files").iterdir())
+    lost, kept = (weights_digest(read_weights(path)) for path in files)
+    assert sorted(store.digests) == sorted([lost, kept])
+    training_time = store[lost].meta["training_time"]
+    store.discard(lost)
+    for rows in store[kept].train.all():
+        store[kept].train.path(rows.start).unlink()
+    gone = store.add("f" * 32, {**store[kept].meta, "digest": "f" * 32}, read_weights(files[1]))
+    assert gone.meta["run"] == store[kept].meta["run"]
+    gone.path.joinpath("weights.safetensors").write_bytes(store[kept].weights_path.read_bytes())
+    if featurize_on == "save":
+        store.discard(gone.digest)  # else it was deleted by Lightning, and not yet from the store
+    run(epochs, files[-1])
+    assert lost in store
+    assert kept in store
+    assert gone.digest not in store
+    assert len(store) == epochs
+    assert all(entry.complete for entry in store)
+    assert store[lost].meta["training_time"] == training_time
