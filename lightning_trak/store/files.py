@@ -30,7 +30,7 @@ class Damaged(ValueError):
         self.path, self.why = path, why
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
     """Wait until a file, or the names in a directory, are on the disk."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open directories
         return
@@ -121,9 +121,9 @@ def atomically(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}.{uuid4().hex}{PARTIAL}")  # unique: another process may write the same file
     try:
         yield partial
-        _to_disk(partial)
+        to_disk(partial)
         os.replace(partial, path)
-        _to_disk(path.parent)
+        to_disk(path.parent)
     finally:
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_trak.data.identity import ROW_CHARACTERS, difference, sampled_rows
 from lightning_trak.store.checkpoint import META, WEIGHTS, CheckpointEntry
-from lightning_trak.store.files import PARTIAL, Damaged, atomically, explained_os_errors, read_json, write_json
+from lightning_trak.store.files import PARTIAL, Damaged, atomically, explained_os_errors, read_json, to_disk, write_json
 from lightning_trak.store.weights import save_weights
 
 FORMAT_VERSION = 2
@@ -206,6 +206,7 @@ class FeatureStore:
         removed = self._folder / f"{digest}.{uuid4().hex}{PARTIAL}"
         with suppress(FileNotFoundError):
             os.replace(self._folder / digest, removed)
+            to_disk(self._folder)
         shutil.rmtree(removed, ignore_errors=True)
 
     @property
