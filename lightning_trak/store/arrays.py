@@ -62,7 +62,7 @@ def read_with_notes(
         return arrays, json.loads(metadata["notes"])
     except Damaged:
         raise
-    except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise Damaged(path, f"{type(error).__name__}: {error}") from error
 
 

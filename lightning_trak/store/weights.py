@@ -79,7 +79,7 @@ def load_weights(path: Path, digest: str) -> Weights:
     remedy = f"Delete the folder '{path.parent}' and featurize the checkpoint again with ckpt_path=..."
     try:
         weights: Weights = load(path.read_bytes())
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise Damaged(path, f"{type(error).__name__}: {error}", remedy) from error
     found = weights_digest(weights)
     if found != digest:
