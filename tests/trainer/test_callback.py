@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import signal
 from types import SimpleNamespace
 
 import lightning as L
@@ -907,3 +909,29 @@ def test_a_resumed_run_brings_its_store_in_line_with_its_files(tmp_path, featuri
     assert len(store) == epochs
     assert all(entry.complete for entry in store)
     assert store[lost].meta["training_time"] == training_time
+
+
+def test_a_signal_to_terminate_ends_featurization_after_the_batch(tmp_path, monkeypatch):
+    """What is done is kept, and training is not taken for finished."""
+    monkeypatch.setattr("lightning_trak.trainer.plan.rows_in_a_chunk", lambda *_: 8)
+
+    class Terminated(Classifier):
+        batches = 0
+
+        def model_output(self, batch):
+            if self.trainer.global_step:
+                self.batches += 1
+                if self.batches == 6:  # a few trials, and batches of four
+                    os.kill(os.getpid(), signal.SIGTERM)
+                assert self.batches < 9
+            return super().model_output(batch)
+
+    module = Terminated()
+    with pytest.raises(SystemExit):
+        fit(tmp_path, TRAKCallback(tmp_path / "store", batch_size=4), every_epoch(tmp_path), module=module)
+    (entry,) = FeatureStore(tmp_path / "store")
+    assert 0 < len(entry.train.present()) < len(entry.train.all())
+    assert not [path for path in entry.train.folder.iterdir() if path.name.endswith(".lock")]
+    trainer, _ = fit(tmp_path, TRAKCallback(tmp_path / "store"), every_epoch(tmp_path))
+    assert trainer.attribute().scores.shape == (40, 7)
+    assert entry.complete
