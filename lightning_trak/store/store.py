@@ -24,7 +24,7 @@ from lightning_trak.store.weights import save_weights
 
 FORMAT_VERSION = 2
 CHUNK_ROWS = 256  # unless the manifest says another number
-_CHUNK_BYTES, _CHUNK_SECONDS = 2**21, 60.0
+_CHUNK_BYTES, _CHUNK_SECONDS, _CHUNK_ROWS = 2**21, 60.0, 64
 _ANEW = "Use another dirpath, or start anew with TRAKCallback(overwrite=True)."
 _FIELDS = {  # that every manifest has
     "format_version": int,
@@ -229,17 +229,17 @@ class FeatureStore:
 
 
 def rows_in_a_chunk(row_bytes: int, seconds: float = 0.0) -> int:
-    """Return how many rows a chunk has: about 2 MiB of them, and no more than a minute's work.
+    """Return how many rows a chunk has: about 2 MiB, no more than a minute's work, and 64 if that is unknown.
 
     Args:
         row_bytes: how much is stored of a training example.
         seconds: how long it takes to compute it, where that is known.
 
     >>> rows_in_a_chunk(8200), rows_in_a_chunk(8200, seconds=2.0)
-    (255, 30)
+    (64, 30)
     """
-    rows = _CHUNK_BYTES // row_bytes
-    return max(1, min(rows, int(_CHUNK_SECONDS / seconds)) if seconds else rows)
+    rows = int(_CHUNK_SECONDS / seconds) if seconds else _CHUNK_ROWS
+    return max(1, min(rows, _CHUNK_BYTES // row_bytes))
 
 
 def _check_version(path: Path) -> None:

@@ -100,7 +100,7 @@ class TRAKCallback(Callback):
 
     A checkpoint takes ``4 · n · proj_dim`` bytes for its features, beside its weights. Whitened gradients take a fifth
     of that, or three quarters for classification, and their curvature up to three times the size of the weights. An
-    interrupted run goes on with the rows that are missing; at most a minute's work is lost. Several processes, of one
+    interrupted run goes on with the rows that are missing; about a minute's work is lost. Several processes, of one
     trainer or of several programs, share the work at each checkpoint. ``damping`` and ``temperature`` may change
     without featurizing again, and ``curvature`` and ``estimator`` where gradients are not whitened. Of whitened
     gradients, the entries are kept that were the largest with the first damping, so a very different one needs a store
