@@ -50,6 +50,12 @@ def read_with_notes(
     path: Path, place: str, names: Sequence[str] | None = None
 ) -> tuple[dict[str, Array], dict[str, Any]]:
     """Return what `write_arrays` wrote at this place, with the notes; see `read_arrays`."""
+    arrays, notes = map_arrays(path, place, names)
+    return {name: array.copy() for name, array in arrays.items()}, notes
+
+
+def map_arrays(path: Path, place: str, names: Sequence[str] | None = None) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Do what `read_with_notes` does without a copy: arrays are the file's memory, to be copied or used at once."""
     try:
         with safe_open(path, "pt") as file:  # maps the file, while "np" would copy it
             metadata = file.metadata()

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from lightning_trak.store.arrays import read_arrays, write_arrays
+from lightning_trak.store.arrays import map_arrays, write_arrays
 from lightning_trak.store.files import Damaged, explained_os_errors
 
 Array = npt.NDArray[Any]
@@ -81,14 +81,14 @@ class Chunks:
             write_arrays(self.path(start), arrays, self._place_of(start))
 
     def read(self, rows: range, names: Sequence[str] | None = None) -> dict[str, Array]:
-        """Return the arrays ``names`` of a chunk, or all.
+        """Return the arrays ``names`` of a chunk, or all: the file's memory, to be copied or used at once.
 
         Raises:
             Damaged: if it is missing or damaged.
         """
         path = self.path(rows.start)
         try:
-            return read_arrays(path, self._place_of(rows.start), names)
+            return map_arrays(path, self._place_of(rows.start), names)[0]
         except FileNotFoundError as error:
             raise Damaged(path, "it is missing", _REMEDY) from error
         except Damaged as error:
@@ -117,7 +117,7 @@ class Chunks:
             cut = count if rows.stop == self.n else count - count % size
             if not cut:
                 continue
-            whole = {name: _joined([arrays[name] for arrays in held]) for name in held[0]}
+            whole = {name: np.concatenate([arrays[name] for arrays in held]) for name in held[0]}
             for start in range(0, cut, size):
                 yield {name: array[start : min(start + size, cut)] for name, array in whole.items()}
             held, count = [{name: array[cut:] for name, array in whole.items()}], count - cut
@@ -215,10 +215,6 @@ class Claim:
         with suppress(OSError):  # Windows does not delete what is open
             Path(lock.lock_file).unlink()
         lock.release()
-
-
-def _joined(arrays: Sequence[Array]) -> Array:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def scattered(parts: Iterable[tuple[Sequence[int], Mapping[str, Array]]], n: int) -> dict[str, Array]:
