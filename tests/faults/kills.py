@@ -33,7 +33,7 @@ class Kill(NamedTuple):
 def plan(runs: dict[str, Undisturbed], count: int, seed: int) -> list[Kill]:
     """Spread kills over the events of all scenarios; some are at random times, some reruns are killed too."""
     drawn, total = random.Random(seed), sum(len(run.entries) for run in runs.values())
-    kills = []
+    kills = [Kill(name, event) for name, run in runs.items() for event in last_added(run)]
     for name, (_, entries, seconds) in runs.items():
         events = len(entries)
         share = max(1, round(count * events / total))
@@ -42,8 +42,19 @@ def plan(runs: dict[str, Undisturbed], count: int, seed: int) -> list[Kill]:
             if number % _AT_RANDOM_TIMES == _AT_RANDOM_TIMES - 1:
                 kills.append(Kill(name, seconds=drawn.uniform(0, seconds), again=again))
             else:
-                kills.append(Kill(name, 1 + number * events // share, again=again))
+                place = number + (drawn.random() if share < events else 0)  # of enough kills, each event has one
+                kills.append(Kill(name, 1 + int(place * events / share), again=again))
     return kills
+
+
+def last_added(run: Undisturbed) -> list[int]:
+    """Return before which event the last checkpoint is in its file, but not in the store; nothing if there is none."""
+    adding = [
+        number
+        for number, entry in enumerate(run.entries, 1)
+        if entry.kind == "mkdir" and entry.path[:2] == ("store", "checkpoints") and entry.path[-1].endswith(".partial")
+    ]
+    return adding[-1:]
 
 
 def trial(kill: Kill, expected: Expected) -> Found:

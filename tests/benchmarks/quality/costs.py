@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +45,9 @@ def ours(key: str, file: Path) -> tuple[float, Passes]:
         own = trainer(root, TRAKCallback(f"{root}/trak"), accelerator="cpu")
         own.attribute(module, datamodule=data, ckpt_path=file)
         (entry,) = FeatureStore(f"{root}/trak")
-        stored = sum(path.stat().st_size for path in entry.train.folder.iterdir()) / n
+        features = entry.features
+        arrays = features.values() if isinstance(features, Mapping) else [features]
+        stored = sum(array.nbytes for array in arrays) / n
     return stored, count.over(n, n_targets=len(data.targets))
 
 
