@@ -82,7 +82,7 @@ class CheckpointEntry:
     @property
     def train(self) -> Chunks:
         """The train set's features, Q, w and f, in chunks."""
-        return Chunks(self.path / "train", f"{self._place}|train", self.n_train, self._chunk_rows)
+        return Chunks(self._train_folder, f"{self._place}|train", self.n_train, self._chunk_rows)
 
     @property
     def complete(self) -> bool:
@@ -173,7 +173,7 @@ class CheckpointEntry:
 
     def computes(self, path: Path) -> bool:
         """Say whether a file of this checkpoint can be computed again."""
-        return path == self._whitening_path or path.parent == self.train.folder
+        return path == self._whitening_path or path.parent == self._train_folder
 
     def delete_damaged(self) -> list[Path]:
         """Delete damaged files that can be computed again; return them."""
@@ -190,6 +190,10 @@ class CheckpointEntry:
         """Return the path of sums, and their place. The name is a digest of all that they depend on."""
         place = f"{self._place}|sums|{json.dumps(key, sort_keys=True)}"
         return self.path / f"sums-{hashlib.blake2b(place.encode(), digest_size=8).hexdigest()}.safetensors", place
+
+    @property
+    def _train_folder(self) -> Path:
+        return self.path / "train"
 
     @property
     def _whitening_path(self) -> Path:

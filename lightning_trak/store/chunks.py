@@ -105,7 +105,12 @@ class Chunks:
 
     def column(self, name: str) -> Array:
         """Return an array of all rows."""
-        return np.concatenate([self.read(rows, [name])[name] for rows in self.all()])
+        return self.columns([name])[name]
+
+    def columns(self, names: Sequence[str]) -> dict[str, Array]:
+        """Return small arrays of all rows, by name; each file is opened once."""
+        (whole,) = self.blocks(names, self.n)
+        return whole
 
     def blocks(self, names: Sequence[str] | None, size: int) -> Iterator[dict[str, Array]]:
         """Yield all rows of the arrays ``names``, or of all arrays, in order, ``size`` at a time."""
@@ -183,14 +188,12 @@ class Claim:
                 raise ValueError(f"The rows {own} are written already, or are not claimed.")
             held = self._rows.setdefault(start, [])
             held.append((own, {name: array[places] for name, array in arrays.items()}))
-            if sum(len(part) for part, _ in held) == min(size, self._chunks.n - start):
-                found, names = np.concatenate([part for part, _ in held]), held[0][1]
-                order = np.argsort(found)
-                if len(np.unique(found)) < len(found):
-                    raise ValueError(f"Of the chunk that begins with row {start}, rows came twice: {found.tolist()}.")
-                self._chunks.write(
-                    start, {name: np.concatenate([one[name] for _, one in held])[order] for name in names}
-                )
+            found = [row for part, _ in held for row in part]
+            if len(found) == min(size, self._chunks.n - start):
+                if len({*found}) < len(found):
+                    raise ValueError(f"Of the chunk that begins with row {start}, rows came twice: {found}.")
+                parts = [([row - start for row in part], one) for part, one in held]
+                self._chunks.write(start, scattered(parts, len(found)))
                 del self._rows[start]
                 self._release(start)
 

@@ -193,16 +193,17 @@ def train_features(
         scales: to multiply their entries with, (p,); None for 1.
     """
     train, training = entry.train, entry.meta.get("training_time")
-    outputs, loss_grad, curvature = (train.column(name) for name in ("outputs", "loss_grad", "curvature"))
+    terms = ["outputs", "loss_grad", "curvature"]
+    small = train.columns(terms if dimension is None else [*terms, "squares"])
     logistic = entry.meta.get("logistic", False)
     return TrainFeatures(
         StoredFeatures(train) if dimension is None else SparseRows(train, dimension, scales),
-        loss_grad,
-        curvature,
+        small["loss_grad"],
+        small["curvature"],
         training_time=None if training is None else TrainingTime(**training),
-        logistic=logistic and is_logistic(*map(torch.from_numpy, (outputs, loss_grad, curvature))),
+        logistic=logistic and is_logistic(*(torch.from_numpy(small[name]) for name in terms)),
         n_trainable=entry.meta.get("n_trainable") or 0,
-        squares=None if dimension is None else train.column("squares"),
+        squares=small.get("squares"),
         whitened_by_rest=rest,
     )
 
