@@ -316,7 +316,8 @@ def test_recurrent_layers_are_evaluated_at_the_checkpoints_weights_every_time(ki
     function = ModelFunction(module, {name: value + 1 for name, value in trained.items()}, ["weight_ih_l0"])
     found = [function.output(batch) for _ in range(3)]
     module.load_state_dict({name: value + 1 for name, value in trained.items()})
-    assert all(torch.equal(output, module.model_output(batch)) for output in found)
+    for output in found:  # kernels for training and for inference may round differently
+        torch.testing.assert_close(output, module.model_output(batch).detach())
 
 
 @pytest.mark.parametrize("hide", ["list", "dict", "attribute", "module"])
