@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,21 @@ def digest_of(dataset: Any, row: int) -> bytes | None:
     return digest.digest()
 
 
+def digest_of_batches(batches: Iterable[Any]) -> str | None:
+    """Return a digest of all values in some batches; None if they hold an object that cannot be compared.
+
+    >>> digest_of_batches([torch.ones(2), {"x": 1}]) == digest_of_batches([torch.ones(2), {"x": 2}])
+    False
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for batch in batches:
+        for part in _parts(batch):
+            if isinstance(part, _Opaque):
+                return None
+            digest.update(hashlib.blake2b(part, digest_size=16).digest())
+    return digest.hexdigest()
+
+
 def _digests(dataset: Any, row: int) -> list[bytes]:
     seed_all(0)
     return [hashlib.blake2b(part, digest_size=16).digest() for part in _parts(dataset[row])]
@@ -71,7 +87,9 @@ class _Opaque(bytes):
 
 def _parts(example: Any) -> Iterator[bytes]:
     """Yield the bytes of every value in an example."""
-    if isinstance(example, torch.Tensor):
+    if isinstance(example, torch.Tensor) and example.layout != torch.strided:
+        yield _Opaque(str(example.layout).encode())
+    elif isinstance(example, torch.Tensor):
         yield f"{example.dtype}{tuple(example.shape)}".encode()
         yield bytes_of(example).tobytes()
     elif isinstance(example, Mapping):
@@ -81,6 +99,9 @@ def _parts(example: Any) -> Iterator[bytes]:
     elif isinstance(example, (list, tuple)):
         for value in example:
             yield from _parts(value)
+    elif dataclasses.is_dataclass(example) and not isinstance(example, type):
+        for field in dataclasses.fields(example):
+            yield from _parts(getattr(example, field.name, None))
     elif isinstance(example, (str, int, float, complex, bool, bytes, type(None))):
         yield repr(example).encode()
     elif hasattr(example, "__array__") or hasattr(example, "__array_interface__"):  # NumPy, PIL

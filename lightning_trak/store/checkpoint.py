@@ -84,6 +84,18 @@ class CheckpointEntry:
         """The train set's features, Q, w and f, in chunks."""
         return Chunks(self._train_folder, f"{self._place}|train", self.n_train, self._chunk_rows)
 
+    def targets(self, digest: str, n: int, chunk_rows: int) -> Chunks:
+        """Return the features and outputs of targets, in chunks.
+
+        Args:
+            digest: of the targets.
+            n: m, the number of targets.
+            chunk_rows: the number of rows in a chunk.
+        """
+        return Chunks(
+            targets_folder(self._root, digest) / self.digest, f"{self._place}|targets {digest}", n, chunk_rows
+        )
+
     @property
     def complete(self) -> bool:
         """Whether the features of all training examples are there."""
@@ -173,10 +185,16 @@ class CheckpointEntry:
 
     def computes(self, path: Path) -> bool:
         """Say whether a file of this checkpoint can be computed again."""
-        return path == self._whitening_path or path.parent == self._train_folder
+        return path == self._whitening_path or path.parent == self._train_folder or self._is_of_targets(path)
 
-    def delete_damaged(self) -> list[Path]:
-        """Delete damaged files that can be computed again; return them."""
+    def delete_damaged(self, known: Path) -> list[Path]:
+        """Delete damaged files that can be computed again; return them.
+
+        Args:
+            known: a damaged file. If it is of targets, their features at this checkpoint are deleted, and no others.
+        """
+        if self._is_of_targets(known):
+            return Chunks.delete(known.parent)
         deleted = []
         try:
             if self._whitening_path.exists():
@@ -190,6 +208,16 @@ class CheckpointEntry:
         """Return the path of sums, and their place. The name is a digest of all that they depend on."""
         place = f"{self._place}|sums|{json.dumps(key, sort_keys=True)}"
         return self.path / f"sums-{hashlib.blake2b(place.encode(), digest_size=8).hexdigest()}.safetensors", place
+
+    def _is_of_targets(self, path: Path) -> bool:
+        return (
+            path.parent.name == self.digest and targets_folder(self._root, path.parent.parent.name) == path.parents[1]
+        )
+
+    @property
+    def _root(self) -> Path:
+        """The folder of the store."""
+        return self.path.parents[1]
 
     @property
     def _train_folder(self) -> Path:
@@ -224,6 +252,11 @@ class CheckpointEntry:
                 " training examples. trainer.attribute(...) with a train set computes the rest."
             )
         return train
+
+
+def targets_folder(root: Path, digest: str) -> Path:
+    """Return the folder of targets in the store ``root``, with a folder for each checkpoint."""
+    return root / "targets" / digest
 
 
 def _of_other_types(meta: Mapping[str, Any]) -> list[str]:

@@ -127,6 +127,14 @@ class Chunks:
                 yield {name: array[start : min(start + size, cut)] for name, array in whole.items()}
             held, count = [{name: array[cut:] for name, array in whole.items()}], count - cut
 
+    @staticmethod
+    def delete(folder: Path) -> list[Path]:
+        """Delete all chunks in a folder; return their files."""
+        deleted = sorted(folder.glob(f"*{_END}"))
+        for path in deleted:
+            path.unlink(missing_ok=True)
+        return deleted
+
     def delete_damaged(self) -> list[Path]:
         """Delete damaged chunks, which makes them missing ones; return their files."""
         deleted = []

@@ -18,7 +18,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from lightning_trak.data.identity import ROW_CHARACTERS, difference, sampled_rows
-from lightning_trak.store.checkpoint import META, WEIGHTS, CheckpointEntry
+from lightning_trak.store.checkpoint import META, WEIGHTS, CheckpointEntry, targets_folder
 from lightning_trak.store.files import PARTIAL, Damaged, atomically, explained_os_errors, read_json, to_disk, write_json
 from lightning_trak.store.weights import save_weights
 
@@ -47,6 +47,7 @@ class FeatureStore:
                                        train/<row>.safetensors  Φ, Q, w and f of a range of rows, see `Chunks`
                                        whitening.safetensors    the curvature, if gradients are whitened
                                        sums-*.safetensors       H and other sums over the train set
+        <dirpath>/targets/<digest of the targets>/<checkpoint>/<row>.safetensors  φ and f of a range of targets
         <dirpath>/scores/<name>/...
 
     A checkpoint is named by the digest of its weights, so the same weights twice are one entry. All entries share one
@@ -120,7 +121,12 @@ class FeatureStore:
             return
         removed = path / f"removed-{uuid4().hex}"
         removed.mkdir()
-        for name in ("checkpoints", "scores", "manifest.json"):  # moved first: a new store must not take them over
+        for name in (
+            "checkpoints",
+            "targets",
+            "scores",
+            "manifest.json",
+        ):  # moved first: a new store must not have them
             if (path / name).exists():
                 os.replace(path / name, removed / name)
         shutil.rmtree(removed, ignore_errors=True)
@@ -208,6 +214,12 @@ class FeatureStore:
             os.replace(self._folder / digest, removed)
             to_disk(self._folder)
         shutil.rmtree(removed, ignore_errors=True)
+        for folder in self.dirpath.glob("targets/*"):
+            shutil.rmtree(folder / digest, ignore_errors=True)
+
+    def forget_targets(self, digest: str) -> None:
+        """Delete what is kept of some targets, at all checkpoints."""
+        shutil.rmtree(targets_folder(self.dirpath, digest), ignore_errors=True)
 
     @property
     def _folder(self) -> Path:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from time import sleep
 from typing import Any, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ Array = npt.NDArray[Any]
 T = TypeVar("T")
 _CHECKED = 8  # stored rows that are computed again
 _MENDED = 3  # how often damaged features are computed again before that is given up
-_SHARED = 16  # chunks of targets that several processes share, at least
+_SHARED = 16  # chunks of targets, which several processes share, at least
 _WAIT = 0.5  # seconds between two looks whether another process is done
 
 
@@ -74,7 +74,7 @@ def mended(entries: Sequence[CheckpointEntry], compute: Callable[[], T]) -> T:
                 continue
             if not any(entry.computes(error.path) for entry in entries):
                 raise
-            deleted = [path for entry in entries for path in entry.delete_damaged()]
+            deleted = [path for entry in entries for path in entry.delete_damaged(error.path)]
             rank_zero_warn(f"'{error.path}' is damaged: {error.why}. {max(1, len(deleted))} files are computed again.")
     return compute()
 
@@ -89,7 +89,7 @@ def _featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, numbe
     if not missing:
         return
     if missing < entry.n_train and loop.repeatable:
-        check_features(loop, entry)
+        check_features(loop, entry, entry.train)
     weights = load_weights(entry.weights_path, entry.digest)
     check_space(entry.path, missing * loop.row_bytes)
     where = f" (epoch {entry.meta['epoch']}, step {entry.meta['global_step']})" if "epoch" in entry.meta else ""
@@ -124,8 +124,7 @@ def _fill(
                 continue
 
             def receive(batch_rows: Sequence[int], block: FeatureBlock, claim: Claim = claim) -> None:
-                terms = {"loss_grad": block.loss_grad, "curvature": block.curvature, "outputs": block.outputs}
-                claim.write(batch_rows, stored_form(loop, block.features) | terms)
+                claim.write(batch_rows, stored_form(loop, block.features) | _numbers(block))
 
             total = sum(map(len, missing))
             found = loop.run(weights, digest, chain([first], rows), receive, description, whitening, total)
@@ -133,34 +132,54 @@ def _fill(
     return projection
 
 
-def check_features(loop: FeaturizationLoop, entry: CheckpointEntry) -> None:
+def _numbers(block: FeatureBlock) -> dict[str, Array]:
+    """Return what is stored of a block besides its features."""
+    return {"loss_grad": block.loss_grad, "curvature": block.curvature, "outputs": block.outputs}
+
+
+def check_features(loop: FeaturizationLoop, entry: CheckpointEntry, chunks: Chunks) -> None:
     """Compute a few stored rows again: ``model_output`` or the data may have changed, which the store cannot know.
+
+    Args:
+        loop: reads the examples.
+        entry: the checkpoint.
+        chunks: what is stored of the examples; some of it is there.
 
     Raises:
         ValueError: if they differ from the stored rows.
     """
-    there = [row for rows in entry.train.present() for row in rows]
+    there = [row for rows in chunks.present() for row in rows]
     rows = [there[place] for place in sampled_rows(len(there), _CHECKED)]
 
     def compare(batch_rows: Sequence[int], block: FeatureBlock) -> None:
-        stored = entry.train.rows(batch_rows)
-        equal = {
-            "features": same_features(stored_form(loop, block.features), stored),
-            "loss_grad": same(block.loss_grad, stored["loss_grad"]),
-            "curvature": same(block.curvature, stored["curvature"]),
-        }
+        stored = chunks.rows(batch_rows)
+        equal = {name: same(numbers, stored[name]) for name, numbers in _numbers(block).items()}
+        equal["features"] = same_features(stored_form(loop, block.features), stored)
         for name, is_equal in equal.items():
             if not is_equal:
                 raise ValueError(
-                    f"The stored {name} of train rows {batch_rows} are not those that the model and the data give now:"
-                    " model_output, the loss, the collate function or a batch hook has changed since. Restore it, or"
-                    " use another dirpath for TRAKCallback."
+                    f"The stored {name} of {loop.examples} rows {batch_rows} are not those that the model and the data"
+                    " give now: model_output, the loss, the collate function or a batch hook has changed since."
+                    " Restore it, or use another dirpath for TRAKCallback."
                 )
 
     with naming(entry, can_leave_out=False):  # the cause affects all checkpoints
         weights = load_weights(entry.weights_path, entry.digest)
         whitening = whitening_at(loop, entry, weights)
         loop.run(weights, entry.digest, rows, compare, "Checking the store", whitening)
+
+
+def check_some(loop: FeaturizationLoop, stored: Sequence[tuple[CheckpointEntry, Chunks]]) -> None:
+    """Check stored features at the first and the last checkpoint that has some; random examples cannot be compared."""
+    there = [(entry, chunks) for entry, chunks in stored if chunks.present()] if loop.repeatable else []
+    for entry, chunks in dict.fromkeys([*there[:1], *there[-1:]]):
+        check_features(loop, entry, chunks)
+
+
+def target_chunks(loop: FeaturizationLoop, entry: CheckpointEntry, digest: str) -> Chunks:
+    """Return the chunks with the features of targets; their number lets several processes share the work."""
+    size = min(max(1, loop.size // _SHARED), rows_in_a_chunk(loop.row_bytes))
+    return entry.targets(digest, loop.size, size)
 
 
 class StoredFeatures:
@@ -230,32 +249,32 @@ def sums_of(entry: CheckpointEntry, estimator: Estimator, train: TrainFeatures) 
 
 
 def featurize_targets(
-    loop: FeaturizationLoop, entry: CheckpointEntry, number: str, shared: Path | None = None
+    loop: FeaturizationLoop, entry: CheckpointEntry, number: str, digest: str
 ) -> tuple[Tensor | SparseMatrix, Tensor]:
-    """Featurize the targets at a checkpoint.
+    """Return the features of the targets at a checkpoint; the store keeps them, and processes share the work.
 
     Args:
         loop: reads the targets.
         entry: the checkpoint.
         number: of the checkpoint, for the progress bar.
-        shared: a folder in which several processes share the work.
+        digest: of the targets.
 
     Returns:
         φ(z), (m, k), of whitened gradients the largest entries; and f(z), (m,).
     """
-    weights = load_weights(entry.weights_path, entry.digest)
+    chunks = target_chunks(loop, entry, digest)
     description = f"Featurizing targets at checkpoint {number}"
-    with naming(entry, can_leave_out=False):  # the cause is in the targets
-        whitening = whitening_at(loop, entry, weights)
-        if shared is None:
-            found = _collected(loop, weights, entry.digest, description, whitening)
-        else:
-            few = max(1, loop.size // _SHARED)
-            chunks = Chunks(shared / entry.digest, "targets", loop.size, min(few, rows_in_a_chunk(loop.row_bytes)))
-            _fill(loop, chunks, weights, entry.digest, description, whitening)
-            (found,) = chunks.blocks(None, loop.size)
-    features = torch.from_numpy(found["features"]) if "features" in found else matrix_of(found)
-    return features, torch.from_numpy(found["outputs"])
+    if not chunks.complete:
+        weights = load_weights(entry.weights_path, entry.digest)
+        with naming(entry, can_leave_out=False):  # the cause is in the targets
+            whitening = whitening_at(loop, entry, weights)
+            try:
+                _fill(loop, chunks, weights, entry.digest, description, whitening)
+            except OSError as error:  # a full disk, or a read-only store
+                rank_zero_warn(f"Features of targets could not be stored and will be computed again: {error}")
+                return _of_targets(loop, _collected(loop, weights, entry.digest, description, whitening))
+    (found,) = chunks.blocks(None, loop.size)
+    return _of_targets(loop, found)
 
 
 def _collected(
@@ -269,3 +288,11 @@ def _collected(
 
     loop.run(weights, digest, range(loop.size), receive, description, whitening)
     return scattered(parts, loop.size)
+
+
+def _of_targets(loop: FeaturizationLoop, found: dict[str, Array]) -> tuple[Tensor | SparseMatrix, Tensor]:
+    """Return features and outputs of targets from arrays by name; warn of zero gradients."""
+    numbers = found["features" if "features" in found else "values"]
+    loop.warn_of_zero_gradients(np.flatnonzero(~np.any(numbers, 1)).tolist())
+    features = torch.from_numpy(found["features"]) if "features" in found else matrix_of(found)
+    return features, torch.from_numpy(found["outputs"])

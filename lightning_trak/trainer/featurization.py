@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.curvature import Preconditioner
 from lightning_trak.data.batch import same_tensors
+from lightning_trak.data.identity import digest_of_batches
 from lightning_trak.data.loaders import loader_batch_size
 from lightning_trak.features.featurizer import Featurizer
 from lightning_trak.features.largest import entry_bytes
@@ -116,11 +117,10 @@ class FeaturizationLoop:
         self._trainer, self._module, self._loader = trainer, module, loader
         self._find_train_loader, self._parameters = find_train_loader, list(parameters)
         self._projector, self._seed, self._selector = projector, seed, selector
-        self._examples, self._reports = examples, reports
+        self.examples, self._reports = examples, reports
         self.preconditioner = preconditioner
         self._loss_terms = LossTerms(module)
         self._label: Callable[[Any], Any] | None = None
-        self._without_gradient: list[int] = []
         self.repeatable = True  # whether two reads of an example are equal; preflight finds out
         self.seconds = 0.0  # that an example takes at most, as far as known
         self.logistic = not self._loss_terms.need_projection  # whether the loss may be softplus(−f)
@@ -152,7 +152,7 @@ class FeaturizationLoop:
         own = self.preconditioner
         if own is None:
             return None
-        return min(own.entries if self._examples == "train" else own.target_entries, self.dimension)
+        return min(own.entries if self.examples == "train" else own.target_entries, self.dimension)
 
     @property
     def row_bytes(self) -> int:
@@ -187,7 +187,7 @@ class FeaturizationLoop:
         with self._undisturbed(), ExitStack() as stack:
             function = self._function(weights)
             stack.enter_context(prepared(self._module, function.prepare, self._find_train_loader))
-            train = self._examples == "train"
+            train = self.examples == "train"
             rows = range(min(self._largest, _TRIED if thorough else _FEW if train else _FEWER))
             alone = rows if thorough else sorted({rows[0], rows[-1]}) if train else rows[-1:]
             batch = self._read_once(rows, seed=0)
@@ -216,6 +216,29 @@ class FeaturizationLoop:
             if thorough:
                 self._try_whole_batch(function, engine)
 
+    def digest(self, weights: Weights) -> str | None:
+        """Return a digest of all examples, as the module gets them; None if they are random, or cannot be compared.
+
+        Args:
+            weights: of any checkpoint; the module may change them.
+        """
+        if not self.repeatable:
+            return None
+        with (
+            self._undisturbed(),
+            progress(self._trainer, "Reading targets", self.size) as advance,
+            ExitStack() as stack,
+        ):
+            stack.enter_context(prepared(self._module, self._function(weights).prepare, self._find_train_loader))
+
+            def batches() -> Iterator[Any]:
+                seed_all(0)
+                for rows, batch in self._read(range(self.size), self._largest):
+                    advance(len(rows))
+                    yield batch
+
+            return digest_of_batches(batches())
+
     def draws_anything(self) -> bool:
         """Say whether the module draws a label for the first example: of two classes, its output tells all."""
         with self._undisturbed(), ExitStack() as stack:
@@ -229,7 +252,7 @@ class FeaturizationLoop:
             try:
                 return function.call(self._module.draw_labels, batch, seeds)  # type: ignore[operator]
             except ValueError:
-                check_finite("model_output", function.of("model_output").output(batch), self._examples, rows)
+                check_finite("model_output", function.of("model_output").output(batch), self.examples, rows)
                 raise
 
     def _check_drawn(self, function: ModelFunction, batch: Any, size: int) -> None:
@@ -244,7 +267,7 @@ class FeaturizationLoop:
         rows = range(engine.batch_size or self._selector.batch_size(self._largest))
         with suppress(torch.OutOfMemoryError):
             batch = self._read_once(rows, seed=0)
-            check_finite("model_output", function.output(batch).detach(), self._examples, rows)
+            check_finite("model_output", function.output(batch).detach(), self.examples, rows)
             try:
                 self._selector.check(function, engine, batch, len(rows))
             except EngineUnsuitable as error:
@@ -260,7 +283,7 @@ class FeaturizationLoop:
             size: their number.
         """
         method = function.method
-        if self._examples == "train":
+        if self.examples == "train":
             with function.observing():
                 _, outputs, gradients = numbered_gradient(function, batch, size)
             dependent = bool(gradients)
@@ -269,12 +292,12 @@ class FeaturizationLoop:
             check_size(self._module, outputs, size, method)
             dependent, outputs = outputs.requires_grad, outputs.detach()
         check_dependent(self._module, dependent, len(self._parameters), method)
-        check_finite(method, outputs, self._examples, range(size))
+        check_finite(method, outputs, self.examples, range(size))
         if self._selector.gradients != "loop" and self.repeatable:
             for row in alone:
                 by_itself = function.observe(self._read_once([row], seed=0)).detach()
                 what, together = f"{type(self._module).__name__}.{method}", outputs[row : row + 1]
-                check_independent(what, together, by_itself, function.tolerance, self._examples, row)
+                check_independent(what, together, by_itself, function.tolerance, self.examples, row)
         return outputs
 
     def run(
@@ -309,7 +332,6 @@ class FeaturizationLoop:
 
         self.each_batch(weights, digest, rows, featurize, description, total)
         self._projector.forget()
-        self._warn_of_zero_gradients()
         return projection
 
     def featurizer(
@@ -344,19 +366,19 @@ class FeaturizationLoop:
             prepare = partial(self._prepare, function, digest, key)
             self._selector.run(rows, self._largest, self._read, prepare, advancing, function)
 
-    def _warn_of_zero_gradients(self) -> None:
+    def warn_of_zero_gradients(self, rows: Sequence[int]) -> None:
         """Warn of targets with a zero gradient; with only some parameters attributed, a dead unit may be the cause."""
-        rows, self._without_gradient = self._without_gradient, []
-        if rows:
-            shown = ", ".join(map(str, rows[:_SHOWN])) + (", ..." if len(rows) > _SHOWN else "")
-            what = (
-                f"The gradient of {type(self._module).__name__}.model_output is zero for {len(rows)} targets (rows"
-                f" {shown}), so all of their scores are zero too. If an output_mask or ignore_index leaves out all of"
-                " their parts, fix or remove these targets."
-            )
-            trained = {name for name, value in self._module.named_parameters() if value.requires_grad}
-            tell = self._reports.warn if trained <= set(self._parameters) else self._reports.tell
-            tell(what, about=what)
+        if not rows:
+            return
+        shown = ", ".join(map(str, rows[:_SHOWN])) + (", ..." if len(rows) > _SHOWN else "")
+        what = (
+            f"The gradient of {type(self._module).__name__}.model_output is zero for {len(rows)} targets (rows"
+            f" {shown}), so all of their scores are zero too. If an output_mask or ignore_index leaves out all of"
+            " their parts, fix or remove these targets."
+        )
+        trained = {name for name, value in self._module.named_parameters() if value.requires_grad}
+        tell = self._reports.warn if trained <= set(self._parameters) else self._reports.tell
+        tell(what, about=what)
 
     @property
     def _largest(self) -> int:
@@ -384,7 +406,7 @@ class FeaturizationLoop:
         return undisturbed(self._trainer, self._module, self._loader.dataset, self._loader.collate_fn)
 
     def _projection(self) -> LossProjection | None:
-        if self._examples != "train" or not self._loss_terms.need_projection:
+        if self.examples != "train" or not self._loss_terms.need_projection:
             return None
         size = min(_FEW, self.size)
 
@@ -404,17 +426,14 @@ class FeaturizationLoop:
     ) -> FeatureBlock:
         result = featurizer(batch, len(rows))
         check_size(self._module, result.outputs, len(rows))
-        check_finite("model_output", result.outputs, self._examples, rows)
-        check_finite("the gradient of model_output", result.features.sum(1), self._examples, rows)
-        if self._examples == "target":
-            nothing = (result.features == 0).all(1).tolist()
-            self._without_gradient += [row for row, zero in zip(rows, nothing, strict=True) if zero]
+        check_finite("model_output", result.outputs, self.examples, rows)
+        check_finite("the gradient of model_output", result.features.sum(1), self.examples, rows)
         loss_grad, curvature = torch.zeros(2, len(rows))
         if projection is not None:
             loss_grad, losses = projection(featurizer, batch, result)
             own = self._loss_terms.own_curvature(featurizer.function.call, batch, result.outputs)
             curvature = projection.curvature(loss_grad, losses) if own is None else own
-        elif self._examples == "train":
+        elif self.examples == "train":
             loss_grad, curvature = self._loss_terms(featurizer.function.call, batch, result.outputs)
         self._check_loss(loss_grad, curvature, rows)
         numbers = (values.float().cpu() for values in (result.outputs.detach(), loss_grad, curvature))
@@ -422,8 +441,8 @@ class FeaturizationLoop:
 
     def _check_loss(self, loss_grad: Tensor, curvature: Tensor, rows: Sequence[int]) -> None:
         """Check Q and w."""
-        check_finite("out_to_loss_grad", loss_grad, self._examples, rows)
-        check_finite("out_to_loss_curvature", curvature, self._examples, rows)
+        check_finite("out_to_loss_grad", loss_grad, self.examples, rows)
+        check_finite("out_to_loss_curvature", curvature, self.examples, rows)
 
     def _function(self, weights: Weights) -> ModelFunction:
         device, plugin = self._trainer.strategy.root_device, self._trainer.precision_plugin
@@ -437,7 +456,7 @@ class FeaturizationLoop:
         return ModelFunction(self._module, weights, self._parameters, device, plugin.convert_input)
 
     def _read(self, rows: Iterable[int], batch_size: int, num_workers: int | None = None) -> Iterator[tuple[Any, Any]]:
-        dataset = None if self._examples == "train" else self._loader.dataset
+        dataset = None if self.examples == "train" else self._loader.dataset
         for own, batch in read_batches(self._trainer, self._module, self._loader, rows, batch_size, num_workers):
             labelled = batch if self._label is None else self._label(batch)
             yield own, numbered(self._module, labelled, own, dataset)
@@ -450,10 +469,10 @@ class FeaturizationLoop:
         same = same_tensors(first, second)
         if not same:
             self._reports.warn(
-                f"Two reads of the same {self._examples} examples differ: the dataset, its collate function or a"
+                f"Two reads of the same {self.examples} examples differ: the dataset, its collate function or a"
                 " batch-transfer hook augments at random. Features are those of one random draw."
-                f" {_WITHOUT_AUGMENTATION[self._examples]}",
-                about=f"reads of {self._examples} examples",
+                f" {_WITHOUT_AUGMENTATION[self.examples]}",
+                about=f"reads of {self.examples} examples",
             )
         return same
 

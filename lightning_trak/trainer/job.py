@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -34,11 +33,12 @@ from lightning_trak.store.weights import (
 from lightning_trak.trainer.attachment import attached
 from lightning_trak.trainer.callback import TRAKCallback, find_callback
 from lightning_trak.trainer.checkpoints import (
-    check_features,
+    check_some,
     featurize_checkpoint,
     featurize_targets,
     mended,
     pool_of,
+    target_chunks,
     train_features,
 )
 from lightning_trak.trainer.featurization import FeaturizationLoop
@@ -73,7 +73,6 @@ class Job:
         loaders: find the targets.
         datamodule: supplies data, unless the model does.
         options: of the estimator.
-        shared: where several processes share the targets' features.
     """
 
     trainer: Trainer
@@ -84,7 +83,6 @@ class Job:
     loaders: Loaders
     datamodule: LightningDataModule | None
     options: Options
-    shared: Path | None = None
 
     def featurized(self, compute: Callable[[], T]) -> T:
         """Featurize the train set where features are missing, then call ``compute``, which reads them.
@@ -125,20 +123,25 @@ class Job:
             return
         loop, first = self.loop("train"), self.entries[0]
         loop.preflight(load_weights(first.weights_path, first.digest), first.digest)
-        if loop.repeatable:
-            for entry in dict.fromkeys([*complete[:1], *complete[-1:]]):
-                check_features(loop, entry)
+        check_some(loop, [(entry, entry.train) for entry in complete])
         for number, entry in enumerate(missing, 1):
             featurize_checkpoint(loop, entry, f"{number}/{len(missing)}")
 
     def target_features(self) -> tuple[list[Tensor | SparseMatrix], Tensor]:
         """Return φ(z) of all targets, (m, k), at every checkpoint; and f(z), (m,), see `Attribution.outputs`."""
-        loop, total = self.target_loop(), len(self.entries)
+        loop, total, strategy = self.target_loop(), len(self.entries), self.trainer.strategy
+        first = self.entries[0]
+        digest = loop.digest(load_weights(first.weights_path, first.digest))
+        kept_as = digest or strategy.broadcast(uuid4().hex)
+        check_some(loop, [(entry, target_chunks(loop, entry, kept_as)) for entry in self.entries])
         features, latest = [], {}
         for number, (entry, scales) in enumerate(zip(self.entries, self.scales, strict=True), 1):
-            found, outputs = featurize_targets(loop, entry, f"{number}/{total}", self.shared)
+            found, outputs = featurize_targets(loop, entry, f"{number}/{total}", kept_as)
             features.append(found.scaled(scales) if isinstance(found, SparseMatrix) else found)
             latest[entry.meta.get("run") or entry.digest] = outputs
+        if digest is None:  # random targets, or such as cannot be compared: of no use later
+            strategy.barrier()
+            self.store.forget_targets(kept_as)
         return features, torch.stack(list(latest.values())).mean(0)
 
     @cached_property  # each needs the curvature's file
@@ -212,21 +215,7 @@ def prepared_job(
         store, plan = _open_store(trainer, model, callback, data, create=ckpt_path is not None)
         entries = [store[digest] for digest in _select(trainer, store, ckpt_path)]
         options = Options(callback.damping, callback.temperature, callback.curvature, callback.estimator)
-        with _shared_folder(trainer, store) as shared:
-            yield Job(trainer, model, store, plan, entries, data, datamodule, options, shared)
-
-
-@contextmanager
-def _shared_folder(trainer: Trainer, store: FeatureStore) -> Iterator[Path | None]:
-    """Make a folder that the processes of a trainer share; None for a single process."""
-    if trainer.world_size == 1:
-        yield None
-        return
-    folder = store.dirpath / "targets" / trainer.strategy.broadcast(uuid4().hex)
-    yield folder
-    trainer.strategy.barrier()
-    if trainer.is_global_zero:
-        shutil.rmtree(folder, ignore_errors=True)
+        yield Job(trainer, model, store, plan, entries, data, datamodule, options)
 
 
 def _sorted_out(model: Any, dataloaders: Any, datamodule: Any) -> tuple[Any, Any, Any]:

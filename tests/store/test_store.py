@@ -272,7 +272,7 @@ def test_damaged_features_are_noticed_and_computed_again(tmp_path, damage):
     else:
         with pytest.raises(Damaged, match=r"0000000004.safetensors' is damaged.*computes its rows again"):
             entry.features  # noqa: B018
-    assert entry.delete_damaged() == ([] if damage == "gone" else [path])
+    assert entry.delete_damaged(path) == ([] if damage == "gone" else [path])
     assert fill(entry) == [4, 5]
     assert_holds_everything(entry)
 
@@ -352,7 +352,7 @@ def test_features_belong_to_the_curvature_by_which_they_are_whitened(tmp_path):
     entry.write_whitening(curvature, notes)  # the same once more is another
     with pytest.raises(Damaged, match="it belongs elsewhere"):
         again.features  # noqa: B018
-    assert again.delete_damaged() == [again.train.path(0), again.train.path(4)]
+    assert again.delete_damaged(again.train.path(0)) == [again.train.path(0), again.train.path(4)]
     assert fill(again, LARGEST) == list(range(6))
 
 
@@ -362,11 +362,11 @@ def test_a_damaged_curvature_is_deleted_with_the_features_that_belong_to_it(tmp_
     entry.write_whitening({"factor": np.arange(64.0)}, {"damping": 0.5})
     fill(entry, LARGEST)
     path = entry.path / "whitening.safetensors"
-    assert entry.delete_damaged() == []
+    assert entry.delete_damaged(path) == []
     flip(path, place)
     with pytest.raises(Damaged, match="whitening.safetensors' is damaged"):
         entry.read_whitening()
-    assert entry.delete_damaged() == [path, entry.train.path(0), entry.train.path(4)]
+    assert entry.delete_damaged(path) == [path, entry.train.path(0), entry.train.path(4)]
     assert entry.whitening_notes == {}
     assert len(entry.train.missing()) == 2
 

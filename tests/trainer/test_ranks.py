@@ -45,7 +45,9 @@ def test_files_are_attributed_as_by_one_process(tmp_path, alone, case):
         for name in ("loss_grad", "curvature", "outputs"):
             np.testing.assert_allclose(one[name], other[name], rtol=1e-3, atol=1e-5)
     assert torch.equal(Attribution.load(shared.scores_dir("kept")).scores, scores)
-    assert not list((shared.dirpath / "targets").iterdir())
+    (targets,) = (shared.dirpath / "targets").iterdir()
+    for entry in shared:
+        assert entry.targets(targets.name, M, 1).complete
 
 
 @pytest.mark.parametrize("case", ["ddp 2", "ddp_notebook 2"])

@@ -1,0 +1,154 @@
+"""The store keeps the features of targets: a second call computes nothing again, unless something has changed."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lightning_trak import FeatureStore
+from tests.conftest import Blobs, Classifier, make_data
+from tests.trainer.references import fresh
+
+M = 40
+
+
+class Counting(Classifier):
+    """Counts the examples of its forward passes."""
+
+    rows = 0
+
+    def forward(self, x):
+        Counting.rows += len(x)
+        return super().forward(x)
+
+
+@pytest.fixture
+def finished(tmp_path, run):
+    """A copy of a finished store, which a test may damage."""
+    root, *_ = run
+    shutil.copytree(root / "store", tmp_path / "store", ignore=shutil.ignore_patterns("targets"))
+    return tmp_path
+
+
+def scores_of(root, targets, model=None, **kwargs):
+    return fresh(root, **kwargs).attribute(model or Classifier(), DataLoader(targets, 4)).scores
+
+
+def target_files(root):
+    return sorted((root / "store" / "targets").glob("*/*/*.safetensors"))
+
+
+def test_a_second_call_featurizes_no_target(finished):
+    counts = []
+    for _ in range(2):
+        Counting.rows = 0
+        scores = scores_of(finished, make_data(M, 2), Counting())
+        counts.append(Counting.rows)
+        torch.testing.assert_close(scores, scores_of(finished, make_data(M, 2)), rtol=0, atol=0)
+    assert counts[0] - counts[1] > 2 * M  # of three checkpoints, less those that are checked
+    assert len({path.parent for path in target_files(finished)}) == 3
+
+
+def test_checkpoints_that_are_added_are_all_that_is_computed(tmp_path, run):
+    root, *_ = run
+    first, *rest = sorted((root / "files").iterdir())
+    times = []
+    for files in ([first], [first, *rest]):
+        scores = (
+            fresh(tmp_path).attribute(Classifier(), DataLoader(make_data(M, 2), 4), Blobs(), ckpt_path=files).scores
+        )
+        times.append({path: path.stat().st_mtime_ns for path in tmp_path.glob("store/**/0*.safetensors")})
+    assert len(times[1]) == 3 * len(times[0])
+    assert times[0].items() <= times[1].items()
+    alone = fresh(tmp_path / "alone")
+    expected = alone.attribute(Classifier(), DataLoader(make_data(M, 2), 4), Blobs(), ckpt_path=files).scores
+    torch.testing.assert_close(scores, expected)
+    assert len(target_files(tmp_path)) == len(target_files(tmp_path / "alone"))
+
+
+@pytest.mark.parametrize("row", [0, 17, M - 1])
+def test_targets_that_changed_in_one_number_are_others(finished, row):
+    x, y = make_data(M, 2).tensors
+    scores_of(finished, TensorDataset(x, y))
+    kept = target_files(finished)
+    changed = x.clone()
+    changed[row, 1] += 1e-3
+    found = scores_of(finished, TensorDataset(changed, y))
+    assert len(target_files(finished)) == 2 * len(kept)
+    shutil.rmtree(finished / "store" / "targets")
+    torch.testing.assert_close(found, scores_of(finished, TensorDataset(changed, y)))
+
+
+def test_another_order_is_another_set_of_targets(finished):
+    x, y = make_data(M, 2).tensors
+    one = scores_of(finished, TensorDataset(x, y))
+    other = scores_of(finished, TensorDataset(x.flip(0), y.flip(0)))
+    torch.testing.assert_close(one.flip(1), other, rtol=1e-4, atol=1e-6)
+
+
+def test_damaged_features_of_targets_are_computed_again(finished):
+    expected = scores_of(finished, make_data(M, 2))
+    for path in target_files(finished)[::9]:
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 16
+        path.write_bytes(content)
+    files = target_files(finished)
+    train = {path: path.stat().st_mtime_ns for path in (finished / "store").glob("checkpoints/*/train/*.safetensors")}
+    with pytest.warns(UserWarning, match=r"is damaged: .* files are computed again"):
+        found = scores_of(finished, make_data(M, 2))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    assert target_files(finished) == files
+    assert train == {path: path.stat().st_mtime_ns for path in train}
+
+
+def test_a_model_output_that_changed_is_an_error(finished):
+    class Other(Classifier):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    scores_of(finished, make_data(M, 2))
+    with pytest.raises(ValueError, match="of target rows .* model_output"):
+        scores_of(finished, make_data(M, 2), Other())
+
+
+class Random(Dataset):
+    """Augments at random."""
+
+    def __len__(self):
+        return M
+
+    def __getitem__(self, row):
+        x, y = make_data(M, 2)[row]
+        return x + torch.randn(4), y
+
+
+def test_random_targets_are_not_kept(finished):
+    with pytest.warns(UserWarning, match="Two reads of the same target examples differ"):
+        assert scores_of(finished, Random()).isfinite().all()
+    assert not target_files(finished)
+
+
+def test_a_store_that_cannot_be_written_gives_scores_all_the_same(finished):
+    expected = scores_of(finished, make_data(M, 2))
+    shutil.rmtree(finished / "store" / "targets")
+    (finished / "store" / "targets").write_text("in the way")
+    with pytest.warns(UserWarning, match="Features of targets could not be stored"):
+        found = scores_of(finished, make_data(M, 2))
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_targets_of_a_deleted_checkpoint_go_with_it(finished):
+    scores_of(finished, make_data(M, 2))
+    store = FeatureStore(finished / "store")
+    first, *rest = store.digests
+    store.discard(first)
+    assert {path.parent.name for path in target_files(finished)} == set(rest)
+
+
+def test_starting_anew_leaves_no_targets(finished):
+    scores_of(finished, make_data(M, 2))
+    FeatureStore.remove(finished / "store")
+    assert not list((finished / "store").glob("targets/*"))
