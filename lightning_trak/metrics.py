@@ -43,8 +43,8 @@ def linear_datamodeling_score(scores: Tensor, masks: Tensor, outputs: Tensor) ->
     return spearman(predicted_outputs(scores, masks), outputs).mean()
 
 
-def predicted_outputs(scores: Tensor, masks: Tensor) -> Tensor:
-    """Return Σ_{i∈S} τᵢⱼ for every subset S and target j: (n, m), (s, n) → (s, m)."""
+def predicted_outputs(scores: Any, masks: Tensor) -> Tensor:
+    """Return Σ_{i∈S} τᵢⱼ for every subset S and target j: (n, m), (s, n) → (s, m). Scores may be on disk."""
     if scores.ndim != 2 or masks.ndim != 2 or masks.shape[1] != len(scores):
         raise ValueError(
             f"scores must be (n, m) and masks (s, n), got {tuple(scores.shape)} and {tuple(masks.shape)}. Scores of"
@@ -52,7 +52,7 @@ def predicted_outputs(scores: Tensor, masks: Tensor) -> Tensor:
         )
     if masks.dtype != torch.bool:
         raise ValueError(f"masks must be bool, got {masks.dtype}. Convert it with masks.bool().")
-    return masks.to(scores) @ scores
+    return masks.to(scores.device, scores.dtype) @ scores
 
 
 def spearman(preds: Tensor, target: Tensor) -> Tensor:

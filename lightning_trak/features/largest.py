@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,19 +15,6 @@ from lightning_trak.features.sparse_matrix import SparseMatrix
 _CHUNKS = 16  # for each entry that is kept: more give a closer bound
 
 Array = npt.NDArray[Any]
-
-
-class StoredArrays(Protocol):
-    """Arrays of many rows that are read in order, in blocks; e.g. chunks in the store."""
-
-    @property
-    def n(self) -> int:
-        """The number of rows."""
-        ...
-
-    def blocks(self, names: Sequence[str], size: int) -> Iterator[Mapping[str, Array]]:
-        """Yield all rows in order, ``size`` at a time."""
-        ...
 
 
 def entry_bytes(k: int, dimension: int) -> int:
@@ -98,26 +85,22 @@ def matrix_of(entries: Mapping[str, Array]) -> SparseMatrix:
 
 
 class SparseRows:
-    """The largest entries of examples as rows of a sparse matrix, read in order.
+    """The largest entries of n examples as a sparse matrix, of which parts are read.
 
     Args:
-        arrays: with what `largest_entries` returns, of n examples.
-        dimension: p, the number of columns.
+        read: returns the `ENTRIES` of a range of rows.
+        shape: (n, p).
         scales: to multiply columns with, (p,); None for 1.
     """
 
-    def __init__(self, arrays: StoredArrays, dimension: int, scales: Tensor | None = None) -> None:
-        self._arrays, self._dimension, self._scales = arrays, dimension, scales
+    def __init__(
+        self, read: Callable[[range], Mapping[str, Array]], shape: tuple[int, int], scales: Tensor | None = None
+    ) -> None:
+        self._read, self.shape, self._scales = read, shape, scales
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(n, p)."""
-        return self._arrays.n, self._dimension
-
-    def blocks(self, size: int) -> Iterator[SparseMatrix]:
-        """Yield all rows in order, ``size`` at a time."""
-        for block in self._arrays.blocks(ENTRIES, size):
-            yield matrix_of(block).scaled(self._scales)
+    def __getitem__(self, rows: slice) -> SparseMatrix:
+        """Return some rows."""
+        return matrix_of(self._read(range(*rows.indices(self.shape[0])))).scaled(self._scales)
 
 
 def difference(one: Mapping[str, Array], other: Mapping[str, Array]) -> float:

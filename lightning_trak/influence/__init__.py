@@ -8,9 +8,9 @@ from lightning_trak.influence.damping import Damping, whitening_damping
 from lightning_trak.influence.estimator import Estimator, Options, Solved
 from lightning_trak.influence.gauss_newton import SUMS_VERSION, GaussNewton
 from lightning_trak.influence.output_curvature import Corrected, OutputCurvature
-from lightning_trak.influence.scores import Extremes, Ranked, Scores, Spread, rank, score_products
+from lightning_trak.influence.scores import Extremes, Ranked, Scores, Spread, extremes_of, rank, score_products
 from lightning_trak.influence.temperature import is_logistic
-from lightning_trak.influence.train_features import TrainFeatures, n_blocks, stack
+from lightning_trak.influence.train_features import TrainFeatures, stack
 from lightning_trak.influence.training_time import TrainingTime
 
 __all__ = [
@@ -29,9 +29,9 @@ __all__ = [
     "Spread",
     "TrainFeatures",
     "TrainingTime",
+    "extremes_of",
     "fit_weights",
     "is_logistic",
-    "n_blocks",
     "rank",
     "score_products",
     "stack",

@@ -31,6 +31,10 @@ from lightning_trak.influence.scores import (
     Extremes,
     Scores,
     extreme_scores,
+    mean_and_standard_error,
+    mean_of,
+    sample_of,
+    score_blocks,
     scores,
     self_influence,
     with_mean_loss_grad,
@@ -173,14 +177,33 @@ class Estimator:
             return loss_grad.square() * squares / train.shape[0]
         return self_influence(train, self._factor(train, sums)[0], advance, self.device)
 
-    def scores(self, solved: Sequence[Solved], advance: Callable[[], object] = lambda: None) -> Scores:
+    def scores(
+        self, solved: Sequence[Solved], advance: Callable[[], object] = lambda: None, *, spread: bool = True
+    ) -> Scores:
         """Return τ, (n, m), averaged over checkpoints. The train features are read once.
 
         Args:
             solved: what `solve` returned at each checkpoint.
             advance: called after every block of rows, for progress.
+            spread: whether to return how scores vary from checkpoint to checkpoint.
         """
-        return scores(self._corrected(solved), [one.vectors for one in solved], advance, self.device)
+        vectors = [one.vectors for one in solved]
+        return scores(self._corrected(solved), vectors, advance, self.device, spread=spread)
+
+    def score_rows(self, solved: Sequence[Solved], *, spread: bool = False) -> Callable[[slice], Tensor]:
+        """Return a function that gives the scores of some rows, (r, m); or, with ``spread``, their standard error."""
+        trains, vectors = self._corrected(solved), [one.vectors for one in solved]
+
+        def of_rows(rows: slice) -> Tensor:
+            blocks = score_blocks(trains, vectors, rows, self.device)
+            found = mean_and_standard_error(blocks, len(trains))[1] if spread else mean_of(blocks)
+            return found.cpu()
+
+        return of_rows
+
+    def sample(self, solved: Sequence[Solved]) -> Tensor:
+        """Return the scores of some rows at each checkpoint: see `Spread`."""
+        return sample_of(self._corrected(solved), [one.vectors for one in solved], self.device)
 
     def extremes(self, solved: Sequence[Solved], k: int, advance: Callable[[], object] = lambda: None) -> Extremes:
         """Return the k highest and lowest scores of each target; arguments as of `scores`, no (n, m) matrix is made."""

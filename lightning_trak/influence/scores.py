@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -35,16 +35,16 @@ class Spread:
     """How scores vary from checkpoint to checkpoint.
 
     Attributes:
-        standard_error: the standard error of the mean over checkpoints, (n, m).
+        standard_error: the standard error of the mean over checkpoints, (n, m): a tensor, or what is sliced like one.
         sample: scores at each checkpoint, (checkpoints, r, m), of r training examples, evenly spaced by row.
     """
 
-    standard_error: Tensor
+    standard_error: Any
     sample: Tensor
 
 
 class Scores(NamedTuple):
-    """Scores averaged over checkpoints, (n, m), and how they vary; ``spread`` is None for a single checkpoint."""
+    """Scores averaged over checkpoints, (n, m), and how they vary; ``spread`` is None where that was not asked for."""
 
     mean: Tensor
     spread: Spread | None
@@ -63,6 +63,8 @@ def scores(
     solved: Sequence[Tensor],
     advance: Callable[[], object] = lambda: None,
     device: torch.device = CPU,
+    *,
+    spread: bool = True,
 ) -> Scores:
     """Average φ(z)ᵀ H⁻¹ φ(zᵢ) qᵢ over checkpoints, each with its own q.
 
@@ -71,31 +73,58 @@ def scores(
         solved: H⁻¹ φ(z) at each checkpoint, (m, k), on any device.
         advance: called after every block of rows, for progress.
         device: where blocks are multiplied.
+        spread: whether to return how scores vary, which needs another (n, m) numbers.
 
     Returns:
         τ, (n, m), float32, on the CPU; and how it varies from checkpoint to checkpoint, if there are two or more.
     """
     (n, _), m, checkpoints = trains[0].shape, len(solved[0]), len(trains)
-    mean = torch.zeros(n, m)
-    if checkpoints == 1:
-        for rows, blocks in _score_blocks(trains, solved, device):
-            mean[rows] = _mean(blocks)
-            advance()
-        return Scores(mean, None)
-    sampled = evenly_spaced(n, _SAMPLED)
-    spread = Spread(torch.zeros(n, m), torch.zeros(checkpoints, len(sampled), m))
-    for rows, blocks in _score_blocks(trains, solved, device):
-        here = (sampled >= rows.start) & (sampled < rows.stop)
-        total = squares = torch.zeros(rows.stop - rows.start, m, device=device)
-        for number, block in enumerate(blocks):
-            difference = block - total
-            total = total + difference / (number + 1)  # Welford's recurrence, which avoids differences of large sums
-            squares = squares + difference * (block - total)
-            spread.sample[number, here] = block[sampled[here] - rows.start].cpu()
-        mean[rows] = total
-        spread.standard_error[rows] = (squares / (checkpoints * (checkpoints - 1))).sqrt()
+    mean, sampled = torch.zeros(n, m), evenly_spaced(n, _SAMPLED)
+    known = None
+    if spread and checkpoints > 1:
+        known = Spread(torch.zeros(n, m), torch.zeros(checkpoints, len(sampled), m))
+    for rows in trains[0].slices(m):
+        blocks = score_blocks(trains, solved, rows, device)
+        if known is None:
+            mean[rows] = mean_of(blocks)
+        else:
+            blocks = _noting(blocks, sampled, rows, known.sample)
+            mean[rows], known.standard_error[rows] = mean_and_standard_error(blocks, checkpoints)
         advance()
-    return Scores(mean, spread)
+    return Scores(mean, known)
+
+
+def mean_and_standard_error(blocks: Iterable[Tensor], checkpoints: int) -> tuple[Tensor, Tensor]:
+    """Return the mean over checkpoints, and its standard error; bit for bit the same mean as `mean_of`.
+
+    >>> mean_and_standard_error([torch.tensor([1.0]), torch.tensor([3.0])], 2)
+    (tensor([2.]), tensor([1.]))
+    """
+    total: Any = 0.0
+    squares: Any = 0.0
+    for number, block in enumerate(blocks, 1):
+        difference = block - total
+        total = total + difference / number  # Welford's recurrence, which avoids differences of large sums
+        squares = squares + difference * (block - total)
+    return total, (squares / (checkpoints * (checkpoints - 1))).sqrt()
+
+
+def _noting(blocks: Iterable[Tensor], sampled: Tensor, rows: slice, sample: Tensor) -> Iterator[Tensor]:
+    """Note the scores of the sampled rows at each checkpoint."""
+    here = (sampled >= rows.start) & (sampled < rows.stop)
+    for number, block in enumerate(blocks):
+        sample[number, here] = block[(sampled[here] - rows.start).to(block.device)].cpu()
+        yield block
+
+
+def sample_of(trains: Sequence[TrainFeatures], solved: Sequence[Any], device: torch.device) -> Tensor:
+    """Return the ``sample`` of a `Spread`, without scores of other rows; the train features are read once."""
+    sampled = evenly_spaced(trains[0].shape[0], _SAMPLED)
+    found = []
+    for train, vectors in zip(trains, solved, strict=True):
+        loss_grad = torch.from_numpy(train.loss_grad)[sampled]
+        found.append(score_products(train.rows(sampled, device), loss_grad, vectors, device).cpu())
+    return torch.stack(found)
 
 
 def extreme_scores(
@@ -109,13 +138,26 @@ def extreme_scores(
 
     See `scores` for the arguments.
     """
-    m = len(solved[0])
-    top = bottom = Ranked(torch.zeros(m, 0, dtype=torch.int64, device=device), torch.zeros(m, 0, device=device))
-    for rows, blocks in _score_blocks(trains, solved, device):
-        values = _mean(blocks).T
-        top, bottom = (_keep(kept, rows.start, values, k, largest) for kept, largest in ((top, True), (bottom, False)))
-        advance()
-    return Extremes(*(Ranked(kept.indices.cpu(), kept.values.cpu()) for kept in (top, bottom)))
+
+    def blocks() -> Iterator[tuple[slice, Tensor]]:
+        for rows in trains[0].slices(len(solved[0])):
+            yield rows, mean_of(score_blocks(trains, solved, rows, device))
+            advance()
+
+    return extremes_of(blocks(), k)
+
+
+def extremes_of(blocks: Iterable[tuple[slice, Tensor]], k: int) -> Extremes:
+    """Return the k highest and k lowest scores of every target, from (rows, scores (r, m)) in order.
+
+    >>> extremes_of([(slice(0, 2), torch.tensor([[1.0], [5.0]])), (slice(2, 3), torch.tensor([[7.0]]))], 1).top
+    Ranked(indices=tensor([[2]]), values=tensor([[7.]]))
+    """
+    top = bottom = None
+    for rows, values in blocks:
+        top = _keep(top, rows.start, values.T, k, largest=True)
+        bottom = _keep(bottom, rows.start, values.T, k, largest=False)
+    return Extremes(*(Ranked(kept.indices.cpu(), kept.values.cpu()) for kept in (top, bottom) if kept is not None))
 
 
 def self_influence(
@@ -157,13 +199,13 @@ def with_mean_loss_grad(trains: Sequence[TrainFeatures]) -> list[TrainFeatures]:
     return [replace(train, loss_grad=mean) for train in trains]
 
 
-def _score_blocks(
-    trains: Sequence[TrainFeatures], solved: Sequence[Tensor], device: torch.device
-) -> Iterator[tuple[slice, Iterator[Tensor]]]:
-    """Yield blocks of rows, and their scores (r, m) at each checkpoint."""
-    readers = [train.blocks(len(solved[0])) for train in trains]
-    for parts in zip(*readers, strict=True):
-        yield parts[0][0], (score_products(part[1], part[2], x, device) for part, x in zip(parts, solved, strict=True))
+def score_blocks(
+    trains: Sequence[TrainFeatures], solved: Sequence[Any], rows: slice, device: torch.device
+) -> Iterator[Tensor]:
+    """Yield the scores of some rows, (r, m), at each checkpoint."""
+    for train, vectors in zip(trains, solved, strict=True):
+        features, loss_grad, _ = train.block(rows)
+        yield score_products(features, loss_grad, vectors, device)
 
 
 def score_products(features: Matrix, loss_grad: Tensor, solved: Any, device: torch.device) -> Tensor:
@@ -174,17 +216,19 @@ def score_products(features: Matrix, loss_grad: Tensor, solved: Any, device: tor
         return products * loss_grad.to(device)[:, None]
 
 
-def _mean(blocks: Iterator[Tensor]) -> Tensor:
-    """Average over checkpoints; bit for bit as `scores` does."""
-    total = next(blocks)
-    for number, block in enumerate(blocks, 2):
+def mean_of(blocks: Iterable[Tensor]) -> Tensor:
+    """Return the mean over checkpoints."""
+    total: Any = 0.0
+    for number, block in enumerate(blocks, 1):
         total = total + (block - total) / number
-    return total
+    return total  # type: ignore[no-any-return]
 
 
-def _keep(kept: Ranked, first: int, values: Tensor, k: int, largest: bool) -> Ranked:
+def _keep(kept: Ranked | None, first: int, values: Tensor, k: int, *, largest: bool) -> Ranked:
     """Merge the extremes so far, (m, k), with those of a block whose rows start at ``first``."""
     block = rank(values, min(k, values.shape[1]), largest)
+    if kept is None:
+        return Ranked(block.indices + first, block.values)
     indices = torch.cat([kept.indices, block.indices + first], 1)
     values = torch.cat([kept.values, block.values], 1)
     return rank(values, min(k, values.shape[1]), largest, indices)

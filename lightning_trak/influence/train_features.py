@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lightning_trak.influence.training_time import TrainingTime
 
-_BLOCK_ROWS = 4096
 _BLOCK_SCORES = 2**26  # the most scores at once: 256 MiB
 CPU = torch.device("cpu")
 
@@ -37,17 +36,16 @@ class Matrix(Protocol):
         ...
 
 
-@runtime_checkable
 class Rows(Protocol):
-    """An array that is read once, in order, in blocks of rows; e.g. a file."""
+    """An array, or what is sliced like one, e.g. a file: ``features[2:5]`` are three rows."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(n, k)."""
         ...
 
-    def blocks(self, size: int) -> Iterator[Array | Matrix]:
-        """Yield all rows in order, ``size`` at a time: arrays, or sparse matrices of another kind."""
+    def __getitem__(self, rows: slice) -> Array | Matrix:
+        """Return some rows: an array, a tensor, or a sparse matrix of another kind."""
         ...
 
 
@@ -56,7 +54,7 @@ class TrainFeatures:
     """The train set at one checkpoint.
 
     Attributes:
-        features: Φ, (n, k), float32: an array, or `Rows`.
+        features: Φ, (n, k), float32: an array, or `Rows` that are read when they are needed.
         loss_grad: Q, (n,).
         curvature: w, (n,).
         training_time: how long training went on; None where that is unknown.
@@ -64,6 +62,7 @@ class TrainFeatures:
         n_trainable: the number of trainable parameters; 0 where that is unknown.
         squares: ‖φ‖², (n,), if φ is whitened by the curvature; else None.
         whitened_by_rest: whether that is the curvature of what the outputs leave open: see `OutputCurvature`.
+        block_rows: how many rows are read at once, at most.
 
     Arrays must be writable, or memory-mapped copy-on-write (``mmap_mode="c"``): else torch cannot read them in place.
     """
@@ -76,6 +75,7 @@ class TrainFeatures:
     n_trainable: int = 0
     squares: Array | None = None
     whitened_by_rest: bool = False
+    block_rows: int = 4096
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -85,15 +85,19 @@ class TrainFeatures:
 
     def blocks(self, n_targets: int = 1, device: torch.device = CPU) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """Yield (rows, Φ, Q, w) in order, in blocks so small that their features and scores take little memory."""
-        size = block_size(n_targets)
-        cut = self.features.blocks(size) if isinstance(self.features, Rows) else _cut(self.features, size)
-        start = 0
-        for block in cut:
-            rows = slice(start, start + block.shape[0])
-            arrays = (block, self.loss_grad[rows], self.curvature[rows])
-            features, loss_grad, curvature = (_matrix(array).to(device) for array in arrays)
-            yield rows, features, loss_grad, curvature
-            start = rows.stop
+        for rows in self.slices(n_targets):
+            yield rows, *self.block(rows, device)
+
+    def slices(self, n_targets: int = 1) -> list[slice]:
+        """Return the rows of every block, in order."""
+        n, size = self.shape[0], min(self.block_rows, max(1, _BLOCK_SCORES // n_targets))
+        return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+    def block(self, rows: slice, device: torch.device = CPU) -> tuple[Any, Tensor, Tensor]:
+        """Return Φ, Q and w of some rows."""
+        arrays = (self.features[rows], self.loss_grad[rows], self.curvature[rows])
+        features, loss_grad, curvature = (_matrix(array).to(device) for array in arrays)
+        return features, loss_grad, curvature
 
     def rows(self, chosen: Tensor, device: torch.device = CPU) -> Any:
         """Return the features of some examples, in order; ``chosen`` are ascending row numbers."""
@@ -125,18 +129,3 @@ def stack(parts: Sequence[Any]) -> Any:
 def combined(rows: Any, weights: Tensor) -> Any:
     """Return the transpose of ``weights`` times rows, (m, r) times (r, k): of a tensor, or of a sparse matrix."""
     return (weights @ rows).T if isinstance(rows, Tensor) else rows.combined(weights)
-
-
-def block_size(n_targets: int) -> int:
-    """Return the number of training examples in a block."""
-    return min(_BLOCK_ROWS, max(1, _BLOCK_SCORES // n_targets))
-
-
-def n_blocks(n_train: int, n_targets: int) -> int:
-    """Return the number of blocks."""
-    return -(-n_train // block_size(n_targets))
-
-
-def _cut(array: Array, size: int) -> Iterator[Array]:
-    for start in range(0, len(array), size):
-        yield array[start : start + size]

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lightning_trak.influence import Extremes, Ranked, Spread, fit_weights, rank
+from lightning_trak.influence import Extremes, Ranked, Spread, extremes_of, fit_weights, rank
 from lightning_trak.metrics import predicted_outputs, spearman
 from lightning_trak.results.plots import plot_extremes
 from lightning_trak.results.saved import check_saved, read_saved, write_saved
 from lightning_trak.results.split_score import SplitScore
+from lightning_trak.results.stored_scores import StoredScores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,8 +83,12 @@ class Kept(Protocol):
         """Return how outputs change when sets of training examples are left out, (s, n) → (s, m)."""
         ...
 
-    def calibrated(self, masks: Tensor, outputs: Tensor) -> Tensor:
+    def calibrated(self, masks: Tensor, outputs: Tensor) -> Tensor | StoredScores:
         """Return scores, (n, m), weighted so that they predict the outputs after training on subsets."""
+        ...
+
+    def spread(self) -> Spread:
+        """Return how scores vary from checkpoint to checkpoint."""
         ...
 
     def split(self, i: int, j: int) -> SplitScore:
@@ -99,7 +104,7 @@ class Attribution:
     by how much the output falls if the example is left out of training.
 
     Args:
-        scores: τ, (n, m); or `Extremes`, which hold only the highest and lowest scores of each target.
+        scores: τ, (n, m), in memory or on disk; or `Extremes`, the highest and lowest scores of each target alone.
         info: how scores were computed.
         spread: how scores vary from checkpoint to checkpoint, where that is known.
         outputs: the model outputs of the targets, (m,), where they are known.
@@ -115,7 +120,7 @@ class Attribution:
 
     def __init__(
         self,
-        scores: Tensor | Extremes,
+        scores: Tensor | StoredScores | Extremes,
         info: AttributionInfo,
         spread: Spread | None = None,
         *,
@@ -129,8 +134,12 @@ class Attribution:
         self.info = info
 
     @property
-    def scores(self) -> Tensor:
-        """τ, (n, m): row i, column j says how much training example i raised the model output on target j."""
+    def scores(self) -> Tensor | StoredScores:
+        """τ, (n, m): row i, column j says how much training example i raised the model output on target j.
+
+        A tensor; or, beyond ``TRAKCallback(memory_limit=...)``, `StoredScores`: a matrix on disk, whose parts are
+        tensors. Index it in the same way: ``scores[i, j]``, ``scores[i]``, ``scores[:, j]``.
+        """
         if isinstance(self._scores, Extremes):
             kept = self._scores.top.indices.shape[1]
             raise AttributeError(
@@ -146,6 +155,9 @@ class Attribution:
         Checkpoints of one run are alike. So this tells how much scores would change with other checkpoints of the same
         run, not with another run. With ``estimator="trak"`` it leaves out the variation of Q, which is averaged over
         checkpoints separately.
+
+        Of more than 16 million scores it is computed when it is first asked for, from the stored features. `save` saves
+        it if it was.
         """
         return self._known_spread().standard_error
 
@@ -174,10 +186,14 @@ class Attribution:
         return Convergence(numbers, agreement)
 
     def _known_spread(self) -> Spread:
+        computable = len(self.info.checkpoints) > 1 and not isinstance(self._scores, Extremes)
+        if self._spread is None and self._kept is not None and computable:
+            self._spread = self._kept.spread()
         if self._spread is None:
             raise AttributeError(
                 "How scores vary over checkpoints is known only where trainer.attribute(...) averaged over two"
-                f" checkpoints or more, without top_k and calibrate; here are {len(self.info.checkpoints)}."
+                f" checkpoints or more, without top_k and calibrate; here are {len(self.info.checkpoints)}. Of more"
+                " than 16 million scores it is saved only if attribution.standard_error was asked for before."
             )
         return self._spread
 
@@ -251,7 +267,7 @@ class Attribution:
                 f" {self.info.n_targets - 1}; got {i} and {j}."
             )
         found = kept.split(i, j)
-        if isinstance(self._scores, Tensor):
+        if not isinstance(self._scores, Extremes):
             score, size = self._scores[i, j].item(), sum(map(abs, found.layers.values()))
             if not abs(found.score - score) <= 0.02 * size:
                 raise ValueError(
@@ -332,7 +348,7 @@ class Attribution:
         Raises:
             FileExistsError: if ``path`` exists, is not empty, and has no saved attribution.
         """
-        write_saved(Path(path), asdict(self.info), self._arrays())
+        write_saved(Path(path), asdict(self.info), self._arrays(), self._stored())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Attribution:
@@ -344,21 +360,24 @@ class Attribution:
         """
         check_saved(Path(path))
         try:
-            fields, arrays = read_saved(Path(path))
+            fields, arrays, stored = read_saved(Path(path))
             info = AttributionInfo(**{**fields, **{name: tuple(fields[name]) for name in _LISTS}})
             outputs = arrays.get("outputs")
-            if "scores" not in arrays:
+            if "top" in arrays:
                 sides = [Ranked(arrays[side], arrays[f"{side}_values"]) for side in ("top", "bottom")]
                 return cls(Extremes(*sides), info, outputs=outputs)
-            spread = Spread(arrays["standard_error"], arrays["sample"]) if "sample" in arrays else None
-            return cls(arrays["scores"], info, spread, outputs=outputs)
-        except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
+            found: dict[str, Any] = {**arrays, **stored}
+            spread = Spread(found["standard_error"], found["sample"]) if "sample" in found else None
+            return cls(found["scores"], info, spread, outputs=outputs)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError) as error:
             raise ValueError(f"The attribution in '{path}' is damaged: {error}. Compute it again.") from error
 
     def _arrays(self) -> dict[str, Tensor]:
+        """Return all that is saved and in memory, by name."""
         known = {} if self._outputs is None else {"outputs": self._outputs}
-        if isinstance(self._scores, Tensor):
-            return known | {"scores": self._scores} | ({} if self._spread is None else vars(self._spread))
+        if not isinstance(self._scores, Extremes):
+            parts = {"scores": self._scores} | ({} if self._spread is None else vars(self._spread))
+            return known | {name: part for name, part in parts.items() if isinstance(part, Tensor)}
         top, bottom = self._scores.top, self._scores.bottom
         return known | {
             "top": top.indices,
@@ -366,6 +385,11 @@ class Attribution:
             "bottom": bottom.indices,
             "bottom_values": bottom.values,
         }
+
+    def _stored(self) -> dict[str, StoredScores]:
+        """Return all that is saved and on disk, by name."""
+        parts = {"scores": self._scores} | ({} if self._spread is None else vars(self._spread))
+        return {name: part for name, part in parts.items() if isinstance(part, StoredScores)}
 
     def _ranked(self, k: int, *, largest: bool) -> Ranked:
         if isinstance(self._scores, Extremes):
@@ -377,6 +401,9 @@ class Attribution:
             raise ValueError(f"k must be between 1 and {limit}, the number of examples {why}; got {k}.")
         if isinstance(self._scores, Extremes):
             return Ranked(kept.indices[:, :k], kept.values[:, :k])
+        if isinstance(self._scores, StoredScores):
+            extremes = extremes_of(self._scores.blocks(), k)
+            return extremes.top if largest else extremes.bottom
         return rank(self._scores.T, k, largest)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ The index names the arrays and is replaced in one step. So there is always one w
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_trak.results.stored_scores import StoredScores
+from lightning_trak.store.chunks import Chunks
 from lightning_trak.store.files import atomically, checksum_of_file, read_json, write_json
 
 _INDEX = "attribution.json"
-_LEFT = re.compile(r"(\w+-[0-9a-f]{8}\.npy|attribution\.json)(\.[0-9a-f]{32}\.partial)?")
+_LEFT = re.compile(r"(\w+-[0-9a-f]{8}(\.npy)?|attribution\.json)(\.[0-9a-f]{32}\.partial)?")
 
 
-def write_saved(folder: Path, info: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> None:
+def write_saved(
+    folder: Path, info: Mapping[str, Any], arrays: Mapping[str, Tensor], stored: Mapping[str, StoredScores]
+) -> None:
     """Write an attribution into a folder; whatever else is in the folder stays.
+
+    Args:
+        folder: is made if it is not there.
+        info: how scores were computed.
+        arrays: what is in memory, by name.
+        stored: what is on disk, by name.
 
     Raises:
         FileExistsError: if the folder exists, is not empty, and has no saved attribution.
@@ -30,20 +41,25 @@ def write_saved(folder: Path, info: Mapping[str, Any], arrays: Mapping[str, Tens
     if not _is_own(folder):
         raise FileExistsError(f"'{folder}' exists and is no saved attribution. Choose another path.")
     folder.mkdir(parents=True, exist_ok=True)
-    outdated, token, files = _files_of(folder), uuid4().hex[:8], {}
-    named = {f"{name}-{token}.npy": (name, array) for name, array in arrays.items()}
+    outdated, token = _files_of(folder), uuid4().hex[:8]
+    files, chunks = {}, {}
     try:  # new names: the earlier attribution is whole until the index changes
-        for file, (name, array) in named.items():
-            with atomically(folder / file) as partial, open(partial, "wb") as opened:
+        for name, array in arrays.items():
+            path = folder / f"{name}-{token}.npy"
+            with atomically(path) as partial, open(partial, "wb") as opened:
                 np.save(opened, array.numpy(), allow_pickle=False)
-            files[name] = {"file": file, "checksum": checksum_of_file(folder / file)}
-        write_json(folder / _INDEX, {"info": dict(info), "files": files})
+            files[name] = {"file": path.name, "checksum": checksum_of_file(path)}
+        for name, scores in stored.items():
+            copy = scores.chunks.copied(folder / f"{name}-{token}")
+            own = {"place": copy.place, "n": copy.n, "size": copy.size, "m": scores.shape[1], "factor": scores.factor}
+            chunks[name] = {"folder": copy.folder.name, **own}
+        write_json(folder / _INDEX, {"info": dict(info), "files": files, "chunks": chunks})
     except BaseException:
-        outdated = list(named)
+        outdated = [f"{name}-{token}.npy" for name in arrays] + [f"{name}-{token}" for name in stored]
         raise
     finally:
         for file in outdated:
-            (folder / file).unlink(missing_ok=True)
+            _delete(folder / file)
 
 
 def check_saved(folder: Path) -> None:
@@ -54,14 +70,15 @@ def check_saved(folder: Path) -> None:
         )
 
 
-def read_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the info and the arrays that `write_saved` wrote.
+def read_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, StoredScores]]:
+    """Return the info, the arrays and the scores on disk that `write_saved` wrote.
 
     Raises:
         OSError, ValueError, TypeError, KeyError, EOFError: if a file is missing or damaged.
     """
     index = read_json(folder / _INDEX, "Compute it again.")
-    return index["info"], {name: _load(folder, **file) for name, file in index["files"].items()}
+    stored = {name: _stored(folder, **entry) for name, entry in index["chunks"].items()}
+    return index["info"], {name: _load(folder, **file) for name, file in index["files"].items()}, stored
 
 
 def _is_own(folder: Path) -> bool:
@@ -75,9 +92,26 @@ def _files_of(folder: Path) -> list[str]:
     """Return the names of the arrays of an earlier attribution; none if its index cannot be read."""
     try:
         index = read_json(folder / _INDEX)
-        return [Path(entry["file"]).name for entry in index["files"].values()]
+        names = [entry["file"] for entry in index["files"].values()]
+        return [Path(name).name for name in [*names, *(entry["folder"] for entry in index["chunks"].values())]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return []
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, or a folder; what a symbolic link leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _stored(root: Path, folder: str, place: str, n: int, size: int, m: int, factor: float) -> StoredScores:
+    """Return scores on disk, of which all chunks are there; each is verified when it is read."""
+    chunks = Chunks(root / Path(folder).name, place, n, size)
+    if not chunks.complete:
+        raise ValueError(f"of the scores in {folder}, some are missing")
+    return StoredScores(chunks, m, factor)
 
 
 def _load(folder: Path, file: str, checksum: int) -> Tensor:

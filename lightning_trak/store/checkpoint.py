@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
+from lightning_trak.features.stored import dense
 from lightning_trak.store.arrays import read_arrays, read_with_notes, write_arrays
 from lightning_trak.store.chunks import Chunks
 from lightning_trak.store.files import Damaged, explained_os_errors, read_json, write_json
@@ -82,7 +83,7 @@ class CheckpointEntry:
     @property
     def train(self) -> Chunks:
         """The train set's features, Q, w and f, in chunks."""
-        return Chunks(self._train_folder, f"{self._place}|train", self.n_train, self._chunk_rows)
+        return Chunks(self._train_folder, f"{self.place}|train", self.n_train, self._chunk_rows)
 
     def targets(self, digest: str, n: int, chunk_rows: int) -> Chunks:
         """Return the features and outputs of targets, in chunks.
@@ -92,9 +93,7 @@ class CheckpointEntry:
             n: m, the number of targets.
             chunk_rows: the number of rows in a chunk.
         """
-        return Chunks(
-            targets_folder(self._root, digest) / self.digest, f"{self._place}|targets {digest}", n, chunk_rows
-        )
+        return Chunks(targets_folder(self._root, digest) / self.digest, f"{self.place}|targets {digest}", n, chunk_rows)
 
     @property
     def complete(self) -> bool:
@@ -107,7 +106,7 @@ class CheckpointEntry:
         train = self._complete()
         (whole,) = train.blocks(None, self.n_train)
         arrays = {name: array for name, array in whole.items() if name not in ("loss_grad", "curvature", "outputs")}
-        return arrays.get("features", arrays)
+        return dense(arrays).numpy() if "features" in arrays else arrays
 
     @property
     def loss_grad(self) -> Array:
@@ -206,7 +205,7 @@ class CheckpointEntry:
 
     def _sums(self, key: Mapping[str, Any]) -> tuple[Path, str]:
         """Return the path of sums, and their place. The name is a digest of all that they depend on."""
-        place = f"{self._place}|sums|{json.dumps(key, sort_keys=True)}"
+        place = f"{self.place}|sums|{json.dumps(key, sort_keys=True)}"
         return self.path / f"sums-{hashlib.blake2b(place.encode(), digest_size=8).hexdigest()}.safetensors", place
 
     def _is_of_targets(self, path: Path) -> bool:
@@ -241,7 +240,8 @@ class CheckpointEntry:
         return arrays["id"].tobytes().hex(), notes
 
     @property
-    def _place(self) -> str:
+    def place(self) -> str:
+        """What features belong to: the store, the weights and the curvature."""
         return f"{self._store}|{self.digest}|{self._whitening[0]}"
 
     def _complete(self) -> Chunks:

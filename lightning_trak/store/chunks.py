@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -13,10 +16,11 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from lightning_trak.store.arrays import map_arrays, write_arrays
-from lightning_trak.store.files import Damaged, explained_os_errors
+from lightning_trak.store.files import Damaged, explained_os_errors, to_disk
 
 Array = npt.NDArray[Any]
 _END = ".safetensors"
+_WAIT = 0.5  # seconds between two looks whether another process is done
 _REMEDY = "trainer.attribute(...) with a train set computes its rows again."
 
 
@@ -41,7 +45,7 @@ class Chunks:
 
     def __init__(self, folder: Path, place: str, n: int, size: int) -> None:
         self.folder, self.n, self.size = folder, n, size
-        self._place = place
+        self.place = place
 
     def all(self) -> list[range]:
         """Return the rows of every chunk."""
@@ -114,18 +118,22 @@ class Chunks:
 
     def blocks(self, names: Sequence[str] | None, size: int) -> Iterator[dict[str, Array]]:
         """Yield all rows of the arrays ``names``, or of all arrays, in order, ``size`` at a time."""
-        held: list[dict[str, Array]] = []
-        count = 0
-        for rows in self.all():
-            held.append(self.read(rows, names))
-            count += len(rows)
-            cut = count if rows.stop == self.n else count - count % size
-            if not cut:
-                continue
-            whole = {name: np.concatenate([arrays[name] for arrays in held]) for name in held[0]}
-            for start in range(0, cut, size):
-                yield {name: array[start : min(start + size, cut)] for name, array in whole.items()}
-            held, count = [{name: array[cut:] for name, array in whole.items()}], count - cut
+        read = Reader(self, names)
+        for start in range(0, self.n, size):
+            yield read(range(start, min(start + size, self.n)))
+
+    def copied(self, folder: Path) -> Chunks:
+        """Return the same chunks in another folder: by hard links where the disk can, which take no space."""
+        with explained_os_errors(folder):
+            folder.mkdir(parents=True)
+            for path in map(self.path, range(0, self.n, self.size)):
+                try:
+                    os.link(path, folder / path.name)
+                except OSError:  # another disk, or one without links
+                    shutil.copyfile(path, folder / path.name)
+                    to_disk(folder / path.name)
+            to_disk(folder)
+        return Chunks(folder, self.place, self.n, self.size)
 
     @staticmethod
     def delete(folder: Path) -> list[Path]:
@@ -147,7 +155,33 @@ class Chunks:
         return deleted
 
     def _place_of(self, start: int) -> str:
-        return f"{self._place}|rows {start} of {self.n}, {self.size} in a chunk"
+        return f"{self.place}|rows {start} of {self.n}, {self.size} in a chunk"
+
+
+class Reader:
+    """Reads ranges of rows, and keeps the chunks of the last one: ranges in order read each chunk once.
+
+    Args:
+        chunks: to be read; those that are asked for are there.
+        names: of the arrays; None for all.
+    """
+
+    def __init__(self, chunks: Chunks, names: Sequence[str] | None = None) -> None:
+        self._chunks, self._names = chunks, names
+        self._held: dict[int, dict[str, Array]] = {}
+
+    def __call__(self, rows: range) -> dict[str, Array]:
+        """Return the arrays of some rows, in memory of their own."""
+        size, n = self._chunks.size, self._chunks.n
+        starts = range(rows.start - rows.start % size, rows.stop, size)
+        parts = []
+        for start in starts:
+            if start not in self._held:
+                self._held[start] = self._chunks.read(range(start, min(start + size, n)), self._names)
+            own = slice(max(rows.start - start, 0), rows.stop - start)
+            parts.append({name: array[own] for name, array in self._held[start].items()})
+        self._held = {start: self._held[start] for start in starts[-1:]}
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 class Claim:
@@ -177,9 +211,13 @@ class Claim:
                 self._release(start)
 
     def __iter__(self) -> Iterator[int]:
+        return chain.from_iterable(self.chunks())
+
+    def chunks(self) -> Iterator[range]:
+        """Yield the rows of one chunk after the other, each claimed when it is asked for."""
         for rows in self._chunks.missing():
             if self._take(rows.start):
-                yield from rows
+                yield rows
 
     def write(self, rows: Sequence[int], arrays: Mapping[str, Array]) -> None:
         """Take the arrays of some rows; a chunk is written as soon as all of its rows are there.
@@ -226,6 +264,18 @@ class Claim:
         with suppress(OSError):  # Windows does not delete what is open
             Path(lock.lock_file).unlink()
         lock.release()
+
+
+def shares(chunks: Chunks) -> Iterator[tuple[Claim, Iterator[range]]]:
+    """Yield claims, with their chunks, until none is missing; while other processes have all that is, wait."""
+    while chunks.missing():
+        with Claim(chunks) as claim:
+            own = claim.chunks()
+            first = next(own, None)
+            if first is None:
+                sleep(_WAIT)
+            else:
+                yield claim, chain([first], own)
 
 
 def scattered(parts: Iterable[tuple[Sequence[int], Mapping[str, Array]]], n: int) -> dict[str, Array]:

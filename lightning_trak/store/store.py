@@ -48,6 +48,7 @@ class FeatureStore:
                                        whitening.safetensors    the curvature, if gradients are whitened
                                        sums-*.safetensors       H and other sums over the train set
         <dirpath>/targets/<digest of the targets>/<checkpoint>/<row>.safetensors  φ and f of a range of targets
+                                       scores-*/<row>.safetensors  τ of a range of rows, if it is large
         <dirpath>/scores/<name>/...
 
     A checkpoint is named by the digest of its weights, so the same weights twice are one entry. All entries share one
@@ -217,9 +218,9 @@ class FeatureStore:
         for folder in self.dirpath.glob("targets/*"):
             shutil.rmtree(folder / digest, ignore_errors=True)
 
-    def forget_targets(self, digest: str) -> None:
-        """Delete what is kept of some targets, at all checkpoints."""
-        shutil.rmtree(targets_folder(self.dirpath, digest), ignore_errors=True)
+    def targets_folder(self, digest: str) -> Path:
+        """Return the folder of all that is kept of some targets, of whose content this is the digest."""
+        return targets_folder(self.dirpath, digest)
 
     @property
     def _folder(self) -> Path:

@@ -25,6 +25,13 @@ def number_or_auto(name: str, value: Any, least: float, *, itself: bool) -> floa
     return value
 
 
+def number(name: str, value: Any, least: float) -> float:
+    """Return a number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+        raise ValueError(f"{name} must be a number of at least {least}, got {value!r}.")
+    return value
+
+
 def flag(name: str, value: Any) -> bool:
     """Return True or False."""
     if not isinstance(value, bool):

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_trak.features.sparse_matrix import SparseMatrix
-from lightning_trak.influence import Estimator, Extremes, Scores, Solved, n_blocks
+from lightning_trak.influence import Estimator, Solved
 from lightning_trak.results.attribution import Attribution, AttributionInfo
 from lightning_trak.store.store import folder_name
 from lightning_trak.trainer.attachment import launched
@@ -27,6 +26,7 @@ from lightning_trak.trainer.framework import (
 from lightning_trak.trainer.job import CkptPath, Job, prepared_job
 from lightning_trak.trainer.kept import KeptFeatures
 from lightning_trak.trainer.progress import progress
+from lightning_trak.trainer.scoring import compute_scores
 from lightning_trak.trainer.whitening import rescaled_squares
 
 
@@ -97,12 +97,7 @@ def _attribute(
 ) -> Attribution:
     """Do what `attribute` does, in each process."""
     with prepared_job(trainer, model, dataloaders, datamodule, ckpt_path) as job:
-        estimator, solved, targets, outputs, found = job.featurized(partial(_scores, job, top_k))
-    n_targets = len(targets[0])
-    info = _info(job, estimator, solved, n_targets)
-    scores, spread = (found.mean, found.spread) if isinstance(found, Scores) else (found, None)
-    kept = KeptFeatures(job, estimator, targets)
-    attribution = Attribution(scores, info, spread, outputs=outputs, kept=kept)
+        attribution = job.featurized(partial(_scored, job, top_k))
     if name is not None and trainer.is_global_zero:
         try:
             attribution.save(job.store.scores_dir(name))
@@ -111,19 +106,20 @@ def _attribute(
     return attribution
 
 
-def _scores(
-    job: Job, top_k: int | None
-) -> tuple[Estimator, list[Solved], list[Tensor | SparseMatrix], Tensor, Scores | Extremes]:
-    """Featurize the targets and score; return all that later questions need."""
-    targets, outputs = job.target_features()
+def _scored(job: Job, top_k: int | None) -> Attribution:
+    """Featurize the targets and score."""
+    targets = job.target_features()
     estimator, solved = job.estimator(), []
-    for entry, train, phi in zip(job.entries, estimator.trains, targets, strict=True):
+    for entry, train, phi in zip(job.entries, estimator.trains, targets.features, strict=True):
         with naming(entry):
             solved.append(estimator.solve(train, phi, sums_of(entry, estimator, train)))
-    with progress(job.trainer, "Scoring", n_blocks(job.store.n_train, len(targets[0]))) as advance:
-        if top_k is None:
-            return estimator, solved, targets, outputs, estimator.scores(solved, lambda: advance(1))
-        return estimator, solved, targets, outputs, estimator.extremes(solved, top_k, lambda: advance(1))
+    kept, m = KeptFeatures(job, estimator, targets), len(targets.outputs)
+    if top_k is None:
+        scores, spread = compute_scores(job, estimator, solved, targets.digest)
+        return Attribution(scores, _info(job, estimator, solved, m), spread, outputs=targets.outputs, kept=kept)
+    with progress(job.trainer, "Scoring", len(estimator.trains[0].slices(m))) as advance:
+        extremes = estimator.extremes(solved, top_k, lambda: advance(1))
+    return Attribution(extremes, _info(job, estimator, solved, m), outputs=targets.outputs, kept=kept)
 
 
 def _info(job: Job, estimator: Estimator, solved: Sequence[Solved], n_targets: int) -> AttributionInfo:

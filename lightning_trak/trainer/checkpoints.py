@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from time import sleep
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,25 +15,25 @@ from torch import Tensor
 
 from lightning_trak.curvature import Whitening
 from lightning_trak.data.identity import sampled_rows
-from lightning_trak.features.largest import SparseRows, matrix_of
+from lightning_trak.features.largest import ENTRIES, SparseRows, matrix_of
 from lightning_trak.features.loss_projection import LossProjection
 from lightning_trak.features.sparse_matrix import SparseMatrix
+from lightning_trak.features.stored import dense
 from lightning_trak.influence import SUMS_VERSION, Estimator, GaussNewton, TrainFeatures, TrainingTime, is_logistic
 from lightning_trak.store.checkpoint import CheckpointEntry
-from lightning_trak.store.chunks import Chunks, Claim, scattered
+from lightning_trak.store.chunks import Chunks, Claim, Reader, scattered, shares
 from lightning_trak.store.files import Damaged, check_space
 from lightning_trak.store.store import FeatureStore, rows_in_a_chunk
 from lightning_trak.store.weights import Weights, load_weights
 from lightning_trak.trainer.featurization import FeatureBlock, FeaturizationLoop
 from lightning_trak.trainer.framework import rank_zero_warn
-from lightning_trak.trainer.whitening import same, same_features, stored_form, whitening_at
+from lightning_trak.trainer.whitening import same, same_features, whitening_at
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")
 _CHECKED = 8  # stored rows that are computed again
 _MENDED = 3  # how often damaged features are computed again before that is given up
 _SHARED = 16  # chunks of targets, which several processes share, at least
-_WAIT = 0.5  # seconds between two looks whether another process is done
 
 
 def pool_of(store: FeatureStore, entries: Sequence[CheckpointEntry] | None = None) -> str:
@@ -91,7 +90,7 @@ def _featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, numbe
     if missing < entry.n_train and loop.repeatable:
         check_features(loop, entry, entry.train)
     weights = load_weights(entry.weights_path, entry.digest)
-    check_space(entry.path, missing * loop.row_bytes)
+    check_space(entry.path, missing * loop.form.row_bytes)
     where = f" (epoch {entry.meta['epoch']}, step {entry.meta['global_step']})" if "epoch" in entry.meta else ""
     with naming(entry):
         entry.supplement({"logistic": loop.logistic, "n_trainable": loop.n_trainable})
@@ -115,20 +114,14 @@ def _fill(
 ) -> LossProjection | None:
     """Compute missing chunks until none is missing; return the projection that gave Q in this process, if one did."""
     projection = None
-    while missing := chunks.missing():
-        with Claim(chunks) as claim:
-            rows = iter(claim)
-            first = next(rows, None)
-            if first is None:
-                sleep(_WAIT)  # other processes have all that is missing
-                continue
+    for claim, own in shares(chunks):
 
-            def receive(batch_rows: Sequence[int], block: FeatureBlock, claim: Claim = claim) -> None:
-                claim.write(batch_rows, stored_form(loop, block.features) | _numbers(block))
+        def receive(batch_rows: Sequence[int], block: FeatureBlock, claim: Claim = claim) -> None:
+            claim.write(batch_rows, loop.form.arrays(block.features) | _numbers(block))
 
-            total = sum(map(len, missing))
-            found = loop.run(weights, digest, chain([first], rows), receive, description, whitening, total)
-            projection = projection or found
+        rows, total = chain.from_iterable(own), sum(map(len, chunks.missing()))
+        found = loop.run(weights, digest, rows, receive, description, whitening, total)
+        projection = projection or found
     return projection
 
 
@@ -154,7 +147,7 @@ def check_features(loop: FeaturizationLoop, entry: CheckpointEntry, chunks: Chun
     def compare(batch_rows: Sequence[int], block: FeatureBlock) -> None:
         stored = chunks.rows(batch_rows)
         equal = {name: same(numbers, stored[name]) for name, numbers in _numbers(block).items()}
-        equal["features"] = same_features(stored_form(loop, block.features), stored)
+        equal["features"] = same_features(loop.form.arrays(block.features), stored)
         for name, is_equal in equal.items():
             if not is_equal:
                 raise ValueError(
@@ -178,26 +171,21 @@ def check_some(loop: FeaturizationLoop, stored: Sequence[tuple[CheckpointEntry, 
 
 def target_chunks(loop: FeaturizationLoop, entry: CheckpointEntry, digest: str) -> Chunks:
     """Return the chunks with the features of targets; their number lets several processes share the work."""
-    size = min(max(1, loop.size // _SHARED), rows_in_a_chunk(loop.row_bytes))
+    size = min(max(1, loop.size // _SHARED), rows_in_a_chunk(loop.form.row_bytes))
     return entry.targets(digest, loop.size, size)
 
 
 class StoredFeatures:
-    """Φ of a checkpoint, (n, k), read from its chunks."""
+    """Φ of a checkpoint, (n, k), of which parts are read from its chunks."""
 
     def __init__(self, chunks: Chunks) -> None:
-        self._chunks = chunks
-        self._k = chunks.read(chunks.all()[0], ["features"])["features"].shape[1]
+        first = chunks.read(chunks.all()[0])
+        self.shape = (chunks.n, first["features"].shape[1])
+        self._read = Reader(chunks, [name for name in ("features", "scale") if name in first])
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(n, k)."""
-        return self._chunks.n, self._k
-
-    def blocks(self, size: int) -> Iterator[Array]:
-        """Yield all rows in order, ``size`` at a time."""
-        for block in self._chunks.blocks(["features"], size):
-            yield block["features"]
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Return some rows."""
+        return dense(self._read(range(*rows.indices(self.shape[0]))))
 
 
 def train_features(
@@ -216,7 +204,9 @@ def train_features(
     small = train.columns(terms if dimension is None else [*terms, "squares"])
     logistic = entry.meta.get("logistic", False)
     return TrainFeatures(
-        StoredFeatures(train) if dimension is None else SparseRows(train, dimension, scales),
+        StoredFeatures(train)
+        if dimension is None
+        else SparseRows(Reader(train, ENTRIES), (train.n, dimension), scales),
         small["loss_grad"],
         small["curvature"],
         training_time=None if training is None else TrainingTime(**training),
@@ -284,7 +274,7 @@ def _collected(
     parts: list[tuple[Sequence[int], dict[str, Array]]] = []
 
     def receive(rows: Sequence[int], block: FeatureBlock) -> None:
-        parts.append((rows, stored_form(loop, block.features) | {"outputs": block.outputs}))
+        parts.append((rows, loop.form.arrays(block.features) | {"outputs": block.outputs}))
 
     loop.run(weights, digest, range(loop.size), receive, description, whitening)
     return scattered(parts, loop.size)
@@ -294,5 +284,5 @@ def _of_targets(loop: FeaturizationLoop, found: dict[str, Array]) -> tuple[Tenso
     """Return features and outputs of targets from arrays by name; warn of zero gradients."""
     numbers = found["features" if "features" in found else "values"]
     loop.warn_of_zero_gradients(np.flatnonzero(~np.any(numbers, 1)).tolist())
-    features = torch.from_numpy(found["features"]) if "features" in found else matrix_of(found)
+    features = dense(found) if "features" in found else matrix_of(found)
     return features, torch.from_numpy(found["outputs"])

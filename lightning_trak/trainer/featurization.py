@@ -22,8 +22,8 @@ from lightning_trak.data.batch import same_tensors
 from lightning_trak.data.identity import digest_of_batches
 from lightning_trak.data.loaders import loader_batch_size
 from lightning_trak.features.featurizer import Featurizer
-from lightning_trak.features.largest import entry_bytes
 from lightning_trak.features.loss_projection import PER_SAMPLE_LOSS, LossProjection
+from lightning_trak.features.stored import StoredForm
 from lightning_trak.gradients import (
     Engine,
     EngineUnsuitable,
@@ -93,6 +93,7 @@ class FeaturizationLoop:
         parameters: names of the attributed parameters.
         projector: the family of projections.
         preconditioner: how gradients are whitened; None if they are not.
+        dtype: in which features are stored.
         seed: determines the projection, together with the checkpoint's digest.
         selector: chooses engine and batch size.
         examples: what the rows are, for messages: ``"train"`` or ``"target"``.
@@ -109,6 +110,7 @@ class FeaturizationLoop:
         parameters: Sequence[str],
         projector: Projector,
         preconditioner: Preconditioner | None = None,
+        dtype: str = "float32",
         seed: int,
         selector: Selector,
         examples: str,
@@ -118,7 +120,7 @@ class FeaturizationLoop:
         self._find_train_loader, self._parameters = find_train_loader, list(parameters)
         self._projector, self._seed, self._selector = projector, seed, selector
         self.examples, self._reports = examples, reports
-        self.preconditioner = preconditioner
+        self.preconditioner, self._dtype = preconditioner, dtype
         self._loss_terms = LossTerms(module)
         self._label: Callable[[Any], Any] | None = None
         self.repeatable = True  # whether two reads of an example are equal; preflight finds out
@@ -147,17 +149,13 @@ class FeaturizationLoop:
         return self._projector.dimension(sum(self.sizes.values()))
 
     @property
-    def entries(self) -> int | None:
-        """How many of the largest entries of an example are kept; None if all are."""
+    def form(self) -> StoredForm:
+        """How features are stored."""
         own = self.preconditioner
         if own is None:
-            return None
-        return min(own.entries if self.examples == "train" else own.target_entries, self.dimension)
-
-    @property
-    def row_bytes(self) -> int:
-        """How many bytes are stored of an example."""
-        return stored_bytes(self.entries, self.dimension)
+            return StoredForm(self.dimension, self._dtype)
+        entries = own.entries if self.examples == "train" else own.target_entries
+        return StoredForm(self.dimension, entries=min(entries, self.dimension))
 
     @property
     def n_trainable(self) -> int:
@@ -203,7 +201,7 @@ class FeaturizationLoop:
                 self._check_drawn(function, batch, len(rows))
                 self._reports.tell_once(
                     "gradients are whitened by the curvature of each parameter; of each example the"
-                    f" {self.entries} largest entries are stored."
+                    f" {self.form.entries} largest entries are stored."
                 )
             if self._loss_terms.need_projection:
                 losses = function.of(PER_SAMPLE_LOSS)
@@ -475,8 +473,3 @@ class FeaturizationLoop:
                 about=f"reads of {self.examples} examples",
             )
         return same
-
-
-def stored_bytes(entries: int | None, dimension: int) -> int:
-    """Return how many bytes are stored of an example: its features, or the largest entries of them; Q, w and f."""
-    return (4 * dimension if entries is None else entry_bytes(entries, dimension)) + 3 * 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from functools import cached_property
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
 
 import torch
@@ -60,6 +61,20 @@ T = TypeVar("T")
 CkptPath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 
 
+class TargetFeatures(NamedTuple):
+    """What is known of the targets.
+
+    Attributes:
+        features: φ(z), (m, k), at every checkpoint; sparse if whitened.
+        outputs: f(z), (m,), see `Attribution.outputs`.
+        digest: of the targets' content; of no use later if they are random.
+    """
+
+    features: list[Tensor | SparseMatrix]
+    outputs: Tensor
+    digest: str
+
+
 @dataclass(frozen=True)
 class Job:
     """Featurized checkpoints of a store, and what is needed to attribute targets with them.
@@ -73,6 +88,7 @@ class Job:
         loaders: find the targets.
         datamodule: supplies data, unless the model does.
         options: of the estimator.
+        memory_limit: scores that take more bytes stay on disk.
     """
 
     trainer: Trainer
@@ -83,6 +99,7 @@ class Job:
     loaders: Loaders
     datamodule: LightningDataModule | None
     options: Options
+    memory_limit: float
 
     def featurized(self, compute: Callable[[], T]) -> T:
         """Featurize the train set where features are missing, then call ``compute``, which reads them.
@@ -127,8 +144,8 @@ class Job:
         for number, entry in enumerate(missing, 1):
             featurize_checkpoint(loop, entry, f"{number}/{len(missing)}")
 
-    def target_features(self) -> tuple[list[Tensor | SparseMatrix], Tensor]:
-        """Return φ(z) of all targets, (m, k), at every checkpoint; and f(z), (m,), see `Attribution.outputs`."""
+    def target_features(self) -> TargetFeatures:
+        """Return the features of all targets at every checkpoint."""
         loop, total, strategy = self.target_loop(), len(self.entries), self.trainer.strategy
         first = self.entries[0]
         digest = loop.digest(load_weights(first.weights_path, first.digest))
@@ -141,8 +158,8 @@ class Job:
             latest[entry.meta.get("run") or entry.digest] = outputs
         if digest is None:  # random targets, or such as cannot be compared: of no use later
             strategy.barrier()
-            self.store.forget_targets(kept_as)
-        return features, torch.stack(list(latest.values())).mean(0)
+            shutil.rmtree(self.store.targets_folder(kept_as), ignore_errors=True)
+        return TargetFeatures(features, torch.stack(list(latest.values())).mean(0), kept_as)
 
     @cached_property  # each needs the curvature's file
     def scales(self) -> list[Tensor | None]:
@@ -215,7 +232,7 @@ def prepared_job(
         store, plan = _open_store(trainer, model, callback, data, create=ckpt_path is not None)
         entries = [store[digest] for digest in _select(trainer, store, ckpt_path)]
         options = Options(callback.damping, callback.temperature, callback.curvature, callback.estimator)
-        yield Job(trainer, model, store, plan, entries, data, datamodule, options)
+        yield Job(trainer, model, store, plan, entries, data, datamodule, options, callback.memory_limit)
 
 
 def _sorted_out(model: Any, dataloaders: Any, datamodule: Any) -> tuple[Any, Any, Any]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from lightning_trak.influence import Estimator, GaussNewton, Kinds, Solved, TrainFeatures, fit_weights, n_blocks
+from lightning_trak.influence import Estimator, GaussNewton, Kinds, Solved, Spread, TrainFeatures, fit_weights
 from lightning_trak.results.split_score import SplitScore
+from lightning_trak.results.stored_scores import StoredScores
 from lightning_trak.trainer.attachment import attached
 from lightning_trak.trainer.checkpoints import naming, sums_of
-from lightning_trak.trainer.job import Job
+from lightning_trak.trainer.job import Job, TargetFeatures
 from lightning_trak.trainer.progress import progress
+from lightning_trak.trainer.scoring import compute_scores, compute_spread
 from lightning_trak.trainer.split import split_score
 
 T = TypeVar("T")
@@ -27,12 +29,12 @@ class KeptFeatures:
     Attributes:
         job: the checkpoints, the model and the data.
         estimator: computed the scores.
-        targets: φ(z) of the targets at each checkpoint, (m, k); sparse if whitened.
+        targets: their features at each checkpoint.
     """
 
     job: Job
     estimator: Estimator
-    targets: Sequence[Any]
+    targets: TargetFeatures
 
     def without(self, masks: Tensor) -> Tensor:
         """Return how the outputs change when sets of training examples are left out, (s, n) → (s, m)."""
@@ -42,7 +44,7 @@ class KeptFeatures:
 
         return torch.stack(self._at_each_checkpoint("Leaving out", change)).mean(0)
 
-    def calibrated(self, masks: Tensor, outputs: Tensor) -> Tensor:
+    def calibrated(self, masks: Tensor, outputs: Tensor) -> Tensor | StoredScores:
         """Return scores, (n, m), that predict outputs after retraining as well as possible; see `fit_weights`.
 
         Args:
@@ -63,19 +65,28 @@ class KeptFeatures:
             return Kinds(self.estimator, train, targets, sums, layers).combined(weights[number] * count)
 
         solved = self._at_each_checkpoint("Weighting", weigh)
-        with progress(self.job.trainer, "Scoring", n_blocks(len(masks[0]), len(outputs[0]))) as advance:
-            return self.estimator.scores(solved, lambda: advance(1)).mean
+        weighted = [weight.tolist() for weight in weights]
+        return compute_scores(self.job, self.estimator, solved, self.targets.digest, weighted)[0]
+
+    def spread(self) -> Spread:
+        """Return how scores vary from checkpoint to checkpoint."""
+
+        def solve(_: int, train: TrainFeatures, targets: Any, sums: GaussNewton | None) -> Solved:
+            return self.estimator.solve(train, targets, sums)
+
+        solved = self._at_each_checkpoint("Solving", solve)
+        return compute_spread(self.job, self.estimator, solved, self.targets.digest)
 
     def split(self, i: int, j: int) -> SplitScore:
         """Split the score of training example i for target j by layer and by parts."""
         with attached(self.job.trainer, self.job.model, self.job.datamodule):
-            return split_score(self.job, self.estimator, self.targets, i, j)
+            return split_score(self.job, self.estimator, self.targets.features, i, j)
 
     def _at_each_checkpoint(self, description: str, compute: Callable[..., T]) -> list[T]:
         """Call ``compute`` with (number, train set, targets, sums over the train set) of each checkpoint."""
         results = []
         with progress(self.job.trainer, description, len(self.job.entries)) as advance:
-            trains = zip(self.job.entries, self.estimator.trains, self.targets, strict=True)
+            trains = zip(self.job.entries, self.estimator.trains, self.targets.features, strict=True)
             for number, (entry, train, targets) in enumerate(trains):
                 with naming(entry):
                     results.append(compute(number, train, targets, sums_of(entry, self.estimator, train)))

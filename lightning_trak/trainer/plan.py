@@ -10,16 +10,20 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.curvature import Preconditioner
 from lightning_trak.data.identity import fingerprint
+from lightning_trak.features.stored import StoredForm
 from lightning_trak.gradients import Selector
 from lightning_trak.gradients.parameters import select_parameters
 from lightning_trak.projection import IdentityProjector, Projector, make_projector, restore_projector
 from lightning_trak.store.store import rows_in_a_chunk
 from lightning_trak.tasks.base import draws_labels, of_drawing_class
-from lightning_trak.trainer.featurization import FeaturizationLoop, stored_bytes
+from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import is_finetuning, rank_zero_warn
 from lightning_trak.trainer.reports import Reports
 
-PROJ_DIM, SEED = 2048, 0  # the callback's defaults; a store that exists replaces them by its own
+PROJ_DIM, SEED, DTYPE = 2048, 0, "float32"  # the callback's defaults; a store that exists replaces them by its own
+
+
+_OF_THE_PLAN = ("proj_dim", "seed", "dtype")  # in the store's projection, and no part of the projector
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Settings:
     gradients: str
     parameters: str | Sequence[str] | None
     seed: int
+    dtype: str
     batch_size: int | None
     preconditioner: str
     damping: float | str
@@ -100,15 +105,16 @@ class Plan:
     ) -> None:
         self._reports = reports
         parameters, projector = settings.parameters or parameters, settings.projector
-        proj_dim, seed = settings.proj_dim, settings.seed
+        proj_dim, seed, dtype = settings.proj_dim, settings.seed, settings.dtype
         if manifest is not None:
             stored = manifest["projection"]
             parameters = list(manifest["parameters"]) if parameters is None else parameters
             proj_dim = stored["proj_dim"] if proj_dim == PROJ_DIM else proj_dim
             if projector == "auto" and not manifest.get("preconditioner"):
-                configuration = {name: value for name, value in stored.items() if name not in ("proj_dim", "seed")}
+                configuration = {name: value for name, value in stored.items() if name not in _OF_THE_PLAN}
                 projector = restore_projector(configuration, proj_dim)
             seed = stored["seed"] if seed == SEED else seed
+            dtype = stored.get("dtype", DTYPE) if dtype == DTYPE else dtype
         own = dict(module.named_parameters())
         self.parameters = select_parameters(module, parameters)
         if manifest is not None:  # projections depend on the order of parameters: keep the store's
@@ -121,7 +127,7 @@ class Plan:
             self.projector = make_projector(projector, proj_dim, self.n_params)
         else:
             self.projector = IdentityProjector(proj_dim)  # of whitened gradients, p entries
-        self.seed = seed
+        self.seed, self.dtype = seed, dtype
         self._selector = Selector(settings.gradients, settings.batch_size, reports.tell_once)
 
     @classmethod
@@ -177,7 +183,7 @@ class Plan:
         """The part of the store's manifest that does not depend on the data."""
         own = self.preconditioner
         largest = {"projector": "largest", "drawing": 1, "arguments": {}}
-        configuration = self.projector.configuration if own is None else largest
+        configuration = {**self.projector.configuration, "dtype": self.dtype} if own is None else largest
         projection = {**configuration, "proj_dim": self.proj_dim, "seed": self.seed}
         preconditioner = None if own is None else own.configuration
         return {"parameters": self.shapes, "preconditioner": preconditioner, "projection": projection}
@@ -190,7 +196,8 @@ class Plan:
             seconds: how long it takes to featurize an example, where that is known.
         """
         data = fingerprint(loader.dataset)
-        row_bytes = stored_bytes(None if self.preconditioner is None else self.proj_dim, self.dimension)
+        entries = None if self.preconditioner is None else self.proj_dim
+        row_bytes = StoredForm(self.dimension, self.dtype, entries).row_bytes
         return {
             "n_train": data["n_train"],
             "chunk_rows": rows_in_a_chunk(row_bytes, seconds),
@@ -215,6 +222,7 @@ class Plan:
             parameters=self.parameters,
             projector=self.projector,
             preconditioner=self.preconditioner,
+            dtype=self.dtype,
             seed=self.seed,
             selector=self._selector,
             examples=examples,

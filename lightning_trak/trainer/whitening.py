@@ -14,7 +14,8 @@ from torch import Tensor
 from lightning_trak.curvature import Curvature, Eigenvalues, Preconditioner, SecondMoments, Whitening, rescaling
 from lightning_trak.data.batch import with_more
 from lightning_trak.data.identity import sampled_rows
-from lightning_trak.features.largest import SparseRows, difference, largest_entries
+from lightning_trak.features.largest import ENTRIES, difference, matrix_of
+from lightning_trak.features.stored import dense
 from lightning_trak.gradients import Engine, ModelFunction, Sink
 from lightning_trak.gradients.engine import run_prepared
 from lightning_trak.influence import TrainingTime, whitening_damping
@@ -26,15 +27,9 @@ Array = npt.NDArray[Any]
 READ_ROWS = 4096  # of stored features at once
 
 
-def stored_form(loop: FeaturizationLoop, features: Tensor) -> dict[str, Array]:
-    """Return features as they are kept, by name: as they are, or the largest entries of whitened ones."""
-    kept = loop.entries
-    return {"features": features.cpu().numpy()} if kept is None else largest_entries(features, kept)
-
-
 def same_features(new: Mapping[str, Array], stored: Mapping[str, Array]) -> bool:
     """Say whether features are the same up to rounding."""
-    return difference(new, stored) <= 0.05 if "indices" in new else same(new["features"], stored["features"])
+    return difference(new, stored) <= 0.05 if "indices" in new else same(dense(new).numpy(), dense(stored).numpy())
 
 
 def same(new: Array, stored: Array) -> bool:
@@ -100,7 +95,7 @@ def rescaled_squares(entry: CheckpointEntry, scales: Tensor) -> Array:
     The entries that are not stored are taken to change as the stored ones of their example do.
     """
     tiny = torch.finfo(torch.float32).tiny
-    blocks = SparseRows(entry.train, len(scales)).blocks(READ_ROWS)
+    blocks = (matrix_of(block) for block in entry.train.blocks(ENTRIES, READ_ROWS))
     ratios = [block.scaled(scales).squares() / block.squares().clamp(min=tiny) for block in blocks]
     squares: Array = entry.train.column("squares") * torch.cat(ratios).numpy()
     return squares

@@ -9,15 +9,6 @@ import torch
 from lightning_trak.features.largest import SparseRows, difference, entry_bytes, largest_entries, matrix_of
 
 
-class Stored:
-    def __init__(self, kept):
-        self.kept, self.n = kept, len(kept["scale"])
-
-    def blocks(self, names, size):
-        for start in range(0, self.n, size):
-            yield {name: self.kept[name][start : start + size] for name in names}
-
-
 def dense(kept, p):
     """A slow loop."""
     result = np.zeros((len(kept["scale"]), p))
@@ -86,11 +77,15 @@ def test_as_many_as_there_are():
 def test_products_of_sparse_rows_are_those_of_dense_ones(block):
     features = torch.randn(11, 40, generator=torch.Generator().manual_seed(1))
     targets = torch.randn(5, 40, generator=torch.Generator().manual_seed(2))
-    stored, others = Stored(largest_entries(features, 5)), largest_entries(targets, 9)
-    rows, matrix = SparseRows(stored, 40), matrix_of(others)
+    stored, others = largest_entries(features, 5), largest_entries(targets, 9)
+
+    def read(rows):
+        return {name: array[rows.start : rows.stop] for name, array in stored.items()}
+
+    rows, matrix = SparseRows(read, (11, 40)), matrix_of(others)
     assert (rows.shape, matrix.shape, len(matrix)) == ((11, 40), (5, 9), 5)
-    found = torch.cat([part @ (matrix * 0.5).T for part in rows.blocks(block)])
-    expected = dense(stored.kept, 40) @ dense(others, 40).T / 2
+    found = torch.cat([rows[start : start + block] @ (matrix * 0.5).T for start in range(0, 11, block)])
+    expected = dense(stored, 40) @ dense(others, 40).T / 2
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
     assert (expected == 0).any()  # of rows without a common entry
 

@@ -257,7 +257,7 @@ def test_targets_without_labels_are_of_the_class_that_the_last_checkpoint_predic
     root, trainer, _, _ = run
     x = torch.randn(60, 4, generator=torch.Generator().manual_seed(5))
     store, predicted = FeatureStore(root / "store"), []
-    for entry in store:
+    for entry in map(store.__getitem__, store.digests):
         model = Classifier().eval()
         model.load_state_dict(load_weights(entry.weights_path, entry.digest))
         predicted.append(model(x).argmax(1).detach())

@@ -1,0 +1,92 @@
+"""Scores that are too many for memory: they stay on disk, and parts of them are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_trak.store.chunks import Chunks
+from lightning_trak.store.files import Damaged
+
+NAME = "scores"  # of the array in each chunk
+
+
+class StoredScores:
+    """A matrix (n, m) on disk, which is indexed like a tensor: ``scores[i]``, ``scores[:, j]``, ``scores[2:5, :3]``.
+
+    Only what is asked for is in memory. Each part is verified when it is read. ``masks @ scores`` works, too.
+
+    Args:
+        chunks: of n rows, complete.
+        m: the number of columns.
+        factor: with which all numbers are multiplied.
+
+    Raises:
+        Damaged: on reading, if a file is missing or damaged.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     chunks = Chunks(Path(folder), "example", n=3, size=2)
+    ...     chunks.write(0, {"scores": np.array([[1, 2], [3, 4]], "f4")})
+    ...     chunks.write(2, {"scores": np.array([[5, 6]], "f4")})
+    ...     scores = StoredScores(chunks, m=2)
+    ...     scores.shape, scores[1:, 0], torch.ones(1, 3) @ scores
+    (torch.Size([3, 2]), tensor([3., 5.]), tensor([[ 9., 12.]]))
+    """
+
+    ndim, dtype, device = 2, torch.float32, torch.device("cpu")
+
+    def __init__(self, chunks: Chunks, m: int, factor: float = 1.0) -> None:
+        self.chunks, self.factor = chunks, factor
+        self.shape = torch.Size((chunks.n, m))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> Tensor:
+        """Return a part of the scores, in memory.
+
+        Raises:
+            IndexError: if both rows and columns are lists: a tensor would pair them.
+        """
+        rows, columns = key if isinstance(key, tuple) else (key, slice(None))
+        chosen = torch.arange(len(self))[rows]
+        if not any(isinstance(part, (int, slice)) for part in (rows, columns)):
+            raise IndexError("Of scores on disk, rows and columns cannot both be lists. Use scores[rows][:, columns].")
+        wanted = chosen.reshape(-1)
+        width = torch.arange(self.shape[1])[columns].shape
+        found = torch.empty(len(wanted), *width)
+        for start in (wanted - wanted % self.chunks.size).unique().tolist():
+            block = self._read(range(start, min(start + self.chunks.size, len(self))))
+            here = (wanted >= start) & (wanted < start + len(block))
+            found[here] = block[wanted[here] - start][:, columns]
+        return found.reshape((*chosen.shape, *width))
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (rows, scores (r, m)) in order."""
+        for rows in self.chunks.all():
+            yield slice(rows.start, rows.stop), self._read(rows)
+
+    def __rmatmul__(self, left: Tensor) -> Tensor:
+        """Return ``left`` (s, n) times the scores, (s, m)."""
+        total = torch.zeros(len(left), self.shape[1])
+        for rows, block in self.blocks():
+            total += left[:, rows].float() @ block
+        return total
+
+    def __mul__(self, factor: float) -> StoredScores:
+        return StoredScores(self.chunks, self.shape[1], self.factor * factor)
+
+    def _read(self, rows: range) -> Tensor:
+        array = self.chunks.read(rows, [NAME])[NAME]
+        if array.dtype != np.float32 or array.shape != (len(rows), self.shape[1]):
+            raise Damaged(self.chunks.path(rows.start), f"it has {array.dtype} {array.shape} in place of scores")
+        return torch.from_numpy(array) * self.factor
+
+    def __repr__(self) -> str:
+        return f"StoredScores(shape={tuple(self.shape)}, '{self.chunks.folder}')"
