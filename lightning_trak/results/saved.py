@@ -14,13 +14,14 @@ from uuid import uuid4
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from lightning_trak.results.stored_scores import StoredScores
 from lightning_trak.store.chunks import Chunks
 from lightning_trak.store.files import atomically, checksum_of_file, read_json, write_json
 
-_INDEX = "attribution.json"
+_INDEX, _LOCK = "attribution.json", "attribution.lock"
 _LEFT = re.compile(r"(\w+-[0-9a-f]{8}(\.npy)?|attribution\.json)(\.[0-9a-f]{32}\.partial)?")
 
 
@@ -38,28 +39,37 @@ def write_saved(
     Raises:
         FileExistsError: if the folder exists, is not empty, and has no saved attribution.
     """
-    if not _is_own(folder):
-        raise FileExistsError(f"'{folder}' exists and is no saved attribution. Choose another path.")
+    check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    outdated, token = _files_of(folder), uuid4().hex[:8]
+    token = uuid4().hex[:8]
+    with FileLock(folder / _LOCK):
+        try:  # new names: the earlier attribution is whole until the index changes
+            write_json(folder / _INDEX, {"info": dict(info), **_write_parts(folder, token, arrays, stored)})
+        finally:
+            _delete_unnamed(folder)
+
+
+def _write_parts(
+    folder: Path, token: str, arrays: Mapping[str, Tensor], stored: Mapping[str, StoredScores]
+) -> dict[str, Any]:
+    """Write all arrays under new names; return what the index says of them."""
     files, chunks = {}, {}
-    try:  # new names: the earlier attribution is whole until the index changes
-        for name, array in arrays.items():
-            path = folder / f"{name}-{token}.npy"
-            with atomically(path) as partial, open(partial, "wb") as opened:
-                np.save(opened, array.numpy(), allow_pickle=False)
-            files[name] = {"file": path.name, "checksum": checksum_of_file(path)}
-        for name, scores in stored.items():
-            copy = scores.chunks.copied(folder / f"{name}-{token}")
-            own = {"place": copy.place, "n": copy.n, "size": copy.size, "m": scores.shape[1], "factor": scores.factor}
-            chunks[name] = {"folder": copy.folder.name, **own}
-        write_json(folder / _INDEX, {"info": dict(info), "files": files, "chunks": chunks})
-    except BaseException:
-        outdated = [f"{name}-{token}.npy" for name in arrays] + [f"{name}-{token}" for name in stored]
-        raise
-    finally:
-        for file in outdated:
-            _delete(folder / file)
+    for name, array in arrays.items():
+        path = folder / f"{name}-{token}.npy"
+        with atomically(path) as partial, open(partial, "wb") as opened:
+            np.save(opened, array.numpy(), allow_pickle=False)
+        files[name] = {"file": path.name, "checksum": checksum_of_file(path)}
+    for name, scores in stored.items():
+        copy = scores.chunks.copied(folder / f"{name}-{token}")
+        own = {"place": copy.place, "n": copy.n, "size": copy.size, "m": scores.shape[1], "factor": scores.factor}
+        chunks[name] = {"folder": copy.folder.name, **own}
+    return {"files": files, "chunks": chunks}
+
+
+def check_free(folder: Path) -> None:
+    """Raise a FileExistsError if a folder holds other things than an attribution: nothing is saved there."""
+    if folder.exists() and not _is_own(folder):
+        raise FileExistsError(f"'{folder}' exists and is no saved attribution. Choose another path.")
 
 
 def check_saved(folder: Path) -> None:
@@ -77,25 +87,41 @@ def read_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[st
         OSError, ValueError, TypeError, KeyError, EOFError: if a file is missing or damaged.
     """
     index = read_json(folder / _INDEX, "Compute it again.")
+    try:
+        return _read_parts(folder, index)
+    except (OSError, ValueError):
+        again = read_json(folder / _INDEX, "Compute it again.")
+        if again == index:
+            raise
+        return _read_parts(folder, again)  # another process has saved a new one in the meantime
+
+
+def _read_parts(
+    folder: Path, index: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, StoredScores]]:
+    """Return the info, the arrays and the scores on disk that an index names."""
     stored = {name: _stored(folder, **entry) for name, entry in index["chunks"].items()}
     return index["info"], {name: _load(folder, **file) for name, file in index["files"].items()}, stored
 
 
 def _is_own(folder: Path) -> bool:
-    """Say whether a folder may become a saved attribution: it is one, or has nothing but what a killed process left."""
-    if not folder.exists() or (folder / _INDEX).is_file():
+    """Say whether a folder is a saved attribution, or has nothing but what a killed process left."""
+    if (folder / _INDEX).is_file():
         return True
-    return folder.is_dir() and all(_LEFT.fullmatch(path.name) for path in folder.iterdir())
+    return folder.is_dir() and all(path.name == _LOCK or _LEFT.fullmatch(path.name) for path in folder.iterdir())
 
 
-def _files_of(folder: Path) -> list[str]:
-    """Return the names of the arrays of an earlier attribution; none if its index cannot be read."""
+def _delete_unnamed(folder: Path) -> None:
+    """Delete the parts that the index does not name: of an earlier attribution, or of one that was not finished."""
     try:
         index = read_json(folder / _INDEX)
-        names = [entry["file"] for entry in index["files"].values()]
-        return [Path(name).name for name in [*names, *(entry["folder"] for entry in index["chunks"].values())]]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return []
+        named = {_INDEX, *(entry["file"] for entry in index["files"].values())}
+        named |= {entry["folder"] for entry in index["chunks"].values()}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        return  # nobody knows what it names
+    for path in folder.iterdir():
+        if _LEFT.fullmatch(path.name) and path.name not in named:
+            _delete(path)
 
 
 def _delete(path: Path) -> None:
@@ -119,4 +145,4 @@ def _load(folder: Path, file: str, checksum: int) -> Tensor:
     path = folder / Path(file).name
     if checksum_of_file(path) != checksum:
         raise ValueError(f"the checksum of {path.name} has changed")
-    return torch.from_numpy(np.load(path, allow_pickle=False))
+    return torch.from_numpy(np.array(np.load(path, mmap_mode="r", allow_pickle=False)))

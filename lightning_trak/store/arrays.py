@@ -13,7 +13,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from lightning_trak.store.files import Damaged, atomically
+from lightning_trak.store.files import Damaged, atomically, explained_reading
 
 Array = npt.NDArray[Any]
 
@@ -57,6 +57,8 @@ def read_with_notes(
 def map_arrays(path: Path, place: str, names: Sequence[str] | None = None) -> tuple[dict[str, Array], dict[str, Any]]:
     """Do what `read_with_notes` does without a copy: arrays are the file's memory, to be copied or used at once."""
     try:
+        with explained_reading(path), open(path, "rb"):
+            pass  # safetensors calls a file missing, whatever goes wrong in opening it
         with safe_open(path, "pt") as file:  # maps the file, while "np" would copy it
             metadata = file.metadata()
             checksums = json.loads(metadata["checksums"])

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -17,7 +18,7 @@ from filelock import FileLock
 from lightning_trak.features.stored import dense
 from lightning_trak.store.arrays import read_arrays, read_with_notes, write_arrays
 from lightning_trak.store.chunks import Chunks
-from lightning_trak.store.files import Damaged, explained_os_errors, read_json, write_json
+from lightning_trak.store.files import Damaged, check_own, explained_os_errors, read_json, write_json
 
 Array = npt.NDArray[Any]
 META = "meta.json"
@@ -28,6 +29,7 @@ _TYPES = {  # of the values in meta.json; all but the first may be None or not t
     "epoch": (int,),
     "global_step": (int,),
     "file": (str,),
+    "path": (str,),
     "training_time": (dict,),
     "n_trainable": (int,),
     "logistic": (bool,),
@@ -52,7 +54,9 @@ class CheckpointEntry:
     def __init__(self, path: Path, store: str, n_train: int, chunk_rows: int) -> None:
         self.path, self.digest, self.n_train = path, path.name, n_train
         self._store, self._chunk_rows = store, chunk_rows
-        self.meta  # noqa: B018 - damaged metadata are an error now
+        if path.is_symlink():
+            raise Damaged(path, "it is a symbolic link", "Put the folder itself there.")
+        self.created: int = self.meta["created"]  # damaged metadata are an error now
         if not self.weights_path.is_file():
             raise Damaged(self.weights_path, "it is missing", self.remedy)
 
@@ -133,6 +137,8 @@ class CheckpointEntry:
     def locked(self, what: str) -> Iterator[None]:
         """Let one process at a time do something at this checkpoint; others wait."""
         lock = FileLock(self.path / f"{what}.lock", thread_local=False)
+        if not self.path.is_dir():  # the lock would make it anew
+            raise Damaged(self.path, "it was deleted in the meantime")
         with explained_os_errors(self.path):
             lock.acquire()
         try:
@@ -194,6 +200,7 @@ class CheckpointEntry:
         """
         if self._is_of_targets(known):
             return Chunks.delete(known.parent)
+        check_own(self.path)
         deleted = []
         try:
             if self._whitening_path.exists():
@@ -264,4 +271,7 @@ def _of_other_types(meta: Mapping[str, Any]) -> list[str]:
     known = {name: value for name, value in meta.items() if value is not None and name in _TYPES}
     wrong = [name for name, value in {"created": None, **known}.items() if type(value) not in _TYPES[name]]
     training = known.get("training_time", {}) if "training_time" not in wrong else {}
-    return wrong + [name for name, value in training.items() if type(value) not in _TRAINING_TYPES.get(name, ())]
+    wrong += [name for name, value in training.items() if type(value) not in _TRAINING_TYPES.get(name, ())]
+    numbers = {**known, **training}
+    signed = [name for name in ("time", "steps", "epoch", "global_step", "n_trainable") if name not in wrong]
+    return wrong + [name for name in signed if name in numbers and not 0 <= numbers[name] < inf]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from time import sleep
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from lightning_trak.store.arrays import map_arrays, write_arrays
-from lightning_trak.store.files import Damaged, explained_os_errors, to_disk
+from lightning_trak.store.files import Damaged, check_own, explained_os_errors, to_disk
 
 Array = npt.NDArray[Any]
 _END = ".safetensors"
@@ -28,6 +28,7 @@ class Chunks:
     """Arrays of n rows, in files of ``size`` rows each: *chunks*. That a file is there says that its rows are done.
 
     A file is written whole or not at all, and never changed. So several processes may read and fill the same chunks.
+    The folder is made with the first file. What it is in must be there: it is gone if a checkpoint was deleted.
 
     Args:
         folder: of the files.
@@ -80,8 +81,8 @@ class Chunks:
 
     def write(self, start: int, arrays: Mapping[str, Array]) -> None:
         """Write the rows of a chunk, by name (r, ...)."""
-        with explained_os_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        with self.there_still(), explained_os_errors(self.folder):
+            self.folder.mkdir(exist_ok=True)
             write_arrays(self.path(start), arrays, self._place_of(start))
 
     def read(self, rows: range, names: Sequence[str] | None = None) -> dict[str, Array]:
@@ -92,11 +93,15 @@ class Chunks:
         """
         path = self.path(rows.start)
         try:
-            return map_arrays(path, self._place_of(rows.start), names)[0]
+            arrays = map_arrays(path, self._place_of(rows.start), names)[0]
         except FileNotFoundError as error:
             raise Damaged(path, "it is missing", _REMEDY) from error
         except Damaged as error:
             raise Damaged(path, error.why, _REMEDY) from error
+        wrong = [name for name, array in arrays.items() if array.shape[:1] != (len(rows),)]
+        if wrong:
+            raise Damaged(path, f"it has another number of rows than {len(rows)} in {', '.join(wrong)}", _REMEDY)
+        return arrays
 
     def rows(self, chosen: Sequence[int], names: Sequence[str] | None = None) -> dict[str, Array]:
         """Return some rows, in any order, of chunks that are there."""
@@ -138,13 +143,23 @@ class Chunks:
     @staticmethod
     def delete(folder: Path) -> list[Path]:
         """Delete all chunks in a folder; return their files."""
+        check_own(folder)
         deleted = sorted(folder.glob(f"*{_END}"))
         for path in deleted:
             path.unlink(missing_ok=True)
         return deleted
 
+    @contextmanager
+    def there_still(self) -> Iterator[None]:
+        """Name the folder that was deleted, where a file cannot be written for want of it."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise Damaged(self.folder.parent, "it was deleted in the meantime") from error
+
     def delete_damaged(self) -> list[Path]:
         """Delete damaged chunks, which makes them missing ones; return their files."""
+        check_own(self.folder)
         deleted = []
         for rows in self.present():
             try:
@@ -159,7 +174,7 @@ class Chunks:
 
 
 class Reader:
-    """Reads ranges of rows, and keeps the chunks of the last one: ranges in order read each chunk once.
+    """Reads ranges of rows, and keeps the last chunk that it has read: ranges in order read each chunk once.
 
     Args:
         chunks: to be read; those that are asked for are there.
@@ -168,20 +183,25 @@ class Reader:
 
     def __init__(self, chunks: Chunks, names: Sequence[str] | None = None) -> None:
         self._chunks, self._names = chunks, names
-        self._held: dict[int, dict[str, Array]] = {}
+        self._held: tuple[range, dict[str, Array]] = range(0), {}
 
     def __call__(self, rows: range) -> dict[str, Array]:
         """Return the arrays of some rows, in memory of their own."""
         size, n = self._chunks.size, self._chunks.n
-        starts = range(rows.start - rows.start % size, rows.stop, size)
-        parts = []
-        for start in starts:
-            if start not in self._held:
-                self._held[start] = self._chunks.read(range(start, min(start + size, n)), self._names)
-            own = slice(max(rows.start - start, 0), rows.stop - start)
-            parts.append({name: array[own] for name, array in self._held[start].items()})
-        self._held = {start: self._held[start] for start in starts[-1:]}
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        found: dict[str, Array] = {}
+        for start in range(rows.start - rows.start % size, rows.stop, size):
+            own = range(start, min(start + size, n))
+            if self._held[0] != own:
+                self._held = own, self._chunks.read(own, self._names)
+            here = range(max(rows.start, start), min(rows.stop, own.stop))
+            for name, array in self._held[1].items():
+                if name not in found:
+                    found[name] = np.empty((len(rows), *array.shape[1:]), array.dtype)
+                if (found[name].dtype, found[name].shape[1:]) != (array.dtype, array.shape[1:]):
+                    raise Damaged(self._chunks.path(start), f"{name} differs in form from other chunks", _REMEDY)
+                to = slice(here.start - rows.start, here.stop - rows.start)
+                found[name][to] = array[here.start - start : here.stop - start]
+        return found
 
 
 class Claim:
@@ -245,8 +265,8 @@ class Claim:
 
     def _take(self, start: int) -> bool:
         """Lock a chunk; say whether it is this process's to compute."""
-        with explained_os_errors(self._chunks.folder):
-            self._chunks.folder.mkdir(parents=True, exist_ok=True)
+        with self._chunks.there_still(), explained_os_errors(self._chunks.folder):
+            self._chunks.folder.mkdir(exist_ok=True)
             lock = FileLock(self._chunks.folder / f"{start:010d}.lock", thread_local=False)
             try:
                 lock.acquire(blocking=False)
@@ -266,14 +286,24 @@ class Claim:
         lock.release()
 
 
-def shares(chunks: Chunks) -> Iterator[tuple[Claim, Iterator[range]]]:
-    """Yield claims, with their chunks, until none is missing; while other processes have all that is, wait."""
+def wait_a_moment() -> None:
+    """Wait until one looks again whether other processes are done."""
+    sleep(_WAIT)
+
+
+def shares(chunks: Chunks, wait: Callable[[], object] = wait_a_moment) -> Iterator[tuple[Claim, Iterator[range]]]:
+    """Yield claims, with their chunks, until none is missing.
+
+    Args:
+        chunks: to be filled.
+        wait: called again and again while other processes have all chunks that are missing.
+    """
     while chunks.missing():
         with Claim(chunks) as claim:
             own = claim.chunks()
             first = next(own, None)
             if first is None:
-                sleep(_WAIT)
+                wait()
             else:
                 yield claim, chain([first], own)
 

@@ -14,6 +14,8 @@ from typing import Any
 from uuid import uuid4
 
 _BLOCK = 2**24
+_CANNOT_SYNC_FOLDERS = (errno.EINVAL, errno.ENOTSUP)  # says a file system
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PARTIAL = ".partial"  # the end of the name of a file that is being written
 
 
@@ -37,8 +39,34 @@ def to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in _CANNOT_SYNC_FOLDERS:
+            raise
     finally:
         os.close(descriptor)
+
+
+def check_own(folder: Path) -> None:
+    """Raise if a folder is a symbolic link: what it leads to is not the store's to delete."""
+    if folder.is_symlink():
+        raise Damaged(folder, "it is a symbolic link", "Put the folder itself there.")
+
+
+@contextmanager
+def explained_reading(path: Path) -> Iterator[None]:
+    """Tell a file that cannot be read from one that is missing, which is a FileNotFoundError, or is a folder."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except IsADirectoryError as error:
+        raise Damaged(path, "it is a folder") from error
+    except OSError as error:
+        raise type(error)(
+            error.errno,
+            f"'{path}' cannot be read: {error.strerror or error}. Check its permissions, the limit of open files"
+            " (ulimit -n) and the disk",
+        ) from error
 
 
 def checksum_of_file(path: Path) -> int:
@@ -67,8 +95,9 @@ def explained_os_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         raise type(error)(
             error.errno,
-            f"The feature store cannot be written in '{path}': {error.strerror or error}. Free space there, or give"
-            " TRAKCallback another dirpath. What is written so far is kept, and a rerun goes on from it",
+            f"The feature store cannot be written in '{path}': {error.strerror or error}."
+            f" {'Free space there, or give' if error.errno in _FULL else 'Give'} TRAKCallback another dirpath. What is"
+            " written so far is kept, and a rerun goes on from it",
         ) from error
 
 
@@ -93,14 +122,18 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
     """
     remedy = remedy or f"Delete the folder '{path.parent}' and featurize again."
     try:
-        value = json.loads(path.read_bytes())
+        with explained_reading(path):
+            content = path.read_bytes()
+        value = json.loads(content)
         if not isinstance(value, dict):
             raise Damaged(path, "it holds no JSON object", remedy)
         if value.pop("checksum", None) != checksum_of(value):
             raise Damaged(path, "its checksum has changed", remedy)
-    except Damaged:
-        raise
-    except (OSError, ValueError, RecursionError) as error:  # checksum_of has the limits of json.loads
+    except FileNotFoundError as error:
+        raise Damaged(path, "it is missing", remedy) from error
+    except Damaged as error:
+        raise Damaged(path, error.why, remedy) from error
+    except (ValueError, RecursionError) as error:  # checksum_of has the limits of json.loads
         raise Damaged(path, str(error), remedy) from error
     return value
 

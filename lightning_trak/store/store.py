@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from lightning_trak.store.weights import save_weights
 FORMAT_VERSION = 2
 CHUNK_ROWS = 256  # unless the manifest says another number
 _CHUNK_BYTES, _CHUNK_SECONDS, _CHUNK_ROWS = 2**21, 60.0, 64
+_LONGEST_NAME = 200  # bytes; names of files that are being written are longer
 _ANEW = "Use another dirpath, or start anew with TRAKCallback(overwrite=True)."
 _FIELDS = {  # that every manifest has
     "format_version": int,
@@ -33,7 +34,11 @@ _FIELDS = {  # that every manifest has
     "parameters": dict,
     "projection": dict,
 }
-_OF_NO_IMPORT = ("data_rows", "chunk_rows")  # the first says where "data" differs, the other may be any
+_NESTED: dict[str, dict[str, type]] = {  # fields of what every manifest has that a trainer made
+    "projection": {"projector": str, "proj_dim": int, "seed": int, "arguments": dict},
+    "preconditioner": {"entries": int},
+}
+_NOT_COMPARED = ("data_rows", "chunk_rows")  # the first says where "data" differs, the other may be any
 
 
 class FeatureStore:
@@ -90,8 +95,12 @@ class FeatureStore:
         rows = self.manifest.get("data_rows", "")
         if type(rows) is not str or len(rows) not in (0, ROW_CHARACTERS * len(sampled_rows(self.n_train))):
             raise Damaged(path, f"its data_rows are {_short(rows)}", _ANEW)
-        if not isinstance(self.manifest.get("preconditioner"), dict | None):
-            raise Damaged(path, f"its preconditioner is {_short(self.manifest['preconditioner'])}", _ANEW)
+        for name, kinds in _NESTED.items():
+            value = self.manifest.get(name)
+            if value not in (None, {}) and not (
+                isinstance(value, dict) and all(type(value.get(field)) is kind for field, kind in kinds.items())
+            ):
+                raise Damaged(path, f"its {name} is {_short(value)}", _ANEW)
         text = json.dumps(self.manifest, sort_keys=True)
         self.identity = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -118,24 +127,24 @@ class FeatureStore:
     def remove(dirpath: str | os.PathLike[str]) -> None:
         """Delete the store in ``dirpath``, if there is one: its checkpoints and scores. Other files stay."""
         path = Path(dirpath)
-        if not (path / "manifest.json").is_file():
+        own = [folder for folder in path.glob("checkpoints/*") if (folder / META).is_file()]
+        if not own and not _is_manifest(path / "manifest.json"):
             return
         removed = path / f"removed-{uuid4().hex}"
         removed.mkdir()
-        for name in (
-            "checkpoints",
-            "targets",
-            "scores",
-            "manifest.json",
-        ):  # moved first: a new store must not have them
-            if (path / name).exists():
-                os.replace(path / name, removed / name)
+        own += [folder for folder in path.glob("scores/*") if (folder / "attribution.json").is_file()]
+        for one in [*own, path / "targets", path / "manifest.json"]:  # moved first: no new store has them
+            if one.exists() and not one.is_symlink():
+                os.replace(one, removed / f"{one.parent.name}-{one.name}")
+        for name in ("checkpoints", "scores"):
+            with suppress(OSError):  # others have put something there
+                (path / name).rmdir()
         shutil.rmtree(removed, ignore_errors=True)
 
     def check(self, manifest: Mapping[str, Any]) -> None:
         """Raise a ValueError that names the first field in which ``manifest`` differs from the store's own."""
         for name, value in json.loads(json.dumps(manifest)).items():
-            if name in _OF_NO_IMPORT:
+            if name in _NOT_COMPARED:
                 continue
             given, stored = _flat({name: value}), _flat({name: self.manifest.get(name)})
             for field in [*stored, *(field for field in given if field not in stored)]:
@@ -173,13 +182,19 @@ class FeatureStore:
     @property
     def digests(self) -> list[str]:
         """The digests of the checkpoints, in the order in which they were added."""
-        found = [(entry.meta.get("created", 0), entry.digest) for entry in self]
-        return [digest for _, digest in sorted(found)]
+        return [entry.digest for entry in self.entries()]
+
+    def entries(self, digests: Iterable[str] | None = None) -> list[CheckpointEntry]:
+        """Return the checkpoints with these digests, as far as they are there; or all, in the order of their adding."""
+        if digests is None:
+            return sorted(self, key=lambda entry: (entry.created, entry.digest))
+        return [entry for digest in digests if (entry := self._entry_if_there(digest))]
 
     def __iter__(self) -> Iterator[CheckpointEntry]:
         for path in sorted(self._folder.iterdir() if self._folder.is_dir() else []):
-            if path.is_dir() and not path.name.endswith(PARTIAL):
-                yield self._entry(path.name)
+            own = not path.name.endswith(PARTIAL) and any((path / name).exists() for name in (META, WEIGHTS, "train"))
+            if own and (entry := self._entry_if_there(path.name)):
+                yield entry
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -194,6 +209,11 @@ class FeatureStore:
 
     def add(self, digest: str, meta: Mapping[str, Any], weights: Mapping[str, Tensor]) -> CheckpointEntry:
         """Add a checkpoint without features, whole or not at all; of one that is there, ``meta`` is supplemented."""
+        if FeatureStore(self.dirpath).identity != self.identity:
+            raise ValueError(
+                f"Another program has started the store '{self.dirpath}' anew (overwrite=True). Give each its own"
+                " dirpath."
+            )
         if digest not in self:
             known = {"digest": digest, "store": self.identity, "created": time.time_ns(), **meta}
             try:
@@ -229,6 +249,15 @@ class FeatureStore:
     def _entry(self, digest: str) -> CheckpointEntry:
         return CheckpointEntry(self._folder / digest, self.identity, self.n_train, self.manifest["chunk_rows"])
 
+    def _entry_if_there(self, digest: str) -> CheckpointEntry | None:
+        """Return a checkpoint; None if it was deleted, perhaps just now by another process."""
+        try:
+            return self._entry(digest)
+        except Damaged:
+            if (self._folder / digest).is_dir():
+                raise
+            return None
+
     def scores_dir(self, name: str) -> Path:
         """Return the directory of the scores saved under ``name``."""
         return self.dirpath / "scores" / folder_name(name)
@@ -255,6 +284,16 @@ def rows_in_a_chunk(row_bytes: int, seconds: float = 0.0) -> int:
     return max(1, min(rows, _CHUNK_BYTES // row_bytes))
 
 
+def _is_manifest(path: Path) -> bool:
+    """Say whether a file is the manifest of a store, of any format version, and maybe damaged."""
+    if path.with_suffix(".lock").exists():
+        return path.is_file()
+    try:
+        return type(json.loads(path.read_bytes())["format_version"]) is int
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return False
+
+
 def _check_version(path: Path) -> None:
     """Raise a ValueError if a manifest is of another format version; what has no version is damaged."""
     try:
@@ -274,7 +313,11 @@ def folder_name(name: str) -> str:
     Raises:
         ValueError: if none can.
     """
-    if not isinstance(name, str) or not name or name != Path(name).name or name in (".", "..") or "\0" in name:
+    try:
+        usable = 0 < len(os.fsencode(name)) <= _LONGEST_NAME and name == Path(name).name and "\0" not in name
+    except (TypeError, UnicodeError):
+        usable = False
+    if not usable or name in (".", ".."):
         raise ValueError(f"name must be usable as a folder name, got {name!r}.")
     return name
 

@@ -119,8 +119,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
             " weights alone and pass that file:"
             " torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt')"
         ) from error
-    except (RuntimeError, EOFError, SafetensorError) as error:
-        raise ValueError(f"'{path}' is damaged or no checkpoint: {error}") from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # torch raises whatever its parts do
+        raise ValueError(f"'{path}' is damaged or no checkpoint: {type(error).__name__}: {error}") from error
     if not isinstance(content, Mapping) or not isinstance(content.get("state_dict", content), Mapping):
         raise ValueError(f"'{path}' holds no weights; expected a Lightning checkpoint or a state dict.")
     return content if "state_dict" in content else {"state_dict": content}

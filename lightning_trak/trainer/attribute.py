@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.influence import Estimator, Solved
 from lightning_trak.results.attribution import Attribution, AttributionInfo
+from lightning_trak.results.saved import check_free
 from lightning_trak.store.store import folder_name
 from lightning_trak.trainer.attachment import launched
 from lightning_trak.trainer.checkpoints import naming, sums_of
@@ -97,12 +98,17 @@ def _attribute(
 ) -> Attribution:
     """Do what `attribute` does, in each process."""
     with prepared_job(trainer, model, dataloaders, datamodule, ckpt_path) as job:
+        if name is not None:
+            check_free(job.store.scores_dir(name))
         attribution = job.featurized(partial(_scored, job, top_k))
     if name is not None and trainer.is_global_zero:
         try:
             attribution.save(job.store.scores_dir(name))
-        except OSError as error:  # of a full disk, for example: nothing that was computed is lost
-            rank_zero_warn(f"The scores are returned, but could not be saved as {name!r}: {error}")
+        except (OSError, ValueError) as error:  # of a full disk, for example: nothing that was computed is lost
+            rank_zero_warn(
+                f"The scores are returned, but could not be saved as {name!r}: {str(error).rstrip('.')}. Save them"
+                " elsewhere with attribution.save(path)."
+            )
     return attribution
 
 

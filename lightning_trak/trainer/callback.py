@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,7 @@ from lightning_trak.isolation.module_state import ModuleChanged
 from lightning_trak.isolation.random_states import kept_generators
 from lightning_trak.projection import Projector, check_projector
 from lightning_trak.store.store import FeatureStore
-from lightning_trak.store.weights import Weights, copy_of_weights, tensors_in, weights_digest
+from lightning_trak.store.weights import Weights, copy_of_weights, tensors_in, weights_digest, weights_in
 from lightning_trak.trainer import arguments
 from lightning_trak.trainer.attachment import attached, undisturbed
 from lightning_trak.trainer.checkpoint_io import watch
@@ -38,7 +38,7 @@ from lightning_trak.trainer.loaders import train_loader_of_fit
 from lightning_trak.trainer.loss_check import LossCheck
 from lightning_trak.trainer.plan import DTYPE, PROJ_DIM, SEED, Plan, Settings, parameters_to_be
 from lightning_trak.trainer.reports import Reports
-from lightning_trak.trainer.resumed import files_of_run
+from lightning_trak.trainer.resumed import checkpoint_files, whole_path
 
 _FINISH_LATER = "trainer.attribute(...) computes what is missing, once the cause is fixed."
 
@@ -188,7 +188,7 @@ class TRAKCallback(Callback):
         self._store: FeatureStore | None = None
         self._loop: FeaturizationLoop | None = None
         self._files: dict[str, str] = {}  # path of a checkpoint file → digest of its weights
-        self._pending: dict[str, bool] = {}  # digest to featurize → whether this run added it
+        self._pending: dict[str, bool] = {}  # digest to featurize → whether this run has added it
         self._featurized = self._failed = 0
         self._loss_check = LossCheck()
         self._run: str | None = None  # the identity of this training, kept when it is resumed
@@ -253,7 +253,8 @@ class TRAKCallback(Callback):
         elif self._training is not None and self._training.steps != trainer.global_step:
             self._training = None  # resumed without a recorded time: discard the old one
         if trainer.global_step and trainer.is_global_zero:
-            self._reconcile(trainer)
+            with self._training_goes_on("The checkpoints of the resumed run could not be compared with its files"):
+                self._reconcile(trainer)
         self.saved()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -298,7 +299,7 @@ class TRAKCallback(Callback):
         if not self._saved and trainer.global_step:
             weights = copy_of_weights(pl_module)
             epoch, step = trainer.current_epoch, trainer.global_step
-            self._add(weights, weights_digest(weights), epoch, step, "none was saved", self._training)
+            self._add(weights, weights_digest(weights), epoch, step, None, self._training)
             self.saved()
         self._share_pending(trainer)
         if self._pending:
@@ -324,7 +325,7 @@ class TRAKCallback(Callback):
         if self._store is None or not {"state_dict", "epoch", "global_step"} <= checkpoint.keys():
             return  # the file is no checkpoint of Lightning
         self._saved = True
-        self.last_saved = self._add_file(path, checkpoint, self._training)
+        self.last_saved = self._add_file(whole_path(path), checkpoint, self._training)
 
     def _add_file(self, path: str, checkpoint: dict[str, Any], training: TrainingTime | None) -> str:
         """Put the weights of a file into the store; return their digest."""
@@ -333,12 +334,12 @@ class TRAKCallback(Callback):
         if self._files.get(path) != digest:
             self.file_removed(path)
             self._files[path] = digest
-            self._add(weights, digest, checkpoint["epoch"], checkpoint["global_step"], os.path.basename(path), training)
+            self._add(weights, digest, checkpoint["epoch"], checkpoint["global_step"], path, training)
         return digest
 
     def file_removed(self, path: str) -> None:
         """Forget a file that was deleted or overwritten; discard its weights if they are not featurized yet."""
-        digest = self._files.pop(path, None)
+        digest = self._files.pop(whole_path(path), None)
         if digest is None or digest in self._files.values() or self._store is None:
             return
         if self._pending.pop(digest, False):
@@ -346,15 +347,16 @@ class TRAKCallback(Callback):
                 self._store.discard(digest)
 
     def _add(
-        self, weights: Weights, digest: str, epoch: int, step: int, file: str, training: TrainingTime | None
+        self, weights: Weights, digest: str, epoch: int, step: int, path: str | None, training: TrainingTime | None
     ) -> None:
         """Put weights into the store, to be featurized."""
         assert self._store is not None
+        file = "none was saved" if path is None else os.path.basename(path)
         with self._training_goes_on(f"The checkpoint '{file}' of step {step} could not be put into the feature store"):
             if digest in self._store and self._store[digest].complete:
                 return
-            added = digest not in self._store
-            meta = {"epoch": epoch, "global_step": step, "file": file, "run": self._run}
+            added = digest not in self._store or self._store[digest].meta.get("run") == self._run
+            meta = {"epoch": epoch, "global_step": step, "file": file, "path": path, "run": self._run}
             meta["training_time"] = training and asdict(training)
             meta["n_trainable"] = None if self._loop is None else self._loop.n_trainable
             self._store.add(digest, meta, weights)
@@ -374,18 +376,27 @@ class TRAKCallback(Callback):
     def _reconcile(self, trainer: Trainer) -> None:
         """Bring the store in line with the files of a resumed run: it may have been killed between the two."""
         assert self._store is not None
-        assert self._run is not None
-        for path, checkpoint in files_of_run(trainer, self._run):
-            training = checkpoint[CHECKPOINT_KEY].get("training_time")
-            self._add_file(path, checkpoint, training and TrainingTime(**training))
-        with self._training_goes_on("The checkpoints of the resumed run could not be compared with its files"):
-            for entry in self._store:
-                if entry.meta.get("run") != self._run or entry.complete or entry.digest in self._files.values():
-                    continue
-                if self.featurize_on == "save":
-                    self._pending.setdefault(entry.digest, False)
-                else:  # its file was deleted
-                    self._store.discard(entry.digest)
+        own = {entry.digest: entry for entry in self._store if entry.meta.get("run") == self._run}
+        paths = {digest: entry.meta.get("path") for digest, entry in own.items()}
+        found: dict[str, str] = {}  # path of a file → digest of its weights
+        for path, checkpoint in checkpoint_files(trainer, filter(None, paths.values())):
+            noted = {} if checkpoint is None else checkpoint.get(CHECKPOINT_KEY, {})
+            if checkpoint is None:
+                continue
+            if noted.get("run") == self._run:
+                training = noted.get("training_time")
+                found[path] = self._add_file(path, checkpoint, training and TrainingTime(**training))
+            else:  # of another run, or a file of weights alone, which does not say
+                found[path] = weights_digest(weights_in(checkpoint, path))
+                if found[path] in own:
+                    self._files[path] = found[path]
+        for digest, entry in own.items():
+            if entry.complete:
+                continue
+            if self.featurize_on == "fit_end" and digest not in found.values() and _is_gone(paths[digest], found):
+                self._store.discard(digest)
+            else:
+                self._pending.setdefault(digest, True)
 
     def _featurize_pending(self) -> None:
         if self._store is None or self._loop is None:
@@ -422,6 +433,16 @@ class TRAKCallback(Callback):
                 " train again with TRAKCallback(parameters='*', overwrite=True), or name them in place of '*'.",
                 about="parameters that were frozen",
             )
+
+
+def _is_gone(path: str | None, found: Mapping[str, str]) -> bool:
+    """Say whether the file of a checkpoint is known to be deleted, or overwritten by other weights.
+
+    Args:
+        path: of the file; None where that is unknown.
+        found: the files that were read, none of which has these weights.
+    """
+    return path is not None and "://" not in path and (path in found or not os.path.exists(path))
 
 
 def find_callback(trainer: Any) -> TRAKCallback:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -88,16 +89,15 @@ def _featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, numbe
     if not missing:
         return
     if missing < entry.n_train and loop.repeatable:
-        check_features(loop, entry, entry.train)
+        check_features(loop, entry, entry.train, entry.train.present())
     weights = load_weights(entry.weights_path, entry.digest)
     check_space(entry.path, missing * loop.form.row_bytes)
-    where = f" (epoch {entry.meta['epoch']}, step {entry.meta['global_step']})" if "epoch" in entry.meta else ""
+    meta = entry.meta
+    where = f" (epoch {meta.get('epoch')}, step {meta.get('global_step')})" if "epoch" in meta else ""
     with naming(entry):
         entry.supplement({"logistic": loop.logistic, "n_trainable": loop.n_trainable})
         whitening = whitening_at(loop, entry, weights, f"Curvature of checkpoint {number}{where}")
-        projection = _fill(
-            loop, entry.train, weights, entry.digest, f"Featurizing checkpoint {number}{where}", whitening
-        )
+        projection = _fill(loop, entry, entry.train, weights, f"Featurizing checkpoint {number}{where}", whitening)
     if projection is not None:
         if projection.seen == loop.size:  # else it knows a part of the rows
             entry.supplement({"loss_explained": projection.explained()})
@@ -106,22 +106,30 @@ def _featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, numbe
 
 def _fill(
     loop: FeaturizationLoop,
+    entry: CheckpointEntry,
     chunks: Chunks,
     weights: Weights,
-    digest: str,
     description: str,
     whitening: Whitening | None,
 ) -> LossProjection | None:
-    """Compute missing chunks until none is missing; return the projection that gave Q in this process, if one did."""
-    projection = None
-    for claim, own in shares(chunks):
+    """Compute missing chunks until none is missing; return the projection that gave Q in this process, if one did.
+
+    Chunks that other processes compute at the same time are checked, as those that are there: they may have another
+    ``model_output``.
+    """
+    projection, mine = None, {rows.start for rows in chunks.present()}
+    for claim, own in shares(chunks, loop.wait):
 
         def receive(batch_rows: Sequence[int], block: FeatureBlock, claim: Claim = claim) -> None:
+            mine.update(batch_rows)
             claim.write(batch_rows, loop.form.arrays(block.features) | _numbers(block))
 
         rows, total = chain.from_iterable(own), sum(map(len, chunks.missing()))
-        found = loop.run(weights, digest, rows, receive, description, whitening, total)
+        found = loop.run(weights, entry.digest, rows, receive, description, whitening, total)
         projection = projection or found
+    others = [rows for rows in chunks.present() if rows.start not in mine]
+    if others and loop.repeatable:
+        check_features(loop, entry, chunks, others)
     return projection
 
 
@@ -130,24 +138,25 @@ def _numbers(block: FeatureBlock) -> dict[str, Array]:
     return {"loss_grad": block.loss_grad, "curvature": block.curvature, "outputs": block.outputs}
 
 
-def check_features(loop: FeaturizationLoop, entry: CheckpointEntry, chunks: Chunks) -> None:
+def check_features(loop: FeaturizationLoop, entry: CheckpointEntry, chunks: Chunks, stored: Sequence[range]) -> None:
     """Compute a few stored rows again: ``model_output`` or the data may have changed, which the store cannot know.
 
     Args:
         loop: reads the examples.
         entry: the checkpoint.
-        chunks: what is stored of the examples; some of it is there.
+        chunks: what is stored of the examples.
+        stored: the rows of some that are there.
 
     Raises:
         ValueError: if they differ from the stored rows.
     """
-    there = [row for rows in chunks.present() for row in rows]
+    there = [row for rows in stored for row in rows]
     rows = [there[place] for place in sampled_rows(len(there), _CHECKED)]
 
     def compare(batch_rows: Sequence[int], block: FeatureBlock) -> None:
-        stored = chunks.rows(batch_rows)
-        equal = {name: same(numbers, stored[name]) for name, numbers in _numbers(block).items()}
-        equal["features"] = same_features(loop.form.arrays(block.features), stored)
+        former = chunks.rows(batch_rows)
+        equal = {name: same(numbers, former[name]) for name, numbers in _numbers(block).items()}
+        equal["features"] = same_features(loop.form.arrays(block.features), former)
         for name, is_equal in equal.items():
             if not is_equal:
                 raise ValueError(
@@ -166,7 +175,7 @@ def check_some(loop: FeaturizationLoop, stored: Sequence[tuple[CheckpointEntry, 
     """Check stored features at the first and the last checkpoint that has some; random examples cannot be compared."""
     there = [(entry, chunks) for entry, chunks in stored if chunks.present()] if loop.repeatable else []
     for entry, chunks in dict.fromkeys([*there[:1], *there[-1:]]):
-        check_features(loop, entry, chunks)
+        check_features(loop, entry, chunks, chunks.present())
 
 
 def target_chunks(loop: FeaturizationLoop, entry: CheckpointEntry, digest: str) -> Chunks:
@@ -227,6 +236,7 @@ def sums_of(entry: CheckpointEntry, estimator: Estimator, train: TrainFeatures) 
     options = estimator.options
     key: dict[str, Any] = {"version": SUMS_VERSION, "estimator": options.estimator, "curvature": options.curvature}
     key["temperature"] = estimator.temperature
+    key["of"] = [crc32(np.ascontiguousarray(numbers).data) for numbers in (train.loss_grad, train.curvature)]
     kept = entry.read_sums(key)
     sums = None if kept is None else GaussNewton.from_arrays(kept, estimator.device)
     if sums is None or not estimator.suffices(train, sums):
@@ -259,7 +269,8 @@ def featurize_targets(
         with naming(entry, can_leave_out=False):  # the cause is in the targets
             whitening = whitening_at(loop, entry, weights)
             try:
-                _fill(loop, chunks, weights, entry.digest, description, whitening)
+                chunks.folder.parent.mkdir(parents=True, exist_ok=True)
+                _fill(loop, entry, chunks, weights, description, whitening)
             except OSError as error:  # a full disk, or a read-only store
                 rank_zero_warn(f"Features of targets could not be stored and will be computed again: {error}")
                 return _of_targets(loop, _collected(loop, weights, entry.digest, description, whitening))

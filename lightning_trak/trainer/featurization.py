@@ -35,6 +35,7 @@ from lightning_trak.gradients import (
 )
 from lightning_trak.isolation.random_states import seed_all
 from lightning_trak.projection import Projector, projection_key
+from lightning_trak.store.chunks import wait_a_moment
 from lightning_trak.store.weights import Weights, copy_of_weights
 from lightning_trak.tasks.base import numbered, own_method, prepared
 from lightning_trak.tasks.batch import read_batches
@@ -441,6 +442,12 @@ class FeaturizationLoop:
         """Check Q and w."""
         check_finite("out_to_loss_grad", loss_grad, self.examples, rows)
         check_finite("out_to_loss_curvature", curvature, self.examples, rows)
+
+    def wait(self) -> None:
+        """Wait a moment for other processes, unless this one was told to stop."""
+        self._reports.tell_once("other processes compute what is missing; waiting for them.")
+        stop_if_asked(self._trainer)
+        wait_a_moment()
 
     def _function(self, weights: Weights) -> ModelFunction:
         device, plugin = self._trainer.strategy.root_device, self._trainer.precision_plugin

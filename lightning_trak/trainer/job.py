@@ -55,6 +55,7 @@ from lightning_trak.trainer.framework import (
 )
 from lightning_trak.trainer.loaders import Loaders
 from lightning_trak.trainer.plan import Plan
+from lightning_trak.trainer.resumed import whole_path
 from lightning_trak.trainer.whitening import rescaled
 
 T = TypeVar("T")
@@ -230,7 +231,8 @@ def prepared_job(
             _build(model, datamodule, callback.store_path(trainer), ckpt_path)
         data = Loaders(trainer, model, datamodule, dataloaders, fitted)
         store, plan = _open_store(trainer, model, callback, data, create=ckpt_path is not None)
-        entries = [store[digest] for digest in _select(trainer, store, ckpt_path)]
+        # Of the first process: another may find other checkpoints, if a running fit adds some.
+        entries = store.entries(trainer.strategy.broadcast(_select(trainer, store, ckpt_path)))
         options = Options(callback.damping, callback.temperature, callback.curvature, callback.estimator)
         yield Job(trainer, model, store, plan, entries, data, datamodule, options, callback.memory_limit)
 
@@ -330,6 +332,7 @@ def _select(trainer: Trainer, store: FeatureStore, ckpt_path: CkptPath) -> list[
         if digest not in digests:
             digests.append(digest)
         check_fit(trainer.lightning_module, weights)
-        meta = {"file": os.path.basename(path), "training_time": training and asdict(training)}
+        meta = {"file": os.path.basename(path), "path": whole_path(path)}
+        meta["training_time"] = training and asdict(training)
         store.add(digest, meta, weights)
     return digests

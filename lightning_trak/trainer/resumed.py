@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lightning_trak.influence.training_time import CHECKPOINT_KEY
 from lightning_trak.store.weights import read_checkpoint
 from lightning_trak.trainer.framework import Trainer, rank_zero_warn
 
 
-def files_of_run(trainer: Trainer, run: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield path and content of each checkpoint file that a run has written, as far as it is still there.
+def whole_path(path: str | os.PathLike[str]) -> str:
+    """Return the one path of a file, whatever links lead to it; URLs stay."""
+    text = os.fspath(path)
+    return text if "://" in text else os.path.realpath(text)
 
-    These are the file that training resumes from, and those in the folders of the trainer's checkpoint callbacks.
+
+def checkpoint_files(trainer: Trainer, known: Iterable[str]) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Yield path and content of each checkpoint file that a resumed run may have written; None if it cannot be read.
+
+    These are files at known paths, that which training resumes from, and all in its folder and in those of the
+    trainer's checkpoint callbacks.
     """
-    for path in dict.fromkeys(_candidates(trainer)):
+    for path in dict.fromkeys(map(whole_path, [*known, *_candidates(trainer)])):
+        if not os.path.isfile(path):
+            continue
         try:
-            checkpoint = dict(read_checkpoint(path))
+            yield path, dict(read_checkpoint(path))
         except (OSError, ValueError) as error:
             rank_zero_warn(f"Whether a checkpoint file is of this run cannot be told: {error}")
-            continue
-        if checkpoint.get(CHECKPOINT_KEY, {}).get("run") == run:
-            yield path, checkpoint
+            yield path, None
 
 
 def _candidates(trainer: Trainer) -> Iterator[str]:
-    for callback in trainer.checkpoint_callbacks:
-        folder = Path(getattr(callback, "dirpath", None) or "")
-        extension = getattr(callback, "FILE_EXTENSION", ".ckpt")
-        if folder.is_absolute() and folder.is_dir():
-            yield from (str(path) for path in sorted(folder.glob(f"*{extension}")) if path.is_file())
+    savers = list(trainer.checkpoint_callbacks)
+    folders = [(getattr(one, "dirpath", None), getattr(one, "FILE_EXTENSION", ".ckpt")) for one in savers]
     if trainer.ckpt_path is not None and os.path.isfile(trainer.ckpt_path):
-        yield os.path.abspath(trainer.ckpt_path)
+        yield os.fspath(trainer.ckpt_path)
+        folders.append((os.path.dirname(whole_path(trainer.ckpt_path)), ".ckpt"))
+    for folder, extension in folders:
+        if folder and Path(folder).is_dir():
+            yield from map(str, sorted(Path(folder).glob(f"*{extension}")))

@@ -69,6 +69,7 @@ def _stored(job: Job, of_rows: Callable[[slice], Tensor], m: int, targets: str, 
     folder = job.store.targets_folder(targets) / f"scores-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
     chunks = Chunks(folder, f"{targets}|{key}", n, min(n, size))
     missing = chunks.missing()
+    folder.parent.mkdir(parents=True, exist_ok=True)
     check_space(job.store.dirpath, 4 * m * sum(map(len, missing)))
     with progress(job.trainer, "Scoring", len(missing)) as advance:
         for claim, own in shares(chunks):

@@ -34,7 +34,7 @@ def same_features(new: Mapping[str, Array], stored: Mapping[str, Array]) -> bool
 
 def same(new: Array, stored: Array) -> bool:
     """Say whether two arrays are the same up to rounding."""
-    return not np.linalg.norm(new - stored) > 0.05 * np.linalg.norm(stored) + 1e-3  # damage by NaN is told later
+    return not np.linalg.norm(new - stored) > 0.05 * np.linalg.norm(stored) + 1e-4  # damage by NaN is told later
 
 
 def whitening_at(

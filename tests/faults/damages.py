@@ -30,7 +30,9 @@ KINDS = {  # of files, by the end of their paths
     "index of scores": r"attribution\.json",
     "array of scores": r"\.npy",
     "retraining manifest": r"retraining/manifest\.json",
-    "run": r"runs/subset.*\.npz",
+    "run": r"runs/subset.*\.safetensors",
+    "ground truth": r"truth\.safetensors",
+    "targets": r"targets/\w+/\w+/\d+\.safetensors",
 }
 STORES = ("plain", "plain, half", "every", "every, half")
 Operation = Callable[[Path], Outcome]
@@ -138,7 +140,16 @@ def load(folder: Path) -> Outcome:
 
 def read_runs(folder: Path) -> Outcome:
     """Read retraining runs without running any."""
-    truth = GroundTruth.load(folder / "retraining")
+    return of_truth(GroundTruth.load(folder / "retraining"))
+
+
+def read_truth(folder: Path) -> Outcome:
+    """Read a saved ground truth."""
+    return of_truth(GroundTruth.load(folder / "truth.safetensors"))
+
+
+def of_truth(truth: GroundTruth) -> Outcome:
+    """Return masks and outputs."""
     return {"masks": truth.masks.numpy(), "outputs": truth.repeats.numpy()}
 
 
@@ -146,6 +157,8 @@ def operations_for(kind: str, store: str) -> tuple[Operation, ...]:
     """Return what reads a file of a kind in a store; what is half-filled can do nothing without the train set."""
     if kind in ("run", "retraining manifest"):
         return read_runs, retraining
+    if kind == "ground truth":
+        return (read_truth,)
     if "scores" in kind:
         return (load,)
     return (attribute, resume) if store.endswith("half") else (attribute, attribute_targets, resume)
@@ -181,6 +194,9 @@ class Damages:
         self._known: dict[tuple[str, Operation], Outcome] = {}
         for training in ("plain", "every"):
             self._make(root / training, training)
+        never = set(KINDS).difference(*(files_by_kind(root / name) for name in STORES))
+        if never:
+            raise ValueError(f"No store has files of the kinds {', '.join(sorted(never))}.")
 
     def _make(self, folder: Path, training: str) -> None:
         """Make a finished store, and one in which half of the chunks are missing."""
@@ -190,6 +206,7 @@ class Damages:
             trainer.attribute(name="scores")
             trainer.attribute(name="few", top_k=2)
             retraining(folder)
+            GroundTruth.load(folder / "retraining").save(folder / "truth.safetensors")
 
         in_a_fork(work, folder).succeeded()
         (folder / "training").write_text(training)

@@ -139,5 +139,5 @@ def test_damage_is_named(tmp_path, damage):
 def test_chunks_of_another_form_are_refused(tmp_path, array):
     chunks = Chunks(tmp_path, "example", 2, 2)
     chunks.write(0, {"scores": array})
-    with pytest.raises(Damaged, match="in place of scores"):
+    with pytest.raises(Damaged, match="in place of scores|another number of rows"):
         StoredScores(chunks, 5)[0]

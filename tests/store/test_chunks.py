@@ -42,14 +42,14 @@ def flip(path, place=-3):
 
 
 def test_files_of_chunks(tmp_path):
-    chunks = Chunks(tmp_path / "new" / "train", "here", 7, 3)
+    chunks = Chunks(tmp_path / "train", "here", 7, 3)
     assert chunks.all() == chunks.missing() == [range(3), range(3, 6), range(6, 7)]
     assert chunks.present() == []
     assert not chunks.complete
     chunks.write(3, rows_of(range(3, 6)))
     assert chunks.missing() == [range(3), range(6, 7)]
     assert chunks.present() == [range(3, 6)]
-    assert chunks.path(3) == tmp_path / "new" / "train" / "0000000003.safetensors"
+    assert chunks.path(3) == tmp_path / "train" / "0000000003.safetensors"
     assert list(chunks.folder.iterdir()) == [chunks.path(3)]
     filled(chunks.folder)
     assert chunks.complete
