@@ -16,6 +16,7 @@ from safetensors.numpy import save
 from lightning_trak.store.files import Damaged, atomically, explained_reading
 
 Array = npt.NDArray[Any]
+_OF_DAMAGE = (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)  # raised on reading
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Array], place: str, notes: Mapping[str, Any] | None = None) -> None:
@@ -70,8 +71,26 @@ def map_arrays(path: Path, place: str, names: Sequence[str] | None = None) -> tu
         return arrays, json.loads(metadata["notes"])
     except Damaged:
         raise
-    except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+    except _OF_DAMAGE as error:
         raise Damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def verified_place(path: Path) -> str:
+    """Return the place that `write_arrays` was given for a file, after comparing all checksums with it.
+
+    For files whose place only their writers know: the file is whole, but may lie elsewhere.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        Damaged: if it is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            place: str = file.metadata()["place"]
+    except _OF_DAMAGE as error:
+        raise Damaged(path, f"{type(error).__name__}: {error}") from error
+    map_arrays(path, place)
+    return place
 
 
 def _checksum(name: str, array: Array, place: str) -> int:

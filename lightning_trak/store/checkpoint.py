@@ -16,7 +16,7 @@ import numpy.typing as npt
 from filelock import FileLock
 
 from lightning_trak.features.stored import dense
-from lightning_trak.store.arrays import read_arrays, read_with_notes, write_arrays
+from lightning_trak.store.arrays import read_arrays, read_with_notes, verified_place, write_arrays
 from lightning_trak.store.chunks import Chunks
 from lightning_trak.store.files import Damaged, check_own, explained_os_errors, read_json, write_json
 
@@ -75,6 +75,22 @@ class CheckpointEntry:
     def weights_path(self) -> Path:
         """The path of the weights file."""
         return self.path / WEIGHTS
+
+    @property
+    def whitening_path(self) -> Path:
+        """The path of the curvature's file, which is there only if gradients are whitened."""
+        return self.path / "whitening.safetensors"
+
+    @property
+    def sums_paths(self) -> list[Path]:
+        """The paths of all sums over the train set."""
+        return sorted(self.path.glob("sums-*.safetensors"))
+
+    @property
+    def chunk_paths(self) -> dict[range, Path]:
+        """The files of the train set's features, by their rows. Nothing is read, also no curvature."""
+        named = Chunks(self._train_folder, "", self.n_train, self._chunk_rows)
+        return {rows: named.path(rows.start) for rows in named.present()}
 
     @property
     def remedy(self) -> str:
@@ -153,9 +169,9 @@ class CheckpointEntry:
             Damaged: if it is missing or damaged.
         """
         try:
-            arrays = read_arrays(self._whitening_path, self._whitening_place)
+            arrays = read_arrays(self.whitening_path, self._whitening_place)
         except FileNotFoundError as error:
-            raise Damaged(self._whitening_path, "it is missing") from error
+            raise Damaged(self.whitening_path, "it is missing") from error
         del arrays["id"]
         return arrays
 
@@ -163,7 +179,7 @@ class CheckpointEntry:
         """Store the curvature that gradients are whitened by. Features belong to it: they are of this one or none."""
         own = np.frombuffer(uuid4().bytes, np.uint8)
         with explained_os_errors(self.path):
-            write_arrays(self._whitening_path, {**arrays, "id": own}, self._whitening_place, notes)
+            write_arrays(self.whitening_path, {**arrays, "id": own}, self._whitening_place, notes)
 
     @property
     def whitening_notes(self) -> dict[str, Any]:
@@ -188,9 +204,19 @@ class CheckpointEntry:
         with explained_os_errors(self.path):
             write_arrays(path, arrays, place)
 
+    def check_sums(self, path: Path) -> None:
+        """Verify a file of `write_sums`, whatever its key.
+
+        Raises:
+            Damaged: if it is damaged, or of other features.
+        """
+        place = verified_place(path)
+        if path != self._sums_path(place) or not place.startswith(f"{self.place}|sums|"):
+            raise Damaged(path, "it belongs elsewhere")
+
     def computes(self, path: Path) -> bool:
         """Say whether a file of this checkpoint can be computed again."""
-        return path == self._whitening_path or path.parent == self._train_folder or self._is_of_targets(path)
+        return path == self.whitening_path or path.parent == self._train_folder or self._is_of_targets(path)
 
     def delete_damaged(self, known: Path) -> list[Path]:
         """Delete damaged files that can be computed again; return them.
@@ -203,7 +229,7 @@ class CheckpointEntry:
         check_own(self.path)
         deleted = []
         try:
-            if self._whitening_path.exists():
+            if self.whitening_path.exists():
                 self.read_whitening()
         except Damaged as error:
             error.path.unlink(missing_ok=True)
@@ -211,9 +237,13 @@ class CheckpointEntry:
         return deleted + self.train.delete_damaged()  # those of a curvature that is gone are no use either
 
     def _sums(self, key: Mapping[str, Any]) -> tuple[Path, str]:
-        """Return the path of sums, and their place. The name is a digest of all that they depend on."""
+        """Return the path of sums, and their place."""
         place = f"{self.place}|sums|{json.dumps(key, sort_keys=True)}"
-        return self.path / f"sums-{hashlib.blake2b(place.encode(), digest_size=8).hexdigest()}.safetensors", place
+        return self._sums_path(place), place
+
+    def _sums_path(self, place: str) -> Path:
+        """Return the path of sums: the name is a digest of all that they depend on."""
+        return self.path / f"sums-{hashlib.blake2b(place.encode(), digest_size=8).hexdigest()}.safetensors"
 
     def _is_of_targets(self, path: Path) -> bool:
         return (
@@ -230,10 +260,6 @@ class CheckpointEntry:
         return self.path / "train"
 
     @property
-    def _whitening_path(self) -> Path:
-        return self.path / "whitening.safetensors"
-
-    @property
     def _whitening_place(self) -> str:
         return f"{self._store}|{self.digest}|whitening"
 
@@ -241,7 +267,7 @@ class CheckpointEntry:
     def _whitening(self) -> tuple[str, dict[str, Any]]:
         """Return the identity of the curvature, and the notes on it."""
         try:
-            arrays, notes = read_with_notes(self._whitening_path, self._whitening_place, ["id"])
+            arrays, notes = read_with_notes(self.whitening_path, self._whitening_place, ["id"])
         except FileNotFoundError:
             return "", {}
         return arrays["id"].tobytes().hex(), notes

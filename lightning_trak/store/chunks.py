@@ -59,8 +59,7 @@ class Chunks:
 
     def present(self) -> list[range]:
         """Return the rows of the chunks that are there."""
-        there = self._there()
-        return [rows for rows in self.all() if rows.start in there]
+        return [range(start, min(start + self.size, self.n)) for start in sorted(self._there())]
 
     @property
     def complete(self) -> bool:

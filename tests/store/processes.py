@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[2] / "lightning_trak"
@@ -36,3 +38,26 @@ def output_of(script: str, *args: object) -> str:
     done = subprocess.run(command(script, *args), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+_HOLD = """
+    from filelock import FileLock
+    with FileLock(sys.argv[1]):
+        print("held", flush=True)
+        sys.stdin.readline()
+    """
+
+
+@contextmanager
+def held(*locks: object) -> Iterator[None]:
+    """Let processes hold locks, until they are killed at the end."""
+    processes = [start(_HOLD, lock) for lock in locks]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
