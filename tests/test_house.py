@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_trak"
 # In the order of the data: each room may import those before it. The files beside the rooms are there for all.
 ROOMS = [
     *("isolation", "data", "tasks", "gradients", "projection", "curvature", "features", "store"),
-    *("influence", "results", "trainer", "evaluation"),
+    *("influence", "results", "trainer", "evaluation", "commands"),
 ]
 FOR_ALL = {"metrics", "precision"}
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -37,7 +37,7 @@ def imports_of(path):
 def test_all_rooms_are_known():
     found = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert found == {*ROOMS}
-    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", *FOR_ALL}
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__", *FOR_ALL}
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent != PACKAGE], ids=lambda path: str(path.name))
@@ -79,7 +79,7 @@ def test_no_module_imports_itself_in_a_circle():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.name))
 def test_names_and_documents(path):
-    assert path.name == "__init__.py" or not path.name.startswith("_")
+    assert path.name in ("__init__.py", "__main__.py") or not path.name.startswith("_")
     assert path.stem not in {"utils", "helpers", "misc", "common"}
     document = ast.get_docstring(ast.parse(path.read_text()))
     assert document is not None

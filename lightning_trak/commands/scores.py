@@ -1,0 +1,45 @@
+"""Saved scores in a store, by their index: the arrays are not read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from lightning_trak.store.files import Damaged, read_json
+from lightning_trak.store.inspection import UNFINISHED, listed
+from lightning_trak.store.store import FeatureStore
+
+_INDEX = "attribution.json"
+_ARRAY = re.compile(r"\w+-[0-9a-f]{8}\.npy")
+
+
+def score_folders(store: FeatureStore) -> list[Path]:
+    """Return the folders of saved scores; not those in which nothing is but unfinished files."""
+    folders = [folder for folder in listed(store.dirpath / "scores") if folder.is_dir()]
+    return [folder for folder in folders if not all(UNFINISHED.fullmatch(path.name) for path in listed(folder))]
+
+
+def saved_info(folder: Path) -> dict[str, Any]:
+    """Return how saved scores were computed.
+
+    Raises:
+        Damaged: if that is missing or damaged.
+        KeyError: likewise.
+    """
+    info: dict[str, Any] = read_json(folder / _INDEX)["info"]
+    return info
+
+
+def arrays_without_index(folder: Path) -> list[Path]:
+    """Return the arrays of a process that was killed while it saved: no index names them.
+
+    None are returned if the index is damaged, since nobody knows which of them it names.
+    """
+    known: set[str] = set()
+    if (folder / _INDEX).exists():
+        try:
+            known = {file["file"] for file in read_json(folder / _INDEX)["files"].values()}
+        except (Damaged, KeyError, TypeError, AttributeError):
+            return []
+    return [path for path in listed(folder) if _ARRAY.fullmatch(path.name) and path.name not in known]

@@ -1,0 +1,56 @@
+"""Plain text for a terminal: aligned tables, sizes, and names that are cut to fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def table(rows: Sequence[Sequence[str]], right: str = "") -> str:
+    """Return rows of cells as lines with aligned columns.
+
+    Args:
+        rows: the first has the titles.
+        right: the titles of the columns that are aligned to the right.
+
+    >>> print(table([("name", "size"), ("a", "12 B"), ("bcdefg", "1.5 MB")], right="size"))
+    name      size
+    a         12 B
+    bcdefg  1.5 MB
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, rows[0], strict=True)
+        lines.append("  ".join(cell.rjust(n) if title in right.split() else cell.ljust(n) for cell, n, title in cells))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def size_text(size: float) -> str:
+    """Return a number of bytes with three digits and a unit.
+
+    >>> size_text(999), size_text(1234), size_text(56_700_000), size_text(2e15)
+    ('999 B', '1.23 kB', '56.7 MB', '2000 TB')
+    """
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while size >= 999.5 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.0f} {units[0]}" if units[0] == "B" or size >= 99.95 else f"{size:.3g} {units[0]}"
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun.
+
+    >>> count(1, "file"), count(2500, "file")
+    ('1 file', '2500 files')
+    """
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def short(name: str, most: int) -> str:
+    """Return a name without its middle, if it is longer than ``most``.
+
+    >>> short("epoch=12-val_loss=0.123.ckpt", 20)
+    'epoch=12-...123.ckpt'
+    """
+    tail = (most - 3) // 2
+    return name if len(name) <= most else f"{name[: most - 3 - tail]}...{name[-tail:]}"
