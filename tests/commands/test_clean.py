@@ -12,9 +12,22 @@ import numpy as np
 import pytest
 
 from lightning_trak import FeatureStore
+from lightning_trak.store.weights import weights_digest
 from tests.commands.conftest import age, checkpoints, chunk, flip, tree
-from tests.store.processes import held
+from tests.store.processes import held, start
+from tests.store.test_store import MANIFEST, WEIGHTS
 
+FILL = """
+    import time
+    from lightning_trak.store.checkpoint import CheckpointEntry
+    train = CheckpointEntry(Path(sys.argv[1]), sys.argv[2], 200, 1).train
+    print("begun", flush=True)
+    while train.missing():
+        with Claim(train) as claim:
+            for row in claim:
+                time.sleep(0.005)
+                claim.write([row], {"features": np.full((1, 4), row)})
+    """
 TOKEN = "0123456789abcdef" * 2
 
 
@@ -168,7 +181,8 @@ def test_links_are_not_followed(store, run, tmp_path):
     before = tree(precious)
     age(store)
     age(precious)
-    run("clean", store, "--yes", "--targets")
+    out = run("clean", store, "--yes", "--targets")[1]
+    assert "linked" not in out, "it has looked behind a link"
     assert tree(precious) == before
     assert not partial.exists()
     assert (store / f"y.{TOKEN}.partial").is_symlink()
@@ -296,3 +310,18 @@ def test_what_cannot_be_deleted_is_told_and_the_rest_goes(store, run, monkeypatc
     assert err.startswith(f"'{made[0].name}' could not be deleted: Permission denied")
     assert f"Deleted: {len(made) - 1} items" in out
     assert [path for path in made if path.exists()] == made[:1]
+
+
+def test_processes_that_fill_the_store_meanwhile_lose_nothing(tmp_path, run):
+    store = FeatureStore.create(tmp_path, {**MANIFEST, "n_train": 200, "chunk_rows": 1})
+    entry = store.add(weights_digest(WEIGHTS), {}, WEIGHTS)
+    rounds = 0
+    with start(FILL, entry.path, store.identity) as one, start(FILL, entry.path, store.identity) as other:
+        assert one.stdout.readline() == other.stdout.readline() == "begun\n"
+        while one.poll() is None or other.poll() is None:
+            assert run("clean", tmp_path, "--yes")[0] == 0
+            rounds += 1
+    assert (one.returncode, other.returncode) == (0, 0)
+    assert rounds > 1
+    assert run("verify", tmp_path)[0] == 0
+    assert entry.train.column("features")[:, 0].tolist() == list(range(200))
