@@ -11,7 +11,7 @@ from lightning_trak.store.inspection import UNFINISHED, listed
 from lightning_trak.store.store import FeatureStore
 
 _INDEX = "attribution.json"
-_ARRAY = re.compile(r"\w+-[0-9a-f]{8}\.npy")
+_ARRAY = re.compile(r"\w+-[0-9a-f]{8}(\.npy)?")  # a file, or a folder of chunks
 
 
 def score_folders(store: FeatureStore) -> list[Path]:
@@ -39,7 +39,9 @@ def arrays_without_index(folder: Path) -> list[Path]:
     known: set[str] = set()
     if (folder / _INDEX).exists():
         try:
-            known = {file["file"] for file in read_json(folder / _INDEX)["files"].values()}
+            index = read_json(folder / _INDEX)
+            known = {file["file"] for file in index["files"].values()}
+            known |= {chunks["folder"] for chunks in index["chunks"].values()}
         except (Damaged, KeyError, TypeError, AttributeError):
             return []
     return [path for path in listed(folder) if _ARRAY.fullmatch(path.name) and path.name not in known]

@@ -76,7 +76,9 @@ def scores_problem(folder: Path, advance: Advance) -> Problem | None:
     """Read saved scores; return what is wrong with them."""
     remedy = f"Compute them again with trainer.attribute(..., name={folder.name!r})."
     try:
-        Attribution.load(folder)
+        for stored in Attribution.load(folder).on_disk.values():
+            for _ in stored.blocks():
+                pass
     except FileNotFoundError:
         return Problem(folder, "saving them did not end, or attribution.json was deleted", remedy)
     except (OSError, ValueError) as error:

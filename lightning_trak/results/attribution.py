@@ -348,7 +348,7 @@ class Attribution:
         Raises:
             FileExistsError: if ``path`` exists, is not empty, and has no saved attribution.
         """
-        write_saved(Path(path), asdict(self.info), self._arrays(), self._stored())
+        write_saved(Path(path), asdict(self.info), self._arrays(), self.on_disk)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Attribution:
@@ -386,8 +386,9 @@ class Attribution:
             "bottom_values": bottom.values,
         }
 
-    def _stored(self) -> dict[str, StoredScores]:
-        """Return all that is saved and on disk, by name."""
+    @property
+    def on_disk(self) -> dict[str, StoredScores]:
+        """The scores and standard errors that are not in memory, by name."""
         parts = {"scores": self._scores} | ({} if self._spread is None else vars(self._spread))
         return {name: part for name, part in parts.items() if isinstance(part, StoredScores)}
 

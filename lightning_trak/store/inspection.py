@@ -157,18 +157,23 @@ def _read_chunk(entry: CheckpointEntry, rows: range) -> None:
 
 
 def inspect_targets(store: FeatureStore, advance: Advance = lambda _: None) -> tuple[int, list[Problem]]:
-    """Read the stored features of targets; return the number of whole files, and the damaged ones.
-
-    Only a call with the same targets knows what they belong to. So it is not noticed here that a file was exchanged
-    with another.
-    """
+    """Read what is stored of targets, features and scores; return the number of whole files, and the damaged ones."""
     state = CheckpointState(store.dirpath / "targets")
     whole = 0
     for path in _files_below(state.path):
         if path.suffix == ".safetensors":
-            whole += state.is_whole(path, partial(verified_place, path), _TARGETS_AGAIN)
+            whole += state.is_whole(path, partial(_check_target, store, path), _TARGETS_AGAIN)
             advance(path)
     return whole, state.problems
+
+
+def _check_target(store: FeatureStore, path: Path) -> None:
+    """Verify features or scores of targets; only a call with the same targets knows whether they are theirs."""
+    place, (entry,) = verified_place(path), store.entries([path.parent.name]) or (None,)
+    targets = path.parents[1].name
+    own = f"{targets}|" if entry is None else f"{entry.place}|targets {targets}|"
+    if not place.startswith(own) or f"|rows {int(path.stem)} of " not in place:
+        raise Damaged(path, "it belongs elsewhere")
 
 
 def unexpected(store: FeatureStore) -> list[Path]:
