@@ -25,35 +25,28 @@ Importing the package registers ``Trainer.attribute`` and ``Trainer.attribute_se
 
 from __future__ import annotations
 
-import sys
-
-# `python -m lightning_trak` imports the package before it runs ``__main__``. Its commands need a few rooms alone, and
-# Lightning takes seconds to import. While Python looks for the module of -m, "-m" stands for the program's name.
-if not (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m") == __name__):
-    from lightning_trak.evaluation.calibration import calibrate
-    from lightning_trak.evaluation.counterfactuals import Counterfactuals, counterfactuals
-    from lightning_trak.evaluation.ground_truth import GroundTruth, evaluate
-    from lightning_trak.evaluation.retraining import retrain_subsets
-    from lightning_trak.gradients import LayerCall, layer_rule
-    from lightning_trak.projection import Projector
-    from lightning_trak.results.attribution import Attribution
-    from lightning_trak.store.store import FeatureStore
-    from lightning_trak.tasks import (
-        ClassificationMixin,
-        ContrastiveMixin,
-        DiffusionMixin,
-        LanguageModelingMixin,
-        MultilabelMixin,
-        RegressionMixin,
-        SegmentationMixin,
-        log_odds,
-    )
-    from lightning_trak.tasks.base import TRAKMixin
-    from lightning_trak.trainer.attribute import attribute, attribute_self
-    from lightning_trak.trainer.callback import TRAKCallback
-    from lightning_trak.trainer.framework import register as _register
-
-    _register(attribute, attribute_self)
+from lightning_trak.evaluation.calibration import calibrate
+from lightning_trak.evaluation.counterfactuals import Counterfactuals, counterfactuals
+from lightning_trak.evaluation.ground_truth import GroundTruth, evaluate
+from lightning_trak.evaluation.retraining import retrain_subsets
+from lightning_trak.gradients import LayerCall, layer_rule
+from lightning_trak.projection import Projector
+from lightning_trak.results.attribution import Attribution
+from lightning_trak.store.store import FeatureStore
+from lightning_trak.tasks import (
+    ClassificationMixin,
+    ContrastiveMixin,
+    DiffusionMixin,
+    LanguageModelingMixin,
+    MultilabelMixin,
+    RegressionMixin,
+    SegmentationMixin,
+    log_odds,
+)
+from lightning_trak.tasks.base import TRAKMixin
+from lightning_trak.trainer.attribute import attribute, attribute_self
+from lightning_trak.trainer.callback import TRAKCallback
+from lightning_trak.trainer.framework import register as _register
 
 __version__ = "0.1.0"
 
@@ -82,3 +75,5 @@ __all__ = [
     "log_odds",
     "retrain_subsets",
 ]
+
+_register(attribute, attribute_self)
