@@ -17,7 +17,7 @@ The rooms, in the order of the data. Each may import those above it::
     commands      what ``python -m lightning_trak`` does with a store
 
 ``metrics`` has the linear datamodeling score, ``precision`` how exactly matrices are multiplied. All rooms above
-``trainer`` are usable without Lightning, and so is ``commands``.
+``trainer`` are usable without Lightning.
 
 Importing the package registers ``Trainer.attribute`` and ``Trainer.attribute_self`` of ``lightning``. Those of
 ``pytorch_lightning`` are registered when a `TRAKCallback` is made, if that package is imported by then.

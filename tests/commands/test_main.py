@@ -23,38 +23,6 @@ def command_line(*arguments, cwd, **environment):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, stdin=subprocess.DEVNULL)
 
 
-@pytest.fixture
-def no_lightning(tmp_path):
-    """A folder from which Lightning cannot be imported."""
-    folder = tmp_path / "none"
-    folder.mkdir()
-    for name in ("lightning", "pytorch_lightning"):
-        (folder / f"{name}.py").write_text("raise AssertionError('Lightning is imported')")
-    return folder
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_without_lightning(store, no_lightning, name):
-    """Lightning takes seconds to import, and no command trains."""
-    done = command_line(name, store, cwd=no_lightning)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout
-
-
-def test_lightning_is_out_of_reach_in_that_test(no_lightning):
-    done = subprocess.run([sys.executable, "-c", "import lightning"], cwd=no_lightning, capture_output=True, text=True)
-    assert "Lightning is imported" in done.stderr
-
-
-def test_the_package_is_whole_for_every_other_program(tmp_path):
-    """Also for one that is run with -m, and has the package's name among its arguments."""
-    (tmp_path / "program.py").write_text("import lightning_trak; print(lightning_trak.Attribution.__name__)")
-    command = [sys.executable, "-m", "program", "lightning_trak", "-m", "lightning_trak"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.stdout == "Attribution\n", done.stderr
-
-
 def test_the_exit_status_of_damage(store, tmp_path):
     flip(chunk(store))
     done = command_line("verify", store, cwd=tmp_path)
