@@ -14,14 +14,14 @@ from uuid import uuid4
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from lightning_trak.results.stored_scores import StoredScores
 from lightning_trak.store.chunks import Chunks
 from lightning_trak.store.files import atomically, checksum_of_file, read_json, write_json
 
-_INDEX, _LOCK = "attribution.json", "attribution.lock"
+_INDEX = "attribution.json"
+_PART = re.compile(r"\w+-[0-9a-f]{8}(\.npy)?")
 _LEFT = re.compile(r"(\w+-[0-9a-f]{8}(\.npy)?|attribution\.json)(\.[0-9a-f]{32}\.partial)?")
 
 
@@ -41,12 +41,13 @@ def write_saved(
     """
     check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    token = uuid4().hex[:8]
-    with FileLock(folder / _LOCK):
-        try:  # new names: the earlier attribution is whole until the index changes
-            write_json(folder / _INDEX, {"info": dict(info), **_write_parts(folder, token, arrays, stored)})
-        finally:
-            _delete_unnamed(folder)
+    token, former = uuid4().hex[:8], _named(folder)
+    own = {f"{name}-{token}.npy" for name in arrays} | {f"{name}-{token}" for name in stored}
+    try:  # new names: the earlier attribution is whole until the index changes
+        write_json(folder / _INDEX, {"info": dict(info), **_write_parts(folder, token, arrays, stored)})
+    finally:
+        for name in (own | former) - _named(folder):
+            _delete(folder / name)
 
 
 def _write_parts(
@@ -108,20 +109,18 @@ def _is_own(folder: Path) -> bool:
     """Say whether a folder is a saved attribution, or has nothing but what a killed process left."""
     if (folder / _INDEX).is_file():
         return True
-    return folder.is_dir() and all(path.name == _LOCK or _LEFT.fullmatch(path.name) for path in folder.iterdir())
+    return folder.is_dir() and all(_LEFT.fullmatch(path.name) for path in folder.iterdir())
 
 
-def _delete_unnamed(folder: Path) -> None:
-    """Delete the parts that the index does not name: of an earlier attribution, or of one that was not finished."""
+def _named(folder: Path) -> set[str]:
+    """Return the parts that the index names; none if there is none, or if it is damaged."""
     try:
         index = read_json(folder / _INDEX)
-        named = {_INDEX, *(entry["file"] for entry in index["files"].values())}
-        named |= {entry["folder"] for entry in index["chunks"].values()}
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
-        return  # nobody knows what it names
-    for path in folder.iterdir():
-        if _LEFT.fullmatch(path.name) and path.name not in named:
-            _delete(path)
+        parts = {entry["file"] for entry in index["files"].values()}
+        parts |= {entry["folder"] for entry in index["chunks"].values()}
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return set()
+    return {name for name in parts if _PART.fullmatch(name)}  # no index makes us delete other files
 
 
 def _delete(path: Path) -> None:

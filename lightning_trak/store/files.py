@@ -101,9 +101,15 @@ def explained_os_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def free_space(path: Path) -> int:
+    """Return the free bytes of the disk on which a folder is, or will be."""
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(there).free
+
+
 def check_space(path: Path, size: int) -> None:
     """Raise an OSError if the disk that ``path`` is on has less than ``size`` bytes free."""
-    free = shutil.disk_usage(path).free
+    free = free_space(path)
     if free < size:
         needed = f"{os.strerror(errno.ENOSPC)}: {size / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free"
         with explained_os_errors(path):

@@ -96,9 +96,9 @@ class FeatureStore:
         if type(rows) is not str or len(rows) not in (0, ROW_CHARACTERS * len(sampled_rows(self.n_train))):
             raise Damaged(path, f"its data_rows are {_short(rows)}", _ANEW)
         for name, kinds in _NESTED.items():
-            value = self.manifest.get(name)
-            if value not in (None, {}) and not (
-                isinstance(value, dict) and all(type(value.get(field)) is kind for field, kind in kinds.items())
+            value = self.manifest.get(name) or {}
+            if not isinstance(value, dict) or any(
+                type(value[field]) is not kind for field, kind in kinds.items() if field in value
             ):
                 raise Damaged(path, f"its {name} is {_short(value)}", _ANEW)
         text = json.dumps(self.manifest, sort_keys=True)

@@ -17,6 +17,7 @@ from lightning_trak.results.saved import check_free
 from lightning_trak.store.store import folder_name
 from lightning_trak.trainer.attachment import launched
 from lightning_trak.trainer.checkpoints import naming, sums_of
+from lightning_trak.trainer.forecast import forecast
 from lightning_trak.trainer.framework import (
     LightningDataModule,
     LightningModule,
@@ -40,7 +41,8 @@ def attribute(
     *,
     name: str | None = None,
     top_k: int | None = None,
-) -> Attribution:
+    dry_run: bool = False,
+) -> Any:
     """Score how much every training example raised the model output on every target.
 
     Also a method: ``trainer.attribute(...)``. Model, trainer, callbacks and random states are left as they were.
@@ -68,6 +70,8 @@ def attribute(
             Lightning ``.ckpt`` or state-dict files. Checkpoints without features are featurized first.
         name: also saves the result in the store, in ``scores/<name>``, for `Attribution.load`.
         top_k: keep only the highest and lowest ``top_k`` scores of each target, not all n × m.
+        dry_run: compute nothing, but say what would be: print the returned `Forecast` for a table of the time, disk and
+            memory of each stage, from one measured batch. It says what would fail for want of space.
 
     Returns:
         The scores, (n, m), averaged over the checkpoints. Of several processes each returns them; those that a launcher
@@ -84,6 +88,8 @@ def attribute(
         raise ValueError(f"top_k must be a positive integer or None, got {top_k!r}.")
     if name is not None:
         folder_name(name)
+    if dry_run:
+        return launched(trainer, forecast, trainer, model, dataloaders, datamodule, ckpt_path)
     return launched(trainer, _attribute, trainer, model, dataloaders, datamodule, ckpt_path, name, top_k)
 
 

@@ -18,6 +18,7 @@ from lightning_trak.influence.training_time import CHECKPOINT_KEY, TrainingTime
 from lightning_trak.isolation.module_state import ModuleChanged
 from lightning_trak.isolation.random_states import kept_generators
 from lightning_trak.projection import Projector, check_projector
+from lightning_trak.store.files import check_space, free_space
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import Weights, copy_of_weights, tensors_in, weights_digest, weights_in
 from lightning_trak.trainer import arguments
@@ -37,7 +38,7 @@ from lightning_trak.trainer.framework import (
 from lightning_trak.trainer.loaders import train_loader_of_fit
 from lightning_trak.trainer.loss_check import LossCheck
 from lightning_trak.trainer.plan import DTYPE, PROJ_DIM, SEED, Plan, Settings, parameters_to_be
-from lightning_trak.trainer.reports import Reports
+from lightning_trak.trainer.reports import Reports, bytes_text, time_text
 from lightning_trak.trainer.resumed import checkpoint_files, whole_path
 
 _FINISH_LATER = "trainer.attribute(...) computes what is missing, once the cause is fixed."
@@ -233,6 +234,7 @@ class TRAKCallback(Callback):
             plan = Plan.choose(self.settings, self.reports, trainer, pl_module, loader, parameters, manifest)
             loop = plan.loop(trainer, pl_module, loader, lambda: loader, "train")
             loop.preflight(copy_of_weights(pl_module), thorough=True)
+            measured = loop.measured(copy_of_weights(pl_module), "")
             self.train_loader = loader
             if trainer.fast_dev_run:
                 return  # it saves no checkpoint
@@ -240,7 +242,8 @@ class TRAKCallback(Callback):
                 FeatureStore.remove(path)
             trainer.strategy.barrier()
             with kept_generators(loader.dataset):
-                self._store = FeatureStore.create(path, plan.manifest(loader, loop.seconds))
+                self._store = FeatureStore.create(path, plan.manifest(loader, measured.seconds))
+            self._say_what_comes(trainer, loop, measured.seconds)
         self._loop, self._attributed = loop, set(plan.parameters)
         self._run = trainer.strategy.broadcast(self._run or uuid4().hex)
         if not trainer.checkpoint_callbacks:
@@ -256,6 +259,19 @@ class TRAKCallback(Callback):
             with self._training_goes_on("The checkpoints of the resumed run could not be compared with its files"):
                 self._reconcile(trainer)
         self.saved()
+
+    def _say_what_comes(self, trainer: Trainer, loop: FeaturizationLoop, seconds: float) -> None:
+        """Say what a checkpoint takes, and raise an OSError if the disk cannot hold one."""
+        assert self._store is not None
+        weights = sum(value.nbytes for value in copy_of_weights(trainer.lightning_module).values())
+        size, total = loop.size * loop.form.row_bytes + weights, loop.size * seconds / trainer.world_size
+        check_space(self._store.dirpath, size)
+        more = "" if loop.preconditioner is None else ", and the whitening of gradients some more"
+        self.reports.tell(
+            f"at each checkpoint, featurizing {loop.size} examples takes about {time_text(total)}{more}, and"
+            f" {bytes_text(size)} on the disk, which has room for"
+            f" {free_space(self._store.dirpath) // size} checkpoints."
+        )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Featurize what was saved since the last training step; compute the loss of an epoch's first batch."""

@@ -33,6 +33,7 @@ from lightning_trak.gradients import (
     Trial,
     numbered_gradient,
 )
+from lightning_trak.gradients.memory import peak_bytes
 from lightning_trak.isolation.random_states import seed_all
 from lightning_trak.projection import Projector, projection_key
 from lightning_trak.store.chunks import wait_a_moment
@@ -81,6 +82,20 @@ class FeatureBlock(NamedTuple):
     outputs: Array
     loss_grad: Array
     curvature: Array
+
+
+class Measured(NamedTuple):
+    """What featurizing a batch took.
+
+    Attributes:
+        seconds: for each example.
+        memory: bytes for the whole batch.
+        features: of the batch, (b, k).
+    """
+
+    seconds: float
+    memory: int
+    features: Tensor
 
 
 class FeaturizationLoop:
@@ -237,6 +252,32 @@ class FeaturizationLoop:
                     yield batch
 
             return digest_of_batches(batches())
+
+    def measured(self, weights: Weights, digest: str, projector: Projector | None = None) -> Measured:
+        """Featurize the first batch twice; measure the second time.
+
+        Args:
+            weights: of a checkpoint; the module may change them.
+            digest: their digest.
+            projector: see `run`.
+        """
+        with self._undisturbed(), ExitStack() as stack:
+            function, key = self._function(weights), projection_key(self._seed, digest)
+            stack.enter_context(prepared(self._module, function.prepare, self._find_train_loader))
+            engine = self._prepare(function, digest, key)
+            rows = range(engine.batch_size or self._selector.batch_size(self._largest))
+            start = perf_counter()
+            batch = self._read_once(rows, seed=0)
+            reading = (perf_counter() - start) / max(1, self._loader.num_workers)
+            featurizer = self.featurizer(function, engine, digest, projector)
+            projection = self._projection()
+            memory = peak_bytes(lambda: self._featurize(featurizer, rows, batch, projection), self.device)
+            start = perf_counter()
+            block = self._featurize(featurizer, rows, batch, projection)
+            seconds = perf_counter() - start
+        self._projector.forget()
+        together = max(seconds, reading) if self._loader.num_workers else seconds + reading
+        return Measured(together / len(rows), memory, block.features)
 
     def draws_anything(self) -> bool:
         """Say whether the module draws a label for the first example: of two classes, its output tells all."""

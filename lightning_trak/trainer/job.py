@@ -22,6 +22,7 @@ from lightning_trak.features.sparse_matrix import SparseMatrix
 from lightning_trak.gradients.function import check_fit
 from lightning_trak.influence import Estimator, Options, TrainingTime
 from lightning_trak.store.checkpoint import CheckpointEntry
+from lightning_trak.store.files import check_space
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import (
     load_weights,
@@ -142,6 +143,8 @@ class Job:
         loop, first = self.loop("train"), self.entries[0]
         loop.preflight(load_weights(first.weights_path, first.digest), first.digest)
         check_some(loop, [(entry, entry.train) for entry in complete])
+        rows = sum(len(chunk) for entry in missing for chunk in entry.train.missing())
+        check_space(self.store.dirpath, rows * loop.form.row_bytes)
         for number, entry in enumerate(missing, 1):
             featurize_checkpoint(loop, entry, f"{number}/{len(missing)}")
 
@@ -212,11 +215,47 @@ def layer_of(parameter: str) -> str:
     return parameter.rpartition(".")[0] or parameter
 
 
+class Ready(NamedTuple):
+    """A model on its device, and its data.
+
+    Attributes:
+        callback: of the trainer.
+        model: the model.
+        datamodule: supplies data, unless the model does.
+        loaders: find train set and targets.
+    """
+
+    callback: TRAKCallback
+    model: LightningModule
+    datamodule: LightningDataModule | None
+    loaders: Loaders
+
+
 @contextmanager
 def prepared_job(
     trainer: Trainer, model: Any, dataloaders: Any, datamodule: LightningDataModule | None, ckpt_path: CkptPath
 ) -> Iterator[Job]:
     """Open the store and choose its checkpoints; `Job.featurized` featurizes the train set at them."""
+    with ready(trainer, model, dataloaders, datamodule, ckpt_path) as (callback, model, datamodule, loaders):
+        path = callback.store_path(trainer)
+        if ckpt_path is not None and not (path / "manifest.json").exists():
+            plan = Plan.choose(callback.settings, callback.reports, trainer, model, loaders.train())
+            store = FeatureStore.create(path, plan.manifest(loaders.train()))
+        else:
+            store, plan = open_store(trainer, model, callback, loaders)
+        files = files_of(trainer, ckpt_path)
+        digests = of_store(trainer, store, ckpt_path) if files is None else _added(trainer, store, files)
+        # Of the first process: another may find other checkpoints, if a running fit adds some.
+        entries = store.entries(trainer.strategy.broadcast(digests))
+        options = Options(callback.damping, callback.temperature, callback.curvature, callback.estimator)
+        yield Job(trainer, model, store, plan, entries, loaders, datamodule, options, callback.memory_limit)
+
+
+@contextmanager
+def ready(
+    trainer: Trainer, model: Any, dataloaders: Any, datamodule: LightningDataModule | None, ckpt_path: CkptPath
+) -> Iterator[Ready]:
+    """Check model and data, and put the model on its device; everything is left as it was."""
     callback = find_callback(trainer)
     model, dataloaders, datamodule = _sorted_out(model, dataloaders, datamodule)
     model = _model(trainer, model)
@@ -229,12 +268,7 @@ def prepared_job(
     with attached(trainer, model, datamodule):
         if fresh:
             _build(model, datamodule, callback.store_path(trainer), ckpt_path)
-        data = Loaders(trainer, model, datamodule, dataloaders, fitted)
-        store, plan = _open_store(trainer, model, callback, data, create=ckpt_path is not None)
-        # Of the first process: another may find other checkpoints, if a running fit adds some.
-        entries = store.entries(trainer.strategy.broadcast(_select(trainer, store, ckpt_path)))
-        options = Options(callback.damping, callback.temperature, callback.curvature, callback.estimator)
-        yield Job(trainer, model, store, plan, entries, data, datamodule, options, callback.memory_limit)
+        yield Ready(callback, model, datamodule, Loaders(trainer, model, datamodule, dataloaders, fitted))
 
 
 def _sorted_out(model: Any, dataloaders: Any, datamodule: Any) -> tuple[Any, Any, Any]:
@@ -280,14 +314,11 @@ def _names_of_weights(store: Path, ckpt_path: CkptPath) -> set[str] | None:
     return None if path is None else names_of_weights(path)
 
 
-def _open_store(
-    trainer: Trainer, model: LightningModule, callback: TRAKCallback, data: Loaders, *, create: bool
+def open_store(
+    trainer: Trainer, model: LightningModule, callback: TRAKCallback, data: Loaders
 ) -> tuple[FeatureStore, Plan]:
-    """Open the store, or create it for given checkpoint files; check that it is of this model and data."""
+    """Open the store; check that it is of this model and data."""
     path = callback.store_path(trainer)
-    if not (path / "manifest.json").exists() and create:
-        plan = Plan.choose(callback.settings, callback.reports, trainer, model, data.train())
-        return FeatureStore.create(path, plan.manifest(data.train())), plan
     if trainer.fast_dev_run and not (path / "manifest.json").exists():
         raise framework_of(trainer).MisconfigurationException(
             "This Trainer ran with fast_dev_run, which saves no checkpoint, so there is nothing to attribute. Fit"
@@ -302,18 +333,10 @@ def _open_store(
     return store, plan
 
 
-def _select(trainer: Trainer, store: FeatureStore, ckpt_path: CkptPath) -> list[str]:
-    """Return the digests of the checkpoints to average over; put given files into the store."""
+def files_of(trainer: Trainer, ckpt_path: CkptPath) -> list[str | os.PathLike[str]] | None:
+    """Return the checkpoint files that ``ckpt_path`` names; None if it names checkpoints of the store."""
     if ckpt_path is None or ckpt_path == "last":
-        if not store.digests:
-            raise framework_of(trainer).MisconfigurationException(
-                f"The store '{store.dirpath}' has no checkpoints. Train with a TRAKCallback and checkpointing on (not"
-                " with fast_dev_run), or pass checkpoint files with ckpt_path=[...]."
-            )
-        if ckpt_path is None:
-            return store.digests
-        last = find_callback(trainer).last_saved
-        return [last] if last is not None and last in store else store.digests[-1:]
+        return None
     if ckpt_path == "best":
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if not best:
@@ -324,6 +347,25 @@ def _select(trainer: Trainer, store: FeatureStore, ckpt_path: CkptPath) -> list[
     paths = [ckpt_path] if isinstance(ckpt_path, (str, os.PathLike)) else list(ckpt_path)
     if not paths:
         raise ValueError("ckpt_path is an empty list. Pass at least one checkpoint file, or None for all in the store.")
+    return paths
+
+
+def of_store(trainer: Trainer, store: FeatureStore, ckpt_path: CkptPath) -> list[str]:
+    """Return the digests of all checkpoints of the store, or with ``"last"`` of the last alone."""
+    digests = store.digests
+    if not digests:
+        raise framework_of(trainer).MisconfigurationException(
+            f"The store '{store.dirpath}' has no checkpoints. Train with a TRAKCallback and checkpointing on (not"
+            " with fast_dev_run), or pass checkpoint files with ckpt_path=[...]."
+        )
+    if ckpt_path is None:
+        return digests
+    last = find_callback(trainer).last_saved
+    return [last] if last is not None and last in store else digests[-1:]
+
+
+def _added(trainer: Trainer, store: FeatureStore, paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Put files into the store; return the digests of their weights."""
     digests = []
     for path in paths:
         checkpoint = read_checkpoint(path)
@@ -332,7 +374,7 @@ def _select(trainer: Trainer, store: FeatureStore, ckpt_path: CkptPath) -> list[
         if digest not in digests:
             digests.append(digest)
         check_fit(trainer.lightning_module, weights)
-        meta = {"file": os.path.basename(path), "path": whole_path(path)}
+        meta: dict[str, Any] = {"file": os.path.basename(path), "path": whole_path(path)}
         meta["training_time"] = training and asdict(training)
         store.add(digest, meta, weights)
     return digests

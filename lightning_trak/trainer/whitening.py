@@ -53,8 +53,9 @@ def whitening_at(
     if not entry.whitening_notes:
         with entry.locked("whitening"):
             if not entry.whitening_notes:  # else another process has estimated it in the meantime
-                curvature = estimate_curvature(loop, weights, entry.digest, description)
-                own, means = loop.preconditioner, curvature.means
+                own = loop.preconditioner
+                curvature = estimate_curvature(loop, own, weights, entry.digest, description)
+                means = curvature.means
                 damping = whitening_damping(means, own.damping, _trainings([entry], own))
                 arrays = {name: value.cpu().numpy() for name, value in curvature.tensors().items()}
                 entry.write_whitening(arrays, {"eigenvalues": means, "damping": damping})
@@ -107,10 +108,10 @@ def _trainings(entries: Sequence[CheckpointEntry], own: Preconditioner) -> list[
     return [] if None in times else [TrainingTime(**time) for time in times if time]
 
 
-def estimate_curvature(loop: FeaturizationLoop, weights: Weights, digest: str, description: str) -> Curvature:
+def estimate_curvature(
+    loop: FeaturizationLoop, own: Preconditioner, weights: Weights, digest: str, description: str
+) -> Curvature:
     """Estimate the curvature of the loss at a checkpoint, in two passes over some training examples."""
-    own = loop.preconditioner
-    assert own is not None
     few, rows = (sampled_rows(loop.size, size) for size in (own.basis_examples, own.examples))
     moments = SecondMoments()
     add = _adding(loop, moments.batch, seed=0)

@@ -1,0 +1,227 @@
+"""What an attribution will take: time, disk and memory of each stage, from one measured batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from lightning_trak.curvature import Whitening
+from lightning_trak.features.largest import largest_entries, matrix_of
+from lightning_trak.influence import score_products, whitening_damping
+from lightning_trak.store.checkpoint import CheckpointEntry
+from lightning_trak.store.files import free_space
+from lightning_trak.store.store import FeatureStore
+from lightning_trak.store.weights import Weights, load_weights, read_weights, weights_digest
+from lightning_trak.trainer.checkpoints import target_chunks
+from lightning_trak.trainer.featurization import FeaturizationLoop, Measured
+from lightning_trak.trainer.framework import Trainer
+from lightning_trak.trainer.job import CkptPath, files_of, of_store, open_store, ready
+from lightning_trak.trainer.plan import Plan
+from lightning_trak.trainer.reports import bytes_text, time_text
+from lightning_trak.trainer.whitening import estimate_curvature
+
+_FEW = 4  # examples of which curvature is estimated to measure how long that takes
+_ROWS, _TARGETS = 256, 64  # of the product that is measured
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage takes.
+
+    Attributes:
+        name: what is done.
+        seconds: the time.
+        disk: the bytes that are added to the store.
+        memory: the bytes in memory at the same time, besides model and data.
+    """
+
+    name: str
+    seconds: float = 0.0
+    disk: int = 0
+    memory: int = 0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What an attribution will take; ``print`` shows it as a table.
+
+    Attributes:
+        stages: in order.
+        free: the bytes that are free on the store's disk.
+
+    >>> print(Forecast([Stage("targets", 90.0, 2_000_000, 10_000_000)], free=10**9))
+    stage     time       disk     memory
+    targets   1.5 min    2 MB     10 MB
+    together  1.5 min    2 MB     10 MB   (1 GB free)
+    """
+
+    stages: Sequence[Stage]
+    free: int
+
+    @property
+    def seconds(self) -> float:
+        """The time of all stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def disk(self) -> int:
+        """The bytes that are added to the store."""
+        return sum(stage.disk for stage in self.stages)
+
+    @property
+    def problem(self) -> str:
+        """Say what would fail; an empty text if nothing is known to."""
+        if self.disk <= self.free:
+            return ""
+        needed = f"{bytes_text(self.disk)} are needed on the disk of the store, and {bytes_text(self.free)} are free"
+        return f"{needed}. Free space, or give TRAKCallback a dirpath on another disk, or a smaller proj_dim."
+
+    def __str__(self) -> str:
+        rows = [("stage", "time", "disk", "memory")]
+        rows += [
+            (one.name, time_text(one.seconds), bytes_text(one.disk), bytes_text(one.memory)) for one in self.stages
+        ]
+        most = max((stage.memory for stage in self.stages), default=0)
+        rows.append(("together", time_text(self.seconds), bytes_text(self.disk), bytes_text(most)))
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        padded = [[text.ljust(width) for text, width in zip(row, [*widths, 0], strict=True)] for row in rows]
+        lines = ["  ".join(row) for row in padded]
+        lines[-1] += f"   ({bytes_text(self.free)} free)"
+        return "\n".join(filter(None, [*lines, self.problem and f"It would fail: {self.problem}"]))
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A checkpoint that is to be attributed.
+
+    Attributes:
+        digest: of its weights.
+        entry: in the store; None if it is not there yet.
+        path: of its file; None if it is in the store.
+    """
+
+    digest: str
+    entry: CheckpointEntry | None = None
+    path: str | os.PathLike[str] = ""
+
+    def weights(self) -> Weights:
+        """Read the weights."""
+        if self.entry is None:
+            return read_weights(self.path)
+        return load_weights(self.entry.weights_path, self.digest)
+
+    def missing(self, n: int) -> int:
+        """Return how many of n training examples have no features here."""
+        return n if self.entry is None else sum(map(len, self.entry.train.missing()))
+
+
+def forecast(trainer: Trainer, model: Any, dataloaders: Any, datamodule: Any, ckpt_path: CkptPath) -> Forecast:
+    """Measure a batch of train set and targets; return what ``trainer.attribute`` will take. Nothing is written."""
+    with ready(trainer, model, dataloaders, datamodule, ckpt_path) as (callback, module, _, loaders):
+        path, files = callback.store_path(trainer), files_of(trainer, ckpt_path)
+        store = None
+        if files is not None and not (path / "manifest.json").exists():
+            plan = Plan.choose(callback.settings, callback.reports, trainer, module, loaders.train())
+        else:
+            store, plan = open_store(trainer, module, callback, loaders)
+        pending = _pending(trainer, store, ckpt_path, files)
+        weights, digest = pending[0].weights(), pending[0].digest
+        train = plan.loop(trainer, module, loaders.train(), loaders.train, "train")
+        targets = plan.loop(trainer, module, loaders.targets(), loaders.train, "target")
+        targets.label_targets(pending[-1].weights)
+        for loop in (train, targets):
+            loop.preflight(pending[0].weights(), digest)
+        curvature, whitening = _curvature(train, weights, digest, pending)
+        of_train, of_targets = (loop.measured(pending[0].weights(), digest, whitening) for loop in (train, targets))
+        stages = [
+            *curvature,
+            _featurizing("train set", train, of_train, sum(one.missing(train.size) for one in pending), len(pending)),
+            _featurizing("targets", targets, of_targets, _missing_targets(targets, pending), len(pending)),
+            *_scoring(train, of_train, of_targets, targets.size, len(pending), callback.memory_limit),
+        ]
+        added = [one for one in pending if one.entry is None]
+        size = sum(value.numel() * value.element_size() for value in weights.values())
+        stages.insert(0, Stage("weights", disk=len(added) * size))
+    return Forecast([stage for stage in stages if stage != Stage(stage.name)], free_space(path))
+
+
+def _pending(
+    trainer: Trainer, store: FeatureStore | None, ckpt_path: CkptPath, files: Sequence[str | os.PathLike[str]] | None
+) -> list[Pending]:
+    """Return the checkpoints that are to be attributed; those in the store keep their features."""
+    if files is None:
+        assert store is not None
+        return [Pending(entry.digest, entry) for entry in store.entries(of_store(trainer, store, ckpt_path))]
+    found = {weights_digest(read_weights(path)): path for path in files}
+    there = {} if store is None else {entry.digest: entry for entry in store.entries(found)}
+    return [Pending(digest, there.get(digest), path) for digest, path in found.items()]
+
+
+def _curvature(
+    loop: FeaturizationLoop, weights: Weights, digest: str, pending: Sequence[Pending]
+) -> tuple[list[Stage], Whitening | None]:
+    """Return what the curvature takes at the checkpoints that lack it, and one of a few examples to measure with."""
+    own = loop.preconditioner
+    if own is None:
+        return [], None
+    start = perf_counter()
+    small = replace(own, basis_examples=_FEW, examples=_FEW)
+    curvature = estimate_curvature(loop, small, weights, digest, "Measuring")
+    few = perf_counter() - start
+    start = perf_counter()
+    estimate_curvature(loop, replace(small, examples=2 * _FEW), weights, digest, "Measuring")
+    each = max(0.0, perf_counter() - start - few) / _FEW
+    examples = sum(min(loop.size, size) for size in (own.basis_examples, own.examples))
+    count = sum(one.entry is None or not one.entry.whitening_notes for one in pending)
+    size = sum(value.numel() * value.element_size() for value in curvature.tensors().values())
+    stage = Stage("curvature", count * (few + each * max(0, examples - 2 * _FEW)), count * size, 2 * size)
+    damping = whitening_damping(curvature.means, own.damping, [])
+    return [stage] * (count > 0), Whitening(curvature.to(loop.device), loop.sizes, damping)
+
+
+def _featurizing(name: str, loop: FeaturizationLoop, measured: Measured, rows: int, checkpoints: int) -> Stage:
+    """Return what it takes to featurize some rows; the features of targets are in memory at all checkpoints."""
+    row = loop.form.row_bytes
+    kept = row * loop.size * checkpoints if loop.examples == "target" else 0
+    return Stage(name, rows * measured.seconds, rows * row, measured.memory + kept if rows else kept)
+
+
+def _missing_targets(loop: FeaturizationLoop, pending: Sequence[Pending]) -> int:
+    """Return how many targets are to be featurized, at all checkpoints together."""
+    digest = loop.digest(pending[0].weights())
+    known = [one.entry for one in pending if one.entry is not None and digest is not None]
+    there = sum(len(rows) for entry in known for rows in target_chunks(loop, entry, str(digest)).present())
+    return loop.size * len(pending) - there
+
+
+def _scoring(
+    loop: FeaturizationLoop, train: Measured, targets: Measured, m: int, checkpoints: int, limit: float
+) -> list[Stage]:
+    """Return what H and scores take, from products of the measured features."""
+    n, k, scores = loop.size, loop.dimension, 4 * loop.size * m
+    disk, memory = (scores, 0) if scores > limit else (0, scores)
+    if loop.preconditioner is not None:
+        rows, vectors = (matrix_of(largest_entries(one.features, loop.form.entries or k)) for one in (train, targets))
+        seconds = _seconds_of_product(rows, vectors, loop.device)
+        return [Stage("scores", n * m * checkpoints * seconds, disk, memory)]
+    each = _seconds_of_product(torch.randn(_ROWS, k), torch.randn(_TARGETS, k), loop.device)
+    products = n * k / 2 + k * k / 3 + m * k  # of vectors of k numbers: H is symmetric
+    triangle = 4 * k * (k + 1)  # of H, float64; the store keeps no more
+    return [
+        Stage("H and its solutions", checkpoints * products * each, checkpoints * triangle, 6 * triangle),
+        Stage("scores", n * m * checkpoints * each, disk, memory),
+    ]
+
+
+def _seconds_of_product(rows: Any, vectors: Any, device: torch.device) -> float:
+    """Return the time of one product of a row with a vector."""
+    ones = torch.ones(rows.shape[0])
+    score_products(rows, ones, vectors, device)
+    start = perf_counter()
+    score_products(rows, ones, vectors, device).cpu()
+    return (perf_counter() - start) / (len(rows) * len(vectors))
