@@ -155,8 +155,8 @@ def check_features(loop: FeaturizationLoop, entry: CheckpointEntry, chunks: Chun
 
     def compare(batch_rows: Sequence[int], block: FeatureBlock) -> None:
         former = chunks.rows(batch_rows)
-        equal = {name: same(numbers, former[name]) for name, numbers in _numbers(block).items()}
-        equal["features"] = same_features(loop.form.arrays(block.features), former)
+        equal = {"features": same_features(loop.form.arrays(block.features), former)}
+        equal |= {name: same(numbers, former[name]) for name, numbers in _numbers(block).items()}
         for name, is_equal in equal.items():
             if not is_equal:
                 raise ValueError(

@@ -880,6 +880,35 @@ def test_half_of_the_features_of_one_model_are_not_completed_by_another(tmp_path
     assert FeatureStore(tmp_path / "store")[entry.digest].complete
 
 
+def test_what_another_process_computes_with_another_model_meanwhile_is_noticed(tmp_path, monkeypatch):
+    """Each of two processes begins with an empty checkpoint, so neither finds anything to compare."""
+    monkeypatch.setattr("lightning_trak.trainer.plan.rows_in_a_chunk", lambda *_: 8)
+    module, data = ScaledOutput(), Blobs()
+    trak = TRAKCallback(tmp_path / "store", batch_size=8)
+    trainer, _ = fit(tmp_path, trak, every_epoch(tmp_path), module=module, data=Blobs(), max_epochs=1)
+    (entry,) = FeatureStore(tmp_path / "store")
+
+    def empty():
+        for rows in entry.train.all():
+            entry.train.path(rows.start).unlink()
+
+    empty()
+    module.scale = 10.0
+    trainer.attribute(module, datamodule=data)
+    others = entry.train.path(32).read_bytes()
+    empty()
+    own = module.model_output
+
+    def model_output(batch):
+        if entry.train.path(0).exists():  # the other process has finished a chunk
+            entry.train.path(32).write_bytes(others)
+        return own(batch)
+
+    module.scale, module.model_output = 1.0, model_output
+    with pytest.raises(ValueError, match=r"stored features of train rows \[32"):
+        trainer.attribute(module, datamodule=data)
+
+
 @pytest.mark.parametrize("epochs", [2, 3])
 @pytest.mark.parametrize("featurize_on", ["save", "fit_end"])
 def test_a_resumed_run_brings_its_store_in_line_with_its_files(tmp_path, featurize_on, epochs):
