@@ -14,7 +14,7 @@ import torch
 
 from lightning_trak import GroundTruth, evaluate
 from lightning_trak.metrics import LinearDatamodelingScore
-from tests.benchmarks import diffusion, factors, features, fit, gpu, memory, quality, scoring, sizes, tasks
+from tests.benchmarks import diffusion, factors, features, fit, gpu, memory, quality, scale, scoring, sizes, tasks
 from tests.benchmarks.measuring import silence
 from tests.benchmarks.models import MODELS
 from tests.benchmarks.quality.costs import Count, Passes, counted
@@ -262,3 +262,13 @@ def test_diffusion(table, tmp_path):
     found = table(diffusion.run, 3, 1, tmp_path, 2)
     assert [row[0] for row in found][:2] == ["ours, last checkpoint", "ours, 2 checkpoints"]
     assert all(re.fullmatch(r"-?\d\.\d{3} \(±\d\.\d{3}\)", row[1]) for row in found[:-1])
+
+
+def test_scale(table):
+    found = table(scale.run, ((300, 20, 16, 2, None), (300, 20, 16, 1, 3)), (100, 10, 8, 1, None), 2)
+    assert [row[:5] for row in found[:2]] == [["300", "20", "16", "2", "all"], ["300", "20", "16", "1", "3"]]
+    for row in found:
+        if re.fullmatch(r"[\d,]+", row[0]):
+            assert float(row[5]) >= 0
+            assert row[7].endswith("%")
+            assert row[8].endswith("MB")

@@ -7,13 +7,14 @@ import platform
 
 import torch
 
-from tests.benchmarks import diffusion, factors, features, fit, gpu, memory, quality, scoring, sizes, tasks, zoo
+from tests.benchmarks import diffusion, factors, features, fit, gpu, memory, quality, scale, scoring, sizes, tasks, zoo
 from tests.benchmarks.measuring import silence
 
 BENCHMARKS = {
     "features": features.run,
     "memory": memory.run,
     "scoring": scoring.run,
+    "scale": scale.run,
     "fit": fit.run,
     "tasks": tasks.run,
     "zoo": zoo.run,
@@ -23,7 +24,7 @@ BENCHMARKS = {
     "diffusion": diffusion.run,
     "gpu": gpu.run,
 }
-LONG = ("quality", "sizes", "diffusion")  # they retrain
+LONG = ("quality", "sizes", "diffusion", "scale")  # they retrain, or fill the disk
 
 
 def main() -> None:
