@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = chosen.subcommand
         options = chosen[name].as_dict()
         command = getattr(import_module(f"lightning_trak.commands.{name}"), name)  # it takes a second to import torch
-        status = int(command(options.pop("store"), **options))
+        status = int(command(_local(options.pop("store")), **options))
         sys.stdout.flush()
         return status
     except ArgumentError as error:
@@ -63,7 +63,7 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subcommands(required=True)
     for name, what in _WHAT.items():
         one = _one(what, _STATUS[name])
-        one.add_argument("store", type=Path, help="the directory of the store, dirpath of TRAKCallback")
+        one.add_argument("store", type=str, help="the directory of the store, dirpath of TRAKCallback")
         if name == "clean":
             one.add_argument("--yes", action="store_true", help="do not ask")
             one.add_argument("--targets", action="store_true", help="also delete the features of targets")
@@ -71,6 +71,13 @@ def _parser() -> ArgumentParser:
         commands.add_subcommand(name, one, help=what)
         one.prog = f"{_PROGRAM} {name}"
     return parser
+
+
+def _local(store: str) -> Path:
+    """Return the path of a store; a command needs the files themselves."""
+    if "://" in store:
+        raise ValueError(f"'{store}' is a URL. Copy the store to a local folder, and pass that.")
+    return Path(store)
 
 
 def _one(description: str, epilog: str) -> ArgumentParser:

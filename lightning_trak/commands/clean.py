@@ -61,12 +61,12 @@ def _found(store: FeatureStore, named: Sequence[str], *, targets: bool) -> Itera
     """Yield what can be deleted; nothing that is in a folder that goes as a whole."""
     whole: list[Leftover] = []
     for digest in dict.fromkeys(named):
-        place = store.dirpath / "checkpoints" / digest
-        whole.append(_Checkpoint(store.dirpath, place, "checkpoint with its weights", size_of(place)))
+        place = store.root / "checkpoints" / digest
+        whole.append(_Checkpoint(store.root, place, "checkpoint with its weights", size_of(place)))
     whole += targets_of(store) if targets else []
     yield from whole
     arrays = [path for folder in score_folders(store) for path in arrays_without_index(folder)]
-    unfinished = [Leftover(store.dirpath, path, "unfinished", size_of(path)) for path in arrays]
+    unfinished = [Leftover(store.root, path, "unfinished", size_of(path)) for path in arrays]
     for one in (*leftovers(store), *unfinished, *_damaged(store)):
         if not any(one.path.is_relative_to(folder.path) for folder in whole):
             yield one
@@ -80,7 +80,7 @@ def _damaged(store: FeatureStore) -> Iterator[Leftover]:
         problems += inspect_targets(store, advance)[1]
     for problem in problems:
         if problem.check is not None and problem.path.exists():
-            yield Leftover(store.dirpath, problem.path, "damaged", size_of(problem.path), problem)
+            yield Leftover(store.root, problem.path, "damaged", size_of(problem.path), problem)
 
 
 def _print_table(store: FeatureStore, title: str, items: Sequence[tuple[Leftover, str]]) -> None:
@@ -99,7 +99,7 @@ def _print_table(store: FeatureStore, title: str, items: Sequence[tuple[Leftover
 
 def _short_path(store: FeatureStore, path: Path) -> str:
     """Return a path in the store, with digests cut as `info` shows them."""
-    name = path.relative_to(store.dirpath).as_posix()
+    name = path.relative_to(store.root).as_posix()
     return re.sub(rf"\b([0-9a-f]{{{DIGITS}}})[0-9a-f]{{{32 - DIGITS}}}\b", r"\1...", name)
 
 
@@ -119,7 +119,7 @@ def _delete(store: FeatureStore, items: Sequence[Leftover]) -> int:
     """Delete, say how much, and return the exit status."""
     gone, failed = [], 0
     for one in items:
-        name = one.path.relative_to(store.dirpath)
+        name = one.path.relative_to(store.root)
         try:
             if one.delete():
                 gone.append(one)

@@ -42,7 +42,7 @@ def _headline(store: FeatureStore, checkpoints: dict[str, CheckpointEntry | Dama
     entries = [entry for entry in checkpoints.values() if isinstance(entry, CheckpointEntry)]
     runs = len({entry.meta.get("run") for entry in entries} - {None})
     complete = sum(sum(map(len, entry.chunk_paths)) == store.n_train for entry in entries)
-    size = sum(size_of(store.dirpath / name) for name in (*FOLDERS, "manifest.json"))
+    size = sum(size_of(store.root / name) for name in (*FOLDERS, "manifest.json"))
     return (
         f"{store.dirpath}: {count(len(checkpoints), 'checkpoint')} of {count(runs, 'run')}, {complete} of them with all"
         f" rows, {size_text(size)} on disk"
@@ -67,7 +67,7 @@ _TITLES = ("checkpoint", "run", "epoch", "step", "rows", "size", "file")
 
 def _row(store: FeatureStore, digest: str, entry: CheckpointEntry | Damaged) -> Sequence[str]:
     """Return the line of a checkpoint."""
-    size = size_text(size_of(store.dirpath / "checkpoints" / digest))
+    size = size_text(size_of(store.root / "checkpoints" / digest))
     if isinstance(entry, Damaged):
         return digest[:DIGITS], "?", "?", "?", "damaged", size, "?"
     meta = entry.meta
@@ -92,8 +92,8 @@ def _scores(store: FeatureStore) -> list[str]:
 
 def _targets(store: FeatureStore) -> list[str]:
     """Return how much is kept of targets."""
-    folders = [path for path in listed(store.dirpath / "targets") if path.is_dir()]
-    size = size_text(size_of(store.dirpath / "targets"))
+    folders = [path for path in listed(store.root / "targets") if path.is_dir()]
+    size = size_text(size_of(store.root / "targets"))
     return [f"Features of {count(len(folders), 'set')} of targets: {size}."] if folders else []
 
 
@@ -114,7 +114,7 @@ def _claims(store: FeatureStore) -> list[str]:
 
 def _by_place(store: FeatureStore, locks: Sequence[Path]) -> Iterator[tuple[str, str]]:
     """Yield the checkpoints, and the sets of targets, with what is computed there."""
-    root = store.dirpath
+    root = store.root
     places = {path: path.relative_to(root).parts[:2] for path in locks}
     for kind, name in Counter(places.values()):
         own = [path for path, place in places.items() if place == (kind, name)]

@@ -16,7 +16,7 @@ _ARRAY = re.compile(r"\w+-[0-9a-f]{8}(\.npy)?")  # a file, or a folder of chunks
 
 def score_folders(store: FeatureStore) -> list[Path]:
     """Return the folders of saved scores; not those in which nothing is but unfinished files."""
-    folders = [folder for folder in listed(store.dirpath / "scores") if folder.is_dir()]
+    folders = [folder for folder in listed(store.root / "scores") if folder.is_dir()]
     return [folder for folder in folders if not all(UNFINISHED.fullmatch(path.name) for path in listed(folder))]
 
 

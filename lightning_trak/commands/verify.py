@@ -66,7 +66,7 @@ def verify(path: Path) -> int:
 @contextmanager
 def reading(store: FeatureStore) -> Iterator[Advance]:
     """Show a progress bar on stderr, if that is a terminal; yield what it is to be told of every file that is read."""
-    total = sum(size_of(store.dirpath / name) for name in FOLDERS)
+    total = sum(size_of(store.root / name) for name in FOLDERS)
     bar = tqdm(total=total, desc="Reading", unit="B", unit_scale=True, disable=None, leave=False, dynamic_ncols=True)
     with bar:
         yield lambda path: bar.update(size_of(path))
@@ -114,7 +114,7 @@ def _print_problems(store: FeatureStore, problems: Sequence[Problem]) -> None:
     for problem in problems:
         groups.setdefault((problem.path.parent, problem.why, problem.remedy), []).append(problem.path)
     for (_, why, remedy), paths in groups.items():
-        first = paths[0].relative_to(store.dirpath)
+        first = paths[0].relative_to(store.root)
         more = f" and {count(len(paths) - 1, 'file')} more in its folder" if paths[1:] else ""
         print(f"\nDamaged: {first}{more}")
         for line in (why[:1].upper() + why[1:].rstrip(".") + ".", remedy):
@@ -127,7 +127,7 @@ def _print_unexpected(store: FeatureStore) -> None:
     if paths:
         print("\nNot of the store, and of no harm:")
         for path in paths[:_SHOWN]:
-            print(f"  {path.relative_to(store.dirpath)}")
+            print(f"  {path.relative_to(store.root)}")
         if paths[_SHOWN:]:
             print(f"  and {len(paths) - _SHOWN} more")
 
@@ -139,7 +139,7 @@ def _summary(store: FeatureStore, states: Sequence[CheckpointState], problems: S
     if problems:
         lines.append(f"{count(len(problems), 'file')} damaged.")
     else:
-        lines.append(f"Nothing is damaged ({size_text(sum(size_of(store.dirpath / name) for name in FOLDERS))} read).")
+        lines.append(f"Nothing is damaged ({size_text(sum(size_of(store.root / name) for name in FOLDERS))} read).")
     if incomplete:
         at = count(len(incomplete), "checkpoint")
         lines.append(f"Rows are missing at {at}: trainer.attribute(...) with a train set computes them.")

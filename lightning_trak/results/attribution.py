@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -17,6 +16,7 @@ from lightning_trak.results.plots import plot_extremes
 from lightning_trak.results.saved import check_saved, read_saved, write_saved
 from lightning_trak.results.split_score import SplitScore
 from lightning_trak.results.stored_scores import StoredScores
+from lightning_trak.store.remote import RemotePath, path_of, writable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -340,27 +340,29 @@ class Attribution:
         extremes = Extremes(self.top(k), self.bottom(k))
         return plot_extremes(extremes, shown, train, targets)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str] | RemotePath) -> None:
         """Write the attribution into the directory ``path``.
 
         An earlier attribution there is replaced in one step. Whatever else is in the directory stays.
 
         Raises:
             FileExistsError: if ``path`` exists, is not empty, and has no saved attribution.
+            OSError: if it cannot be written, as a URL cannot.
         """
-        write_saved(Path(path), asdict(self.info), self._arrays(), self.on_disk)
+        write_saved(writable(path_of(path)), asdict(self.info), self._arrays(), self.on_disk)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Attribution:
-        """Read an attribution that `save` wrote.
+    def load(cls, path: str | os.PathLike[str] | RemotePath) -> Attribution:
+        """Read an attribution that `save` wrote, also by a URL such as ``"s3://bucket/store/scores/name"``.
 
         Raises:
             FileNotFoundError: if there is none in ``path``.
             ValueError: if it is damaged.
         """
-        check_saved(Path(path))
+        folder = path_of(path)
+        check_saved(folder)
         try:
-            fields, arrays, stored = read_saved(Path(path))
+            fields, arrays, stored = read_saved(folder)
             info = AttributionInfo(**{**fields, **{name: tuple(fields[name]) for name in _LISTS}})
             outputs = arrays.get("outputs")
             if "top" in arrays:

@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_trak.results.stored_scores import StoredScores
 from lightning_trak.store.chunks import Chunks
 from lightning_trak.store.files import atomically, checksum_of_file, read_json, write_json
+from lightning_trak.store.remote import AnyPath, RemotePath, reading
 
 _INDEX = "attribution.json"
 _PART = re.compile(r"\w+-[0-9a-f]{8}(\.npy)?")
@@ -67,21 +68,22 @@ def _write_parts(
     return {"files": files, "chunks": chunks}
 
 
-def check_free(folder: Path) -> None:
+def check_free(folder: AnyPath) -> None:
     """Raise a FileExistsError if a folder holds other things than an attribution: nothing is saved there."""
     if folder.exists() and not _is_own(folder):
         raise FileExistsError(f"'{folder}' exists and is no saved attribution. Choose another path.")
 
 
-def check_saved(folder: Path) -> None:
+def check_saved(folder: AnyPath) -> None:
     """Raise a FileNotFoundError if a folder has no attribution."""
     if not (folder / _INDEX).is_file():
+        remedy = "copy the folder there" if isinstance(folder, RemotePath) else "save it there"
         raise FileNotFoundError(
-            f"There is no saved attribution in '{folder}' (no {_INDEX}). Compute it again, and save it there."
+            f"There is no saved attribution in '{folder}' (no {_INDEX}). Compute it again, and {remedy}."
         )
 
 
-def read_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, StoredScores]]:
+def read_saved(folder: AnyPath) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, StoredScores]]:
     """Return the info, the arrays and the scores on disk that `write_saved` wrote.
 
     Raises:
@@ -98,14 +100,14 @@ def read_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[st
 
 
 def _read_parts(
-    folder: Path, index: Mapping[str, Any]
+    folder: AnyPath, index: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, StoredScores]]:
     """Return the info, the arrays and the scores on disk that an index names."""
     stored = {name: _stored(folder, **entry) for name, entry in index["chunks"].items()}
     return index["info"], {name: _load(folder, **file) for name, file in index["files"].items()}, stored
 
 
-def _is_own(folder: Path) -> bool:
+def _is_own(folder: AnyPath) -> bool:
     """Say whether a folder is a saved attribution, or has nothing but what a killed process left."""
     if (folder / _INDEX).is_file():
         return True
@@ -131,7 +133,7 @@ def _delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _stored(root: Path, folder: str, place: str, n: int, size: int, m: int, factor: float) -> StoredScores:
+def _stored(root: AnyPath, folder: str, place: str, n: int, size: int, m: int, factor: float) -> StoredScores:
     """Return scores on disk, of which all chunks are there; each is verified when it is read."""
     chunks = Chunks(root / Path(folder).name, place, n, size)
     if not chunks.complete:
@@ -139,9 +141,13 @@ def _stored(root: Path, folder: str, place: str, n: int, size: int, m: int, fact
     return StoredScores(chunks, m, factor)
 
 
-def _load(folder: Path, file: str, checksum: int) -> Tensor:
+def _load(folder: AnyPath, file: str, checksum: int) -> Tensor:
     """Read an array, whose checksum is compared before anything is allocated by what its header declares."""
     path = folder / Path(file).name
-    if checksum_of_file(path) != checksum:
-        raise ValueError(f"the checksum of {path.name} has changed")
-    return torch.from_numpy(np.array(np.load(path, mmap_mode="r", allow_pickle=False)))
+
+    def read(local: Path) -> Tensor:
+        if checksum_of_file(local) != checksum:
+            raise ValueError(f"the checksum of {path.name} has changed")
+        return torch.from_numpy(np.array(np.load(local, mmap_mode="r", allow_pickle=False)))
+
+    return reading(path, read)

@@ -61,7 +61,7 @@ class StoredScores:
         wanted = chosen.reshape(-1)
         width = torch.arange(self.shape[1])[columns].shape
         found = torch.empty(len(wanted), *width)
-        for start in (wanted - wanted % self.chunks.size).unique().tolist():
+        for start in self.chunks.fetched((wanted - wanted % self.chunks.size).unique().tolist()):
             block = self._read(range(start, min(start + self.chunks.size, len(self))))
             here = (wanted >= start) & (wanted < start + len(block))
             found[here] = block[wanted[here] - start][:, columns]
@@ -69,7 +69,8 @@ class StoredScores:
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield (rows, scores (r, m)) in order."""
-        for rows in self.chunks.all():
+        for start in self.chunks.fetched(range(0, len(self), self.chunks.size)):
+            rows = range(start, min(start + self.chunks.size, len(self)))
             yield slice(rows.start, rows.stop), self._read(rows)
 
     def __rmatmul__(self, left: Tensor) -> Tensor:

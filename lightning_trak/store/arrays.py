@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from lightning_trak.store.files import Damaged, atomically, explained_reading
+from lightning_trak.store.remote import AnyPath, reading
 
 Array = npt.NDArray[Any]
 _OF_DAMAGE = (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)  # raised on reading
@@ -37,7 +38,7 @@ def write_arrays(path: Path, arrays: Mapping[str, Array], place: str, notes: Map
         partial.write_bytes(content)
 
 
-def read_arrays(path: Path, place: str, names: Sequence[str] | None = None) -> dict[str, Array]:
+def read_arrays(path: AnyPath, place: str, names: Sequence[str] | None = None) -> dict[str, Array]:
     """Return what `write_arrays` wrote at this place: the arrays ``names``, or all.
 
     Raises:
@@ -48,19 +49,28 @@ def read_arrays(path: Path, place: str, names: Sequence[str] | None = None) -> d
 
 
 def read_with_notes(
-    path: Path, place: str, names: Sequence[str] | None = None
+    path: AnyPath, place: str, names: Sequence[str] | None = None
 ) -> tuple[dict[str, Array], dict[str, Any]]:
     """Return what `write_arrays` wrote at this place, with the notes; see `read_arrays`."""
     arrays, notes = map_arrays(path, place, names)
     return {name: array.copy() for name, array in arrays.items()}, notes
 
 
-def map_arrays(path: Path, place: str, names: Sequence[str] | None = None) -> tuple[dict[str, Array], dict[str, Any]]:
+def map_arrays(
+    path: AnyPath, place: str, names: Sequence[str] | None = None
+) -> tuple[dict[str, Array], dict[str, Any]]:
     """Do what `read_with_notes` does without a copy: arrays are the file's memory, to be copied or used at once."""
+    return reading(path, lambda local: _mapped(local, path, place, names))
+
+
+def _mapped(
+    local: Path, path: AnyPath, place: str, names: Sequence[str] | None
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Return arrays and notes from the local file that has the content of ``path``."""
     try:
-        with explained_reading(path), open(path, "rb"):
+        with explained_reading(local), open(local, "rb"):
             pass  # safetensors calls a file missing, whatever goes wrong in opening it
-        with safe_open(path, "pt") as file:  # maps the file, while "np" would copy it
+        with safe_open(local, "pt") as file:  # maps the file, while "np" would copy it
             metadata = file.metadata()
             checksums = json.loads(metadata["checksums"])
             arrays = {name: file.get_tensor(name).numpy() for name in (checksums if names is None else names)}

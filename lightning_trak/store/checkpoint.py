@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lightning_trak.features.stored import dense
 from lightning_trak.store.arrays import read_arrays, read_with_notes, verified_place, write_arrays
 from lightning_trak.store.chunks import Chunks
 from lightning_trak.store.files import Damaged, check_own, explained_os_errors, read_json, write_json
+from lightning_trak.store.remote import AnyPath, RemotePath, local_folder, writable
 
 Array = npt.NDArray[Any]
 META = "meta.json"
@@ -51,7 +52,7 @@ class CheckpointEntry:
         Damaged: if a file is missing that every checkpoint has, or ``meta.json`` is damaged.
     """
 
-    def __init__(self, path: Path, store: str, n_train: int, chunk_rows: int) -> None:
+    def __init__(self, path: AnyPath, store: str, n_train: int, chunk_rows: int) -> None:
         self.path, self.digest, self.n_train = path, path.name, n_train
         self._store, self._chunk_rows = store, chunk_rows
         if path.is_symlink():
@@ -72,25 +73,25 @@ class CheckpointEntry:
         return meta
 
     @property
-    def weights_path(self) -> Path:
+    def weights_path(self) -> AnyPath:
         """The path of the weights file."""
         return self.path / WEIGHTS
 
     @property
-    def whitening_path(self) -> Path:
+    def whitening_path(self) -> AnyPath:
         """The path of the curvature's file, which is there only if gradients are whitened."""
         return self.path / "whitening.safetensors"
 
     @property
     def sums_paths(self) -> list[Path]:
         """The paths of all sums over the train set."""
-        return sorted(self.path.glob("sums-*.safetensors"))
+        return sorted(writable(self.path).glob("sums-*.safetensors"))
 
     @property
     def chunk_paths(self) -> dict[range, Path]:
         """The files of the train set's features, by their rows. Nothing is read, also no curvature."""
         named = Chunks(self._train_folder, "", self.n_train, self._chunk_rows)
-        return {rows: named.path(rows.start) for rows in named.present()}
+        return {rows: writable(named.path(rows.start)) for rows in named.present()}
 
     @property
     def remedy(self) -> str:
@@ -143,16 +144,17 @@ class CheckpointEntry:
         known = self.meta
         if all(value is None or known.get(name) is not None for name, value in meta.items()):
             return
+        path = writable(self.path / META)
         with self.locked("meta"), explained_os_errors(self.path):
             known = self.meta  # another process may have added something
             new = {name: value for name, value in meta.items() if value is not None and known.get(name) is None}
             if new:
-                write_json(self.path / META, {**known, **new})
+                write_json(path, {**known, **new})
 
     @contextmanager
     def locked(self, what: str) -> Iterator[None]:
         """Let one process at a time do something at this checkpoint; others wait."""
-        lock = FileLock(self.path / f"{what}.lock", thread_local=False)
+        lock = FileLock(writable(self.path) / f"{what}.lock", thread_local=False)
         if not self.path.is_dir():  # the lock would make it anew
             raise Damaged(self.path, "it was deleted in the meantime")
         with explained_os_errors(self.path):
@@ -177,9 +179,9 @@ class CheckpointEntry:
 
     def write_whitening(self, arrays: Mapping[str, Array], notes: Mapping[str, Any]) -> None:
         """Store the curvature that gradients are whitened by. Features belong to it: they are of this one or none."""
-        own = np.frombuffer(uuid4().bytes, np.uint8)
+        own, path = np.frombuffer(uuid4().bytes, np.uint8), writable(self.whitening_path)
         with explained_os_errors(self.path):
-            write_arrays(self.whitening_path, {**arrays, "id": own}, self._whitening_place, notes)
+            write_arrays(path, {**arrays, "id": own}, self._whitening_place, notes)
 
     @property
     def whitening_notes(self) -> dict[str, Any]:
@@ -192,17 +194,19 @@ class CheckpointEntry:
         Args:
             key: all that the sums depend on, apart from the features.
         """
-        path, place = self._sums(key)
-        try:
-            return read_arrays(path, place)
-        except (FileNotFoundError, Damaged):
-            return None
+        name, place = self._sums(key)
+        for folder in dict.fromkeys([self.derived, self.path]):
+            with suppress(FileNotFoundError, Damaged):
+                return read_arrays(folder / name, place)
+        return None
 
     def write_sums(self, key: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
         """Store sums over the train set; see `read_sums`."""
-        path, place = self._sums(key)
-        with explained_os_errors(self.path):
-            write_arrays(path, arrays, place)
+        name, place = self._sums(key)
+        with explained_os_errors(self.derived):
+            if self.derived != self.path:  # a checkpoint that was deleted is not made anew
+                self.derived.mkdir(parents=True, exist_ok=True)
+            write_arrays(self.derived / name, arrays, place)
 
     def check_sums(self, path: Path) -> None:
         """Verify a file of `write_sums`, whatever its key.
@@ -211,52 +215,60 @@ class CheckpointEntry:
             Damaged: if it is damaged, or of other features.
         """
         place = verified_place(path)
-        if path != self._sums_path(place) or not place.startswith(f"{self.place}|sums|"):
+        if path.name != _sums_name(place) or not place.startswith(f"{self.place}|sums|"):
             raise Damaged(path, "it belongs elsewhere")
 
-    def computes(self, path: Path) -> bool:
-        """Say whether a file of this checkpoint can be computed again."""
-        return path == self.whitening_path or path.parent == self._train_folder or self._is_of_targets(path)
+    def check_writable(self) -> None:
+        """Raise `ReadOnly` if features cannot be added, since the store is in an object store."""
+        writable(self.path)
 
-    def delete_damaged(self, known: Path) -> list[Path]:
+    def computes(self, path: AnyPath) -> bool:
+        """Say whether a file of this checkpoint can be computed again; not in an object store."""
+        own = path == self.whitening_path or path.parent == self._train_folder
+        return isinstance(path, Path) and (own or self._is_of_targets(path))
+
+    def delete_damaged(self, known: AnyPath) -> list[Path]:
         """Delete damaged files that can be computed again; return them.
 
         Args:
             known: a damaged file. If it is of targets, their features at this checkpoint are deleted, and no others.
         """
         if self._is_of_targets(known):
-            return Chunks.delete(known.parent)
+            return Chunks.delete(writable(known.parent))
         check_own(self.path)
         deleted = []
         try:
             if self.whitening_path.exists():
                 self.read_whitening()
         except Damaged as error:
-            error.path.unlink(missing_ok=True)
-            deleted.append(error.path)
+            path = writable(error.path)
+            path.unlink(missing_ok=True)
+            deleted.append(path)
         return deleted + self.train.delete_damaged()  # those of a curvature that is gone are no use either
 
-    def _sums(self, key: Mapping[str, Any]) -> tuple[Path, str]:
-        """Return the path of sums, and their place."""
+    def _sums(self, key: Mapping[str, Any]) -> tuple[str, str]:
+        """Return the name of the file of sums, and their place."""
         place = f"{self.place}|sums|{json.dumps(key, sort_keys=True)}"
-        return self._sums_path(place), place
+        return _sums_name(place), place
 
-    def _sums_path(self, place: str) -> Path:
-        """Return the path of sums: the name is a digest of all that they depend on."""
-        return self.path / f"sums-{hashlib.blake2b(place.encode(), digest_size=8).hexdigest()}.safetensors"
-
-    def _is_of_targets(self, path: Path) -> bool:
-        return (
-            path.parent.name == self.digest and targets_folder(self._root, path.parent.parent.name) == path.parents[1]
-        )
+    def _is_of_targets(self, path: AnyPath) -> bool:
+        if not isinstance(path, Path) or path.parent.name != self.digest:
+            return False
+        return targets_folder(self._root, path.parents[1].name) == path.parents[1]
 
     @property
-    def _root(self) -> Path:
+    def _root(self) -> AnyPath:
         """The folder of the store."""
-        return self.path.parents[1]
+        return self.path.parent.parent
 
     @property
-    def _train_folder(self) -> Path:
+    def derived(self) -> Path:
+        """The folder of what is computed from the features; of those in an object store it is a local one."""
+        train = self._train_folder
+        return train.derived if isinstance(train, RemotePath) else train.parent
+
+    @property
+    def _train_folder(self) -> AnyPath:
         return self.path / "train"
 
     @property
@@ -287,9 +299,14 @@ class CheckpointEntry:
         return train
 
 
-def targets_folder(root: Path, digest: str) -> Path:
-    """Return the folder of targets in the store ``root``, with a folder for each checkpoint."""
-    return root / "targets" / digest
+def targets_folder(root: AnyPath, digest: str) -> Path:
+    """Return the folder of targets of the store ``root``, with a folder for each checkpoint; it is a local one."""
+    return local_folder(root) / "targets" / digest
+
+
+def _sums_name(place: str) -> str:
+    """Return the name of the file of sums: a digest of all that they depend on."""
+    return f"sums-{hashlib.blake2b(place.encode(), digest_size=8).hexdigest()}.safetensors"
 
 
 def _of_other_types(meta: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from time import sleep
@@ -17,9 +18,11 @@ from filelock import FileLock, Timeout
 
 from lightning_trak.store.arrays import map_arrays, write_arrays
 from lightning_trak.store.files import Damaged, check_own, explained_os_errors, to_disk
+from lightning_trak.store.remote import AnyPath, fetch, reading, writable
 
 Array = npt.NDArray[Any]
 _END = ".safetensors"
+_AHEAD = 16  # chunks in an object store that are copied at once
 _WAIT = 0.5  # seconds between two looks whether another process is done
 _REMEDY = "trainer.attribute(...) with a train set computes its rows again."
 
@@ -44,7 +47,7 @@ class Chunks:
     ([range(0, 2), range(4, 5)], {'x': array([3.])})
     """
 
-    def __init__(self, folder: Path, place: str, n: int, size: int) -> None:
+    def __init__(self, folder: AnyPath, place: str, n: int, size: int) -> None:
         self.folder, self.n, self.size = folder, n, size
         self.place = place
 
@@ -74,15 +77,16 @@ class Chunks:
         starts = {int(name.removesuffix(_END)) for name in names if name.removesuffix(_END).isdecimal()}
         return {row for row in starts if row < self.n and not row % self.size and self.path(row).name in names}
 
-    def path(self, start: int) -> Path:
+    def path(self, start: int) -> AnyPath:
         """Return the file of the chunk that begins with the row ``start``."""
         return self.folder / f"{start:010d}{_END}"
 
     def write(self, start: int, arrays: Mapping[str, Array]) -> None:
         """Write the rows of a chunk, by name (r, ...)."""
-        with self.there_still(), explained_os_errors(self.folder):
-            self.folder.mkdir(exist_ok=True)
-            write_arrays(self.path(start), arrays, self._place_of(start))
+        path = writable(self.path(start))
+        with self.there_still(), explained_os_errors(path.parent):
+            path.parent.mkdir(exist_ok=True)
+            write_arrays(path, arrays, self._place_of(start))
 
     def read(self, rows: range, names: Sequence[str] | None = None) -> dict[str, Array]:
         """Return the arrays ``names`` of a chunk, or all: the file's memory, to be copied or used at once.
@@ -102,10 +106,17 @@ class Chunks:
             raise Damaged(path, f"it has another number of rows than {len(rows)} in {', '.join(wrong)}", _REMEDY)
         return arrays
 
+    def fetched(self, starts: Sequence[int]) -> Iterator[int]:
+        """Yield the first rows of chunks to be read; those in an object store are copied before, 16 at a time."""
+        for number, start in enumerate(starts):
+            if number % _AHEAD == 0:
+                fetch([self.path(one) for one in starts[number : number + _AHEAD]])
+            yield start
+
     def rows(self, chosen: Sequence[int], names: Sequence[str] | None = None) -> dict[str, Array]:
         """Return some rows, in any order, of chunks that are there."""
         found: dict[int, dict[str, Array]] = {}
-        for start in sorted({row - row % self.size for row in chosen}):
+        for start in self.fetched(sorted({row - row % self.size for row in chosen})):
             arrays = self.read(range(start, min(start + self.size, self.n)), names)
             places = {row: row - start for row in chosen if row - row % self.size == start}
             found |= {row: {name: array[place] for name, array in arrays.items()} for row, place in places.items()}
@@ -130,12 +141,8 @@ class Chunks:
         """Return the same chunks in another folder: by hard links where the disk can, which take no space."""
         with explained_os_errors(folder):
             folder.mkdir(parents=True)
-            for path in map(self.path, range(0, self.n, self.size)):
-                try:
-                    os.link(path, folder / path.name)
-                except OSError:  # another disk, or one without links
-                    shutil.copyfile(path, folder / path.name)
-                    to_disk(folder / path.name)
+            for path in map(self.path, self.fetched(range(0, self.n, self.size))):
+                reading(path, partial(_put, folder / path.name))
             to_disk(folder)
         return Chunks(folder, self.place, self.n, self.size)
 
@@ -164,12 +171,22 @@ class Chunks:
             try:
                 self.read(rows)
             except Damaged as error:
-                error.path.unlink(missing_ok=True)
-                deleted.append(error.path)
+                path = writable(error.path)
+                path.unlink(missing_ok=True)
+                deleted.append(path)
         return deleted
 
     def _place_of(self, start: int) -> str:
         return f"{self.place}|rows {start} of {self.n}, {self.size} in a chunk"
+
+
+def _put(to: Path, path: Path) -> None:
+    """Link or copy a file."""
+    try:
+        os.link(path, to)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(path, to)
+        to_disk(to)
 
 
 class Reader:
@@ -188,7 +205,7 @@ class Reader:
         """Return the arrays of some rows, in memory of their own."""
         size, n = self._chunks.size, self._chunks.n
         found: dict[str, Array] = {}
-        for start in range(rows.start - rows.start % size, rows.stop, size):
+        for start in self._chunks.fetched(range(rows.start - rows.start % size, rows.stop, size)):
             own = range(start, min(start + size, n))
             if self._held[0] != own:
                 self._held = own, self._chunks.read(own, self._names)
@@ -264,9 +281,10 @@ class Claim:
 
     def _take(self, start: int) -> bool:
         """Lock a chunk; say whether it is this process's to compute."""
-        with self._chunks.there_still(), explained_os_errors(self._chunks.folder):
-            self._chunks.folder.mkdir(exist_ok=True)
-            lock = FileLock(self._chunks.folder / f"{start:010d}.lock", thread_local=False)
+        folder = writable(self._chunks.folder)
+        with self._chunks.there_still(), explained_os_errors(folder):
+            folder.mkdir(exist_ok=True)
+            lock = FileLock(folder / f"{start:010d}.lock", thread_local=False)
             try:
                 lock.acquire(blocking=False)
             except Timeout:

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from lightning_trak.store.remote import AnyPath, RemotePath, local_folder, reading
+
 _BLOCK = 2**24
 _CANNOT_SYNC_FOLDERS = (errno.EINVAL, errno.ENOTSUP)  # says a file system
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PARTIAL = ".partial"  # the end of the name of a file that is being written
+_COPY = "Copy it again from the local store. If it is damaged there too, trainer.attribute(...) there says what to do."
 
 
 class Damaged(ValueError):
@@ -27,7 +30,8 @@ class Damaged(ValueError):
         why: what is wrong with it.
     """
 
-    def __init__(self, path: Path, why: str, remedy: str = "") -> None:
+    def __init__(self, path: AnyPath, why: str, remedy: str = "") -> None:
+        remedy = _COPY if isinstance(path, RemotePath) else remedy
         super().__init__(f"'{path}' is damaged: {why.rstrip('.')}. {remedy}".rstrip())
         self.path, self.why = path, why
 
@@ -46,7 +50,7 @@ def to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_own(folder: Path) -> None:
+def check_own(folder: AnyPath) -> None:
     """Raise if a folder is a symbolic link: what it leads to is not the store's to delete."""
     if folder.is_symlink():
         raise Damaged(folder, "it is a symbolic link", "Put the folder itself there.")
@@ -88,7 +92,7 @@ def checksum_of(value: Any) -> int:
 
 
 @contextmanager
-def explained_os_errors(path: Path) -> Iterator[None]:
+def explained_os_errors(path: AnyPath) -> Iterator[None]:
     """Turn an OSError into one that says what could not be written, and the remedy."""
     try:
         yield
@@ -101,22 +105,23 @@ def explained_os_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def free_space(path: Path) -> int:
-    """Return the free bytes of the disk on which a folder is, or will be."""
-    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+def free_space(path: AnyPath) -> int:
+    """Return the free bytes of the disk on which a folder is, or will be; for one in an object store, of the cache."""
+    path = local_folder(path).absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
     return shutil.disk_usage(there).free
 
 
-def check_space(path: Path, size: int) -> None:
-    """Raise an OSError if the disk that ``path`` is on has less than ``size`` bytes free."""
+def check_space(path: AnyPath, size: int) -> None:
+    """Raise an OSError if the disk has less than ``size`` bytes free; see `free_space`."""
     free = free_space(path)
     if free < size:
         needed = f"{os.strerror(errno.ENOSPC)}: {size / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free"
-        with explained_os_errors(path):
+        with explained_os_errors(local_folder(path)):
             raise OSError(errno.ENOSPC, needed)
 
 
-def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
+def read_json(path: AnyPath, remedy: str = "") -> dict[str, Any]:
     """Read what `write_json` wrote.
 
     Args:
@@ -128,19 +133,23 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
     """
     remedy = remedy or f"Delete the folder '{path.parent}' and featurize again."
     try:
-        with explained_reading(path):
-            content = path.read_bytes()
-        value = json.loads(content)
-        if not isinstance(value, dict):
-            raise Damaged(path, "it holds no JSON object", remedy)
-        if value.pop("checksum", None) != checksum_of(value):
-            raise Damaged(path, "its checksum has changed", remedy)
+        return reading(path, _json_in)
     except FileNotFoundError as error:
         raise Damaged(path, "it is missing", remedy) from error
     except Damaged as error:
         raise Damaged(path, error.why, remedy) from error
     except (ValueError, RecursionError) as error:  # checksum_of has the limits of json.loads
         raise Damaged(path, str(error), remedy) from error
+
+
+def _json_in(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a local file."""
+    with explained_reading(path):
+        value = json.loads(path.read_bytes())
+    if not isinstance(value, dict):
+        raise Damaged(path, "it holds no JSON object")
+    if value.pop("checksum", None) != checksum_of(value):
+        raise Damaged(path, "its checksum has changed")
     return value
 
 

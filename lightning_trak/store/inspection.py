@@ -12,6 +12,7 @@ from lightning_trak.store.arrays import verified_place
 from lightning_trak.store.checkpoint import META, WEIGHTS, CheckpointEntry
 from lightning_trak.store.files import PARTIAL, Damaged
 from lightning_trak.store.locks import is_held
+from lightning_trak.store.remote import writable
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import load_weights
 
@@ -76,7 +77,7 @@ class CheckpointState:
         try:
             check()
         except Damaged as error:
-            self.problems.append(Problem(error.path, error.why, remedy, check if again else None))
+            self.problems.append(Problem(writable(error.path), error.why, remedy, check if again else None))
         except FileNotFoundError:
             return False  # another process has deleted it
         except OSError as error:
@@ -89,7 +90,7 @@ class CheckpointState:
 def checkpoints_of(store: FeatureStore) -> dict[str, CheckpointEntry | Damaged]:
     """Return the checkpoints by digest, in the order in which they were added. Of a damaged one it is the error."""
     found: dict[str, tuple[int, CheckpointEntry | Damaged]] = {}
-    for path in listed(store.dirpath / "checkpoints"):
+    for path in listed(store.root / "checkpoints"):
         if path.is_dir() and not UNFINISHED.fullmatch(path.name):
             try:
                 entry = store[path.name]
@@ -111,15 +112,15 @@ def inspect_checkpoint(
         entry: what `checkpoints_of` returned for it.
         advance: is told each file that was read.
     """
-    path = store.dirpath / "checkpoints" / digest
+    path = store.root / "checkpoints" / digest
     state = CheckpointState(path)
     if isinstance(entry, Damaged):  # without its metadata and weights, nothing can be said of the other files
-        state.problems.append(Problem(entry.path, entry.why, NO_COPY))
+        state.problems.append(Problem(writable(entry.path), entry.why, NO_COPY))
         return state
     advance(path / META)
-    load = partial(load_weights, entry.weights_path, entry.digest)
-    state.weights = state.is_whole(entry.weights_path, load, NO_COPY, again=False)
-    advance(entry.weights_path)
+    load = partial(load_weights, path / WEIGHTS, entry.digest)
+    state.weights = state.is_whole(path / WEIGHTS, load, NO_COPY, again=False)
+    advance(path / WEIGHTS)
     if store.manifest.get("preconditioner"):
         _inspect_whitening(state, entry, advance)
     _inspect_train(state, entry, advance)
@@ -134,9 +135,10 @@ def inspect_checkpoint(
 
 def _inspect_whitening(state: CheckpointState, entry: CheckpointEntry, advance: Advance) -> None:
     """Read the curvature, which must be there if features are."""
-    if entry.whitening_path.exists() or entry.chunk_paths:
-        state.whitening = state.is_whole(entry.whitening_path, entry.read_whitening, _TRAIN_AGAIN)
-        advance(entry.whitening_path)
+    path = writable(entry.whitening_path)
+    if path.exists() or entry.chunk_paths:
+        state.whitening = state.is_whole(path, entry.read_whitening, _TRAIN_AGAIN)
+        advance(path)
 
 
 def _inspect_train(state: CheckpointState, entry: CheckpointEntry, advance: Advance) -> None:
@@ -158,7 +160,7 @@ def _read_chunk(entry: CheckpointEntry, rows: range) -> None:
 
 def inspect_targets(store: FeatureStore, advance: Advance = lambda _: None) -> tuple[int, list[Problem]]:
     """Read what is stored of targets, features and scores; return the number of whole files, and the damaged ones."""
-    state = CheckpointState(store.dirpath / "targets")
+    state = CheckpointState(store.root / "targets")
     whole = 0
     for path in _files_below(state.path):
         if path.suffix == ".safetensors":
@@ -178,13 +180,13 @@ def _check_target(store: FeatureStore, path: Path) -> None:
 
 def unexpected(store: FeatureStore) -> list[Path]:
     """Return files and folders of which the store knows nothing: they do no harm, and nobody deletes them."""
-    found = [path for path in listed(store.dirpath) if path.name not in _OF_STORE and not REMOVED.fullmatch(path.name)]
-    found += [path for path in listed(store.dirpath / "checkpoints") if not path.is_dir()]
+    found = [path for path in listed(store.root) if path.name not in _OF_STORE and not REMOVED.fullmatch(path.name)]
+    found += [path for path in listed(store.root / "checkpoints") if not path.is_dir()]
     for entry in checkpoints_of(store).values():
         if isinstance(entry, CheckpointEntry):
             known = {*entry.sums_paths, *entry.chunk_paths.values()}
-            own = [path for path in listed(entry.path) if path.name not in _OF_CHECKPOINT]
-            train = [path for path in listed(entry.path / "train") if not CHUNK_LOCK.fullmatch(path.name)]
+            own = [path for path in listed(writable(entry.path)) if path.name not in _OF_CHECKPOINT]
+            train = [path for path in listed(writable(entry.path) / "train") if not CHUNK_LOCK.fullmatch(path.name)]
             found += [path for path in own + train if path not in known]
     return [path for path in found if not UNFINISHED.fullmatch(path.name)]
 
@@ -194,7 +196,7 @@ def claimed(store: FeatureStore) -> dict[Path, bool | None]:
 
     The value is None where it cannot be told whether the lock is held.
     """
-    locks = [path for name in ("checkpoints", "targets") for path in _files_below(store.dirpath / name)]
+    locks = [path for name in ("checkpoints", "targets") for path in _files_below(store.root / name)]
     held = {path: is_held(path) for path in locks if CHUNK_LOCK.fullmatch(path.name) or path.name == "whitening.lock"}
     return {path: value for path, value in held.items() if value is not False}
 

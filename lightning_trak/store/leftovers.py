@@ -87,13 +87,13 @@ class Leftover:
 
 def leftovers(store: FeatureStore) -> list[Leftover]:
     """Return what killed processes have left, also what must not be deleted yet; see `Leftover.kept`."""
-    found = [path for path in listed(store.dirpath) if UNFINISHED.fullmatch(path.name)]
-    removed = [path for path in listed(store.dirpath) if REMOVED.fullmatch(path.name) and path.is_dir()]
+    found = [path for path in listed(store.root) if UNFINISHED.fullmatch(path.name)]
+    removed = [path for path in listed(store.root) if REMOVED.fullmatch(path.name) and path.is_dir()]
     for name in FOLDERS:
-        found += _found_in(store.dirpath / name)
+        found += _found_in(store.root / name)
     kinds = [(path, "an idle lock" if CHUNK_LOCK.fullmatch(path.name) else "unfinished") for path in found]
     kinds += [(path, "of a store that was overwritten") for path in removed]
-    return [Leftover(store.dirpath, path, why, size_of(path)) for path, why in kinds if not path.is_symlink()]
+    return [Leftover(store.root, path, why, size_of(path)) for path, why in kinds if not path.is_symlink()]
 
 
 def _found_in(folder: Path) -> Iterator[Path]:
@@ -109,14 +109,14 @@ def _found_in(folder: Path) -> Iterator[Path]:
 
 def targets_of(store: FeatureStore) -> list[Leftover]:
     """Return the stored features of targets, which a call with the same targets would compute again."""
-    found = [path for path in listed(store.dirpath / "targets") if path.is_dir()]
-    return [Leftover(store.dirpath, path, "features of targets", size_of(path)) for path in found]
+    found = [path for path in listed(store.root / "targets") if path.is_dir()]
+    return [Leftover(store.root, path, "features of targets", size_of(path)) for path in found]
 
 
 def checkpoint_kept(store: FeatureStore, digest: str) -> str:
     """Say why a checkpoint that the user wants to delete must stay for now; an empty text if it may go."""
-    path = store.dirpath / "checkpoints" / digest
-    return "it is behind a symbolic link" if _is_behind_a_link(path, store.dirpath) else _of_locks(_locks_in(path))
+    path = store.root / "checkpoints" / digest
+    return "it is behind a symbolic link" if _is_behind_a_link(path, store.root) else _of_locks(_locks_in(path))
 
 
 def _is_behind_a_link(path: Path, root: Path) -> bool:

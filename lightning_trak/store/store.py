@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_trak.data.identity import ROW_CHARACTERS, difference, sampled_rows
 from lightning_trak.store.checkpoint import META, WEIGHTS, CheckpointEntry, targets_folder
 from lightning_trak.store.files import PARTIAL, Damaged, atomically, explained_os_errors, read_json, to_disk, write_json
+from lightning_trak.store.remote import AnyPath, RemotePath, path_of, writable
 from lightning_trak.store.weights import save_weights
 
 FORMAT_VERSION = 2
@@ -61,10 +62,12 @@ class FeatureStore:
     number of processes may work on a store at the same time.
 
     Args:
-        dirpath: the directory of an existing store; `FeatureStore.create` makes a new one.
+        dirpath: the directory of an existing store; `FeatureStore.create` makes a new one. A store may also be read
+            from where its directory was copied to, by a URL such as ``"s3://bucket/store"``; see `RemotePath`.
 
     Raises:
         FileNotFoundError: if there is no store.
+        ImportError: if the package is missing that reads such URLs.
         ValueError: if its manifest is damaged or of another format version.
 
     >>> import tempfile
@@ -78,14 +81,14 @@ class FeatureStore:
     (['abc'], [range(1, 2)], False)
     """
 
-    def __init__(self, dirpath: str | os.PathLike[str]) -> None:
-        self.dirpath = Path(dirpath)
+    def __init__(self, dirpath: str | os.PathLike[str] | RemotePath) -> None:
+        self.dirpath = path_of(dirpath)
         path = self.dirpath / "manifest.json"
         if not path.is_file():
-            raise FileNotFoundError(
-                f"There is no feature store in '{dirpath}' (no manifest.json). Train with TRAKCallback('{dirpath}')"
-                " first, or pass checkpoints with ckpt_path=..."
-            )
+            remedy = f"Train with TRAKCallback('{dirpath}') first, or pass checkpoints with ckpt_path=..."
+            if isinstance(path, RemotePath):
+                remedy = "Check the URL, or copy the folder of a finished store there."
+            raise FileNotFoundError(f"There is no feature store in '{dirpath}' (no manifest.json). {remedy}")
         _check_version(path)
         self.manifest = read_json(path, _ANEW)
         for name, kind in _FIELDS.items():
@@ -105,14 +108,14 @@ class FeatureStore:
         self.identity = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     @classmethod
-    def create(cls, dirpath: str | os.PathLike[str], manifest: Mapping[str, Any]) -> FeatureStore:
+    def create(cls, dirpath: str | os.PathLike[str] | RemotePath, manifest: Mapping[str, Any]) -> FeatureStore:
         """Open the store in ``dirpath``; create it with ``manifest`` if there is none.
 
         Raises:
             ValueError: if it was made with another manifest. The message names the field, both values and the remedy.
             OSError: if the directory cannot be written.
         """
-        path = Path(dirpath)
+        path = writable(path_of(dirpath))
         with explained_os_errors(path):
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
             with FileLock(path / "manifest.lock"):
@@ -124,9 +127,9 @@ class FeatureStore:
         return store
 
     @staticmethod
-    def remove(dirpath: str | os.PathLike[str]) -> None:
+    def remove(dirpath: str | os.PathLike[str] | RemotePath) -> None:
         """Delete the store in ``dirpath``, if there is one: its checkpoints and scores. Other files stay."""
-        path = Path(dirpath)
+        path = writable(path_of(dirpath))
         own = [folder for folder in path.glob("checkpoints/*") if (folder / META).is_file()]
         if not own and not _is_manifest(path / "manifest.json"):
             return
@@ -175,6 +178,11 @@ class FeatureStore:
         return f"{field}={_short(own)}, but here {field}={_short(here)}", former
 
     @property
+    def root(self) -> Path:
+        """The local folder of the store; an OSError is raised if it is in an object store."""
+        return writable(self.dirpath)
+
+    @property
     def n_train(self) -> int:
         """The number of training examples."""
         return int(self.manifest["n_train"])
@@ -191,9 +199,9 @@ class FeatureStore:
         return [entry for digest in digests if (entry := self._entry_if_there(digest))]
 
     def __iter__(self) -> Iterator[CheckpointEntry]:
-        for path in sorted(self._folder.iterdir() if self._folder.is_dir() else []):
-            own = not path.name.endswith(PARTIAL) and any((path / name).exists() for name in (META, WEIGHTS, "train"))
-            if own and (entry := self._entry_if_there(path.name)):
+        for name in sorted(path.name for path in (self._folder.iterdir() if self._folder.is_dir() else [])):
+            own = [(self._folder / name / file).exists() for file in (META, WEIGHTS, "train")]
+            if not name.endswith(PARTIAL) and any(own) and (entry := self._entry_if_there(name)):
                 yield entry
 
     def __len__(self) -> int:
@@ -216,8 +224,9 @@ class FeatureStore:
             )
         if digest not in self:
             known = {"digest": digest, "store": self.identity, "created": time.time_ns(), **meta}
+            folder = writable(self._folder)
             try:
-                with explained_os_errors(self.dirpath), atomically(self._folder / digest) as partial:
+                with explained_os_errors(folder), atomically(folder / digest) as partial:
                     partial.mkdir(parents=True)
                     save_weights(weights, partial / WEIGHTS)
                     write_json(partial / META, known)
@@ -230,12 +239,13 @@ class FeatureStore:
 
     def discard(self, digest: str) -> None:
         """Delete a checkpoint and its features. It is renamed first: one that is half deleted would be damaged."""
-        removed = self._folder / f"{digest}.{uuid4().hex}{PARTIAL}"
+        folder = self.root / "checkpoints"
+        removed = folder / f"{digest}.{uuid4().hex}{PARTIAL}"
         with suppress(FileNotFoundError):
-            os.replace(self._folder / digest, removed)
-            to_disk(self._folder)
+            os.replace(folder / digest, removed)
+            to_disk(folder)
         shutil.rmtree(removed, ignore_errors=True)
-        for folder in self.dirpath.glob("targets/*"):
+        for folder in self.root.glob("targets/*"):
             shutil.rmtree(folder / digest, ignore_errors=True)
 
     def targets_folder(self, digest: str) -> Path:
@@ -243,7 +253,7 @@ class FeatureStore:
         return targets_folder(self.dirpath, digest)
 
     @property
-    def _folder(self) -> Path:
+    def _folder(self) -> AnyPath:
         return self.dirpath / "checkpoints"
 
     def _entry(self, digest: str) -> CheckpointEntry:
@@ -258,7 +268,7 @@ class FeatureStore:
                 raise
             return None
 
-    def scores_dir(self, name: str) -> Path:
+    def scores_dir(self, name: str) -> AnyPath:
         """Return the directory of the scores saved under ``name``."""
         return self.dirpath / "scores" / folder_name(name)
 
@@ -294,7 +304,7 @@ def _is_manifest(path: Path) -> bool:
         return False
 
 
-def _check_version(path: Path) -> None:
+def _check_version(path: AnyPath) -> None:
     """Raise a ValueError if a manifest is of another format version; what has no version is damaged."""
     try:
         version = json.loads(path.read_bytes()).get("format_version")

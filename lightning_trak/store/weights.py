@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_trak.data.identity import bytes_of
 from lightning_trak.store.files import Damaged, atomically
+from lightning_trak.store.remote import AnyPath, reading
 
 Weights = dict[str, Tensor]
 
@@ -70,32 +71,42 @@ def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
         partial.write_bytes(content)
 
 
-def load_weights(path: Path, digest: str) -> Weights:
+def load_weights(path: AnyPath, digest: str) -> Weights:
     """Read the weights that `save_weights` wrote, and verify their digest.
 
     Raises:
         Damaged: if the file is damaged.
     """
     remedy = f"Delete the folder '{path.parent}' and featurize the checkpoint again with ckpt_path=..."
+
+    def read(local: Path) -> Weights:
+        weights: Weights = load(local.read_bytes())
+        found = weights_digest(weights)
+        if found != digest:
+            raise Damaged(path, f"its digest is {found}, expected {digest}", remedy)
+        return weights
+
     try:
-        weights: Weights = load(path.read_bytes())
+        return reading(path, read)
+    except Damaged:
+        raise
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise Damaged(path, f"{type(error).__name__}: {error}", remedy) from error
-    found = weights_digest(weights)
-    if found != digest:
-        raise Damaged(path, f"its digest is {found}, expected {digest}", remedy)
-    return weights
 
 
-def names_of_weights(path: Path) -> set[str]:
+def names_of_weights(path: AnyPath) -> set[str]:
     """Return the names of the weights that `save_weights` wrote.
 
     Raises:
         Damaged: if the file is damaged.
     """
-    try:
-        with safe_open(path, "pt") as file:
+
+    def read(local: Path) -> set[str]:
+        with safe_open(local, "pt") as file:
             return set(file.keys())
+
+    try:
+        return reading(path, read)
     except SafetensorError as error:
         raise Damaged(path, str(error), f"Delete the folder '{path.parent}'.") from error
 

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -19,6 +18,7 @@ from lightning_trak.isolation.module_state import ModuleChanged
 from lightning_trak.isolation.random_states import kept_generators
 from lightning_trak.projection import Projector, check_projector
 from lightning_trak.store.files import check_space, free_space
+from lightning_trak.store.remote import AnyPath, path_of, writable
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import Weights, copy_of_weights, tensors_in, weights_digest, weights_in
 from lightning_trak.trainer import arguments
@@ -53,7 +53,8 @@ class TRAKCallback(Callback):
 
     Args:
         dirpath: the feature store; default ``<trainer.default_root_dir>/trak``. Several runs may share it: their
-            checkpoints form an ensemble.
+            checkpoints form an ensemble. By a URL such as ``"s3://bucket/store"``, ``trainer.attribute(...)`` reads a
+            finished store that was copied there; see `FeatureStore`. Training needs a local one.
         proj_dim: k, the number of features. Take fewer than there are training examples.
         projector: ``"factored"`` (of layers' inputs and output gradients), ``"sparse"``, ``"rademacher"`` (dense),
             ``"fast_jl"`` (dense, by the library of that name), ``"identity"`` (k = p) or a `Projector`. ``"auto"`` is
@@ -168,7 +169,7 @@ class TRAKCallback(Callback):
                 curvature=(curvature, True),
                 estimator=(estimator, "gauss_newton"),
             )
-        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.dirpath = None if dirpath is None else path_of(dirpath)
         self.proj_dim, self.projector = proj_dim, projector
         self.gradients = arguments.choice("gradients", gradients, ("auto", *ENGINES))
         self.featurize_on = arguments.choice("featurize_on", featurize_on, ("save", "fit_end"))
@@ -219,6 +220,7 @@ class TRAKCallback(Callback):
         if stage != "fit":
             return
         check_supported(trainer, pl_module)
+        writable(self.store_path(trainer))
         self._start_anew()
         watch(trainer, self)
         # First in the list, to see a batch before another callback's on_train_batch_start changes it.
@@ -332,9 +334,9 @@ class TRAKCallback(Callback):
         if self._failed:
             rank_zero_info(f"TRAKCallback: {self._failed} checkpoints could not be featurized. {_FINISH_LATER}")
 
-    def store_path(self, trainer: Trainer) -> Path:
+    def store_path(self, trainer: Trainer) -> AnyPath:
         """Return the directory of the feature store."""
-        return Path(trainer.default_root_dir) / "trak" if self.dirpath is None else self.dirpath
+        return path_of(trainer.default_root_dir) / "trak" if self.dirpath is None else path_of(self.dirpath)
 
     def file_saved(self, path: str, checkpoint: dict[str, Any]) -> None:
         """Put the weights of a checkpoint file into the store."""

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
 
@@ -23,6 +22,7 @@ from lightning_trak.gradients.function import check_fit
 from lightning_trak.influence import Estimator, Options, TrainingTime
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.files import check_space
+from lightning_trak.store.remote import AnyPath
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import (
     load_weights,
@@ -136,6 +136,8 @@ class Job:
     def _featurize_missing(self) -> None:
         """Check a few stored features, then featurize the train set at checkpoints without features."""
         missing = [entry for entry in self.entries if not entry.complete]
+        if missing:
+            missing[0].check_writable()
         complete = [entry for entry in self.entries if entry not in missing]
         loader = self.loaders.train() if missing else self.loaders.train_if_defined()
         if loader is None:
@@ -291,7 +293,7 @@ def _model(trainer: Trainer, model: Any) -> Any:
     return model
 
 
-def _build(model: LightningModule, datamodule: LightningDataModule | None, store: Path, ckpt_path: CkptPath) -> None:
+def _build(model: LightningModule, datamodule: LightningDataModule | None, store: AnyPath, ckpt_path: CkptPath) -> None:
     """Let a model that was never fitted build layers in its hooks, which are called in Lightning's order."""
     model.configure_model()
     names = _names_of_weights(store, ckpt_path)
@@ -304,14 +306,15 @@ def _build(model: LightningModule, datamodule: LightningDataModule | None, store
     model.configure_model()
 
 
-def _names_of_weights(store: Path, ckpt_path: CkptPath) -> set[str] | None:
+def _names_of_weights(store: AnyPath, ckpt_path: CkptPath) -> set[str] | None:
     """Return the names of one checkpoint's weights; None if there is no checkpoint yet."""
     paths = [ckpt_path] if isinstance(ckpt_path, (str, os.PathLike)) else list(ckpt_path or [])
     given = [path for path in paths if path not in ("best", "last")]
     if given:
         return set(read_weights(given[0]))
-    path = next(store.glob("checkpoints/*/weights.safetensors"), None)
-    return None if path is None else names_of_weights(path)
+    for path in store.glob("checkpoints/*/weights.safetensors"):
+        return names_of_weights(path)
+    return None
 
 
 def open_store(

@@ -60,7 +60,8 @@ def _key(job: Job, estimator: Estimator, solved: Sequence[Solved], weights: Any)
     """Return all that scores depend on besides the targets."""
     options = vars(estimator.options) | {"temperature": estimator.temperature}
     dampings = [one.damping.value for one in solved]
-    return json.dumps([_VERSION, [entry.place for entry in job.entries], options, dampings, weights], sort_keys=True)
+    places = [(entry.place, entry.derived.name) for entry in job.entries]
+    return json.dumps([_VERSION, places, options, dampings, weights], sort_keys=True)
 
 
 def _stored(job: Job, of_rows: Callable[[slice], Tensor], m: int, targets: str, key: str) -> StoredScores:

@@ -72,6 +72,12 @@ def test_no_store(run, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+def test_a_url(run, name):
+    error = "error: 's3://bucket/store' is a URL. Copy the store to a local folder, and pass that.\n"
+    assert run(name, "s3://bucket/store") == (2, "", error)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_store_of_another_version(run, tmp_path, name):
     FeatureStore.create(tmp_path, MANIFEST)
     (tmp_path / "manifest.json").write_text('{"format_version": 3}')
