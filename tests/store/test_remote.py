@@ -107,7 +107,8 @@ def trained(request, tmp_path_factory):
 
 
 def system_of(url):
-    return fsspec.core.url_to_fs(url)
+    """As of another program: none of its listings are those of the package."""
+    return fsspec.core.url_to_fs(url, skip_instance_cache=True)
 
 
 def upload(folder, url):
@@ -322,6 +323,8 @@ def test_missing_features_are_not_computed(bucket, trained, tmp_path):
     before = objects(url)
     with pytest.raises(ReadOnly, match=rf"{url}.*not written.*TRAKCallback\('attributions'\).*aws s3 sync"):
         make_trainer(tmp_path, TRAKCallback(url)).attribute(Classifier(), datamodule=Blobs())
+    with pytest.raises(ReadOnly, match=url):  # without a train set too
+        attributed(url, tmp_path)
     assert objects(url) == before
 
 
@@ -350,7 +353,7 @@ def test_training_into_a_url_is_refused_before_it_begins(memory, trained, tmp_pa
     path, _ = trained
     steps = []
     module = Classifier()
-    module.on_train_batch_start = lambda *_: steps.append(1)
+    module.on_train_batch_start = module.on_validation_batch_start = lambda *_: steps.append(1)
     for url in (memory, upload(path, f"{memory}/finished")):
         for overwrite in (False, True):
             trainer = make_trainer(tmp_path, TRAKCallback(url, overwrite=overwrite))
@@ -614,10 +617,14 @@ def test_room_is_made_for_large_files(memory, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2**31, 0, 2**30 + 10_000))
     change(f"{memory}/small", bytes(9_000))
     (path_of(memory) / "small").read_bytes()
-    assert len(copies(tmp_path)) == 2
+    older, newer = sorted(copies(tmp_path), key=lambda path: path.stat().st_mtime_ns)
+    os.truncate(older, 2**31)  # so large that nothing else need go
+    os.utime(older, (0, 0))
     change(f"{memory}/large", bytes(11_000))
     (path_of(memory) / "large").read_bytes()
-    assert len(copies(tmp_path)) == 1
+    assert newer in copies(tmp_path)
+    assert older not in copies(tmp_path)
+    assert len(copies(tmp_path)) == 2
 
 
 def test_scores_from_a_disk_without_room(memory, trained, tmp_path, monkeypatch):
