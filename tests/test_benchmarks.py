@@ -14,7 +14,20 @@ import torch
 
 from lightning_trak import GroundTruth, evaluate
 from lightning_trak.metrics import LinearDatamodelingScore
-from tests.benchmarks import diffusion, factors, features, fit, gpu, memory, quality, scale, scoring, sizes, tasks
+from tests.benchmarks import (
+    diffusion,
+    factors,
+    features,
+    fit,
+    gpu,
+    memory,
+    quality,
+    remote,
+    scale,
+    scoring,
+    sizes,
+    tasks,
+)
 from tests.benchmarks.measuring import silence
 from tests.benchmarks.models import MODELS
 from tests.benchmarks.quality.costs import Count, Passes, counted
@@ -52,6 +65,17 @@ def test_features(table):
     assert other[:3] == ["digits CNN", "vmap", "sparse"]
     assert all(isfinite(float(cell)) for row in (one, other) for cell in row[3:6])  # how fast is not for a test to say
     assert other[6] == "70 + 10"
+
+
+def test_remote(table):
+    found = table(remote.run, 600, 8)
+    assert [row[0] for row in found] == [
+        "local disk",
+        "plain requests to the server",
+        "s3, first",
+        "s3, from the copies",
+    ]
+    assert all(isfinite(float(row[2])) for row in found)
 
 
 def test_memory(table):

@@ -7,7 +7,21 @@ import platform
 
 import torch
 
-from tests.benchmarks import diffusion, factors, features, fit, gpu, memory, quality, scale, scoring, sizes, tasks, zoo
+from tests.benchmarks import (
+    diffusion,
+    factors,
+    features,
+    fit,
+    gpu,
+    memory,
+    quality,
+    remote,
+    scale,
+    scoring,
+    sizes,
+    tasks,
+    zoo,
+)
 from tests.benchmarks.measuring import silence
 
 BENCHMARKS = {
@@ -15,6 +29,7 @@ BENCHMARKS = {
     "memory": memory.run,
     "scoring": scoring.run,
     "scale": scale.run,
+    "remote": remote.run,
     "fit": fit.run,
     "tasks": tasks.run,
     "zoo": zoo.run,

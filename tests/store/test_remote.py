@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
-from time import sleep
 from uuid import uuid4
 
 import fsspec
@@ -30,6 +29,7 @@ from lightning_trak.store.remote import CACHE, NotFetched, ReadOnly, path_of
 from tests.conftest import Blobs, Classifier, make_data, make_trainer
 from tests.results.test_stored_scores import saved
 from tests.store.processes import output_of, start
+from tests.store.s3 import s3_server
 from tests.store.test_store import FEATURES, MANIFEST, TERMS, WEIGHTS, complete_entry, fill
 
 Usage = namedtuple("Usage", "total used free")
@@ -49,32 +49,16 @@ def attributed(url, tmp_path, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The address of an S3 server in a process of its own; a file has what it says, since a full pipe would stop it."""
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        while not (address := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
-            assert process.poll() is None, log.read_text()
-            sleep(0.1)
-        yield address[0]
-    finally:
-        process.kill()
-        process.wait()
+def server():
+    """What a user of S3 sets, for a server of the tests' own."""
+    with s3_server() as variables:
+        yield variables
 
 
 @pytest.fixture
 def environment(server, monkeypatch, tmp_path):
-    """What a user of S3 sets, and a cache of the test's own."""
-    for name, value in {
-        "AWS_ENDPOINT_URL": server,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        CACHE: str(tmp_path / "cache"),
-    }.items():
+    """The server, and a cache of the test's own."""
+    for name, value in (server | {CACHE: str(tmp_path / "cache")}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
 
