@@ -171,10 +171,12 @@ def inspect_targets(store: FeatureStore, advance: Advance = lambda _: None) -> t
 
 def _check_target(store: FeatureStore, path: Path) -> None:
     """Verify features or scores of targets; only a call with the same targets knows whether they are theirs."""
-    place, (entry,) = verified_place(path), store.entries([path.parent.name]) or (None,)
-    targets = path.parents[1].name
-    own = f"{targets}|" if entry is None else f"{entry.place}|targets {targets}|"
-    if not place.startswith(own) or f"|rows {int(path.stem)} of " not in place:
+    place, targets = verified_place(path), path.parents[1].name
+    try:
+        own = [f"{entry.place}|targets {targets}|" for entry in store.entries([path.parent.name])] or [f"{targets}|"]
+    except Damaged:
+        own = [""]  # of the checkpoint, whose damage is told elsewhere
+    if not place.startswith(own[0]) or f"|rows {int(path.stem)} of " not in place:
         raise Damaged(path, "it belongs elsewhere")
 
 
