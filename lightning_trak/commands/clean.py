@@ -77,7 +77,7 @@ def _damaged(store: FeatureStore) -> Iterator[Leftover]:
     with reading(store) as advance:
         states = [inspect_checkpoint(store, *item, advance) for item in checkpoints_of(store).items()]
         problems = [problem for state in states for problem in state.problems]
-        problems += inspect_targets(store, advance)[1]
+        problems += inspect_targets(store, states, advance)[1]
     for problem in problems:
         if problem.check is not None and problem.path.exists():
             yield Leftover(store.root, problem.path, "damaged", size_of(problem.path), problem)

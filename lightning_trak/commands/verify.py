@@ -46,7 +46,7 @@ def verify(path: Path) -> int:
         return 1
     with reading(store) as advance:
         states = [inspect_checkpoint(store, *item, advance) for item in checkpoints_of(store).items()]
-        whole, problems = inspect_targets(store, advance)
+        whole, problems = inspect_targets(store, states, advance)
         scores = {folder: scores_problem(folder, advance) for folder in score_folders(store)}
     if states:
         print(table([_TITLES, *(_row(store, state) for state in states)], right="rows") + "\n")

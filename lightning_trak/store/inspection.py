@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ _OF_CHECKPOINT = {META, WEIGHTS, "meta.lock", "whitening.lock", "whitening.safet
 NO_COPY = "Put back a copy of the file, or delete the checkpoint; trainer.attribute(ckpt_path=[...]) adds it again."
 _TRAIN_AGAIN = "trainer.attribute(...) with a train set computes it again."
 _TARGETS_AGAIN = "Delete it: trainer.attribute(...) with these targets computes it again."
+_OF_BROKEN = "it belongs to whitening.safetensors, which is damaged or missing"
 Advance = Callable[[Path], object]
 
 
@@ -146,8 +147,7 @@ def _inspect_train(state: CheckpointState, entry: CheckpointEntry, advance: Adva
     for rows, path in entry.chunk_paths.items():
         check = partial(_read_chunk, entry, rows)
         if state.whitening is False:
-            why = "it belongs to whitening.safetensors, which is damaged or missing"
-            state.problems.append(Problem(path, why, _TRAIN_AGAIN, check))
+            state.problems.append(Problem(path, _OF_BROKEN, _TRAIN_AGAIN, check))
         elif state.is_whole(path, check, _TRAIN_AGAIN):
             state.rows += len(rows)
         advance(path)
@@ -158,13 +158,25 @@ def _read_chunk(entry: CheckpointEntry, rows: range) -> None:
     entry.train.read(rows)
 
 
-def inspect_targets(store: FeatureStore, advance: Advance = lambda _: None) -> tuple[int, list[Problem]]:
-    """Read what is stored of targets, features and scores; return the number of whole files, and the damaged ones."""
-    state = CheckpointState(store.root / "targets")
-    whole = 0
+def inspect_targets(
+    store: FeatureStore, states: Sequence[CheckpointState], advance: Advance = lambda _: None
+) -> tuple[int, list[Problem]]:
+    """Read what is stored of targets, features and scores; return the number of whole files, and the damaged ones.
+
+    Args:
+        store: the store.
+        states: what `inspect_checkpoint` returned for all checkpoints.
+        advance: is told each file that was read.
+    """
+    state, whole = CheckpointState(store.root / "targets"), 0
+    broken = {one.path.name for one in states if one.whitening is False}
     for path in _files_below(state.path):
         if path.suffix == ".safetensors":
-            whole += state.is_whole(path, partial(_check_target, store, path), _TARGETS_AGAIN)
+            check = partial(_check_target, store, path)
+            if path.parent.name in broken:
+                state.problems.append(Problem(path, _OF_BROKEN, _TARGETS_AGAIN, check))
+            else:
+                whole += state.is_whole(path, check, _TARGETS_AGAIN)
             advance(path)
     return whole, state.problems
 

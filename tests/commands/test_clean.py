@@ -176,6 +176,7 @@ def test_links_are_not_followed(store, run, tmp_path):
     (store / f"y.{TOKEN}.partial").symlink_to(precious, target_is_directory=True)
     (store / f"removed-{TOKEN}").symlink_to(precious, target_is_directory=True)
     (checkpoints(store)[0] / "linked").symlink_to(precious, target_is_directory=True)
+    shutil.rmtree(store / "targets")
     (store / "targets").symlink_to(precious, target_is_directory=True)
     partial = partial_of(store / "checkpoints" / ("f" * 32), None)
     (partial / "linked").symlink_to(precious, target_is_directory=True)
@@ -218,7 +219,10 @@ def test_damaged_files_that_can_be_computed_again_are_deleted(store, kind, run):
     assert gone == {path.relative_to(store).as_posix() for path in again}
     if kind == "kronecker":
         flip(checkpoints(store)[1] / "whitening.safetensors")
-        assert "Deleted: 3 items" in run("clean", store, "--yes")[1]  # its two other chunks are of no use without it
+        targets = list((store / "targets").glob(f"*/{checkpoints(store)[1].name}/*.safetensors"))
+        count = 3 + len(targets)  # its two other chunks and the targets' are of no use without it
+        assert f"Deleted: {count} items" in run("clean", store, "--yes")[1]
+        assert not any(path.exists() for path in targets)
         assert not (checkpoints(store)[1] / "whitening.safetensors").exists()
         assert not chunk(store, 1).exists()
 
@@ -280,13 +284,11 @@ def test_a_checkpoint_at_which_a_process_works_stays(store, run):
 
 
 def test_features_of_targets_go_if_asked_for_and_not_in_use(store, run):
-    folder = store / "targets" / TOKEN
-    for path in (folder, store / "targets" / ("f" * 32)):
-        (path / "checkpoint").mkdir(parents=True)
-        shutil.copy(chunk(store), path / "checkpoint" / "0000000000.safetensors")
+    (folder,) = (store / "targets").iterdir()
+    (store / "targets" / ("f" * 32)).mkdir()
     age(folder)
     assert run("clean", store, "--yes")[1] == "Nothing to delete.\n"
-    with held(folder / "checkpoint" / "0000000064.lock"):
+    with held(folder / checkpoints(store)[0].name / "0000000064.lock"):
         age(folder)
         out = run("clean", store, "--yes", "--targets")[1]
         assert "features of targets, but a process is working at it" in out

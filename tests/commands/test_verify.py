@@ -121,16 +121,28 @@ def test_a_curvature_that_is_gone_takes_its_features_with_it(store, kind, run):
 
 
 def test_features_of_targets(store, run):
-    folder = store / "targets" / ("ab" * 16) / checkpoints(store)[0].name
-    folder.mkdir(parents=True)
-    shutil.copy(chunk(store), folder / "0000000000.safetensors")
-    assert run("verify", store)[0] == 0
-    assert "1 of 1 file ok" in run("verify", store)[1]
-    flip(folder / "0000000000.safetensors")
+    files = sorted(store.glob("targets/*/*/*.safetensors"))
+    assert f"{len(files)} of {len(files)} files ok" in run("verify", store)[1]
+    flip(files[0])
     status, out, _ = run("verify", store)
     assert status == 1
-    assert "0 of 1 file ok" in out
-    assert f"Damaged: {folder.relative_to(store)}" in out
+    assert f"{len(files) - 1} of {len(files)} files ok" in out
+    assert f"Damaged: {files[0].relative_to(store)}" in out
+
+
+def test_exchanged_features_of_targets(store, run):
+    """Of other rows, and of another checkpoint."""
+    files = sorted(store.glob("targets/*/*/*.safetensors"))
+    for other in (files[1], files[-1]):
+        one, two = files[0].read_bytes(), other.read_bytes()
+        files[0].write_bytes(two)
+        other.write_bytes(one)
+        status, out, _ = run("verify", store)
+        assert status == 1
+        assert f"{len(files) - 2} of {len(files)} files ok" in out
+        assert "It belongs elsewhere" in out
+        files[0].write_bytes(one)
+        other.write_bytes(two)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +168,7 @@ def test_a_file_that_cannot_be_read(store, run):
     chunk(store).mkdir()
     status, out, _ = run("verify", store)
     assert status == 1
-    assert "It cannot be read: " in out
+    assert "It is a folder." in out
 
 
 def test_what_is_mended_as_verify_says_is_whole(store, kind, run):
