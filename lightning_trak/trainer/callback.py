@@ -236,7 +236,7 @@ class TRAKCallback(Callback):
             plan = Plan.choose(self.settings, self.reports, trainer, pl_module, loader, parameters, manifest)
             loop = plan.loop(trainer, pl_module, loader, lambda: loader, "train")
             loop.preflight(copy_of_weights(pl_module), thorough=True)
-            measured = loop.measured(copy_of_weights(pl_module), "")
+            seconds = self._measured(loop, pl_module)
             self.train_loader = loader
             if trainer.fast_dev_run:
                 return  # it saves no checkpoint
@@ -244,8 +244,8 @@ class TRAKCallback(Callback):
                 FeatureStore.remove(path)
             trainer.strategy.barrier()
             with kept_generators(loader.dataset):
-                self._store = FeatureStore.create(path, plan.manifest(loader, measured.seconds))
-            self._say_what_comes(trainer, loop, measured.seconds)
+                self._store = FeatureStore.create(path, plan.manifest(loader, seconds))
+            self._say_what_comes(trainer, loop, seconds)
         self._loop, self._attributed = loop, set(plan.parameters)
         self._run = trainer.strategy.broadcast(self._run or uuid4().hex)
         if not trainer.checkpoint_callbacks:
@@ -261,6 +261,14 @@ class TRAKCallback(Callback):
             with self._training_goes_on("The checkpoints of the resumed run could not be compared with its files"):
                 self._reconcile(trainer)
         self.saved()
+
+    def _measured(self, loop: FeaturizationLoop, module: LightningModule) -> float:
+        """Return how long an example takes; if the batch cannot be featurized, about as long as a few alone took."""
+        try:
+            return loop.measured(copy_of_weights(module), "").seconds
+        except (ValueError, RuntimeError) as error:
+            self.reports.warn(f"The first batch cannot be featurized now: {error}", about="the first batch")
+            return loop.seconds
 
     def _say_what_comes(self, trainer: Trainer, loop: FeaturizationLoop, seconds: float) -> None:
         """Say what a checkpoint takes, and raise an OSError if the disk cannot hold one."""

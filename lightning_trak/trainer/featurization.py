@@ -269,15 +269,19 @@ class FeaturizationLoop:
             start = perf_counter()
             batch = self._read_once(rows, seed=0)
             reading = (perf_counter() - start) / max(1, self._loader.num_workers)
-            featurizer = self.featurizer(function, engine, digest, projector)
-            projection = self._projection()
-            memory = peak_bytes(lambda: self._featurize(featurizer, rows, batch, projection), self.device)
-            start = perf_counter()
-            block = self._featurize(featurizer, rows, batch, projection)
-            seconds = perf_counter() - start
+
+            def measure(engine: Engine) -> Measured:
+                featurizer, projection = self.featurizer(function, engine, digest, projector), self._projection()
+                memory = peak_bytes(lambda: self._featurize(featurizer, rows, batch, projection), self.device)
+                start = perf_counter()
+                block = self._featurize(featurizer, rows, batch, projection)
+                computing = perf_counter() - start
+                together = max(computing, reading) if self._loader.num_workers else computing + reading
+                return Measured(together / len(rows), memory, block.features)
+
+            measured = self._selector.attempt(function, partial(self._trial, function, key), batch, len(rows), measure)
         self._projector.forget()
-        together = max(seconds, reading) if self._loader.num_workers else seconds + reading
-        return Measured(together / len(rows), memory, block.features)
+        return measured
 
     def draws_anything(self) -> bool:
         """Say whether the module draws a label for the first example: of two classes, its output tells all."""
@@ -431,16 +435,17 @@ class FeaturizationLoop:
 
     def _prepare(self, function: ModelFunction, digest: str, key: int, tried: Any = None) -> Engine:
         """Return the engine for a checkpoint; ``tried`` are the first examples, if already read."""
-
-        def trial() -> Trial:
-            size = min(_FEW, self.size)
-            known = function.tried is not None and function.tried[0] is tried and len(function.tried[1][0]) == size
-            batch = tried if known else self._read_once(range(size), seed=0)
-            first = self._read_once([0], seed=0)
-            rehearsal = Featurizer(function, LoopEngine(), self._projector, key).rehearsal
-            return Trial(function, batch, size, first, rehearsal)
-
+        trial = partial(self._trial, function, key, tried)
         return self._selector.prepare(function, digest, trial, self._largest)
+
+    def _trial(self, function: ModelFunction, key: int, tried: Any = None) -> Trial:
+        """Return a few examples to try an engine on."""
+        size = min(_FEW, self.size)
+        known = function.tried is not None and function.tried[0] is tried and len(function.tried[1][0]) == size
+        batch = tried if known else self._read_once(range(size), seed=0)
+        first = self._read_once([0], seed=0)
+        rehearsal = Featurizer(function, LoopEngine(), self._projector, key).rehearsal
+        return Trial(function, batch, size, first, rehearsal)
 
     def _undisturbed(self) -> AbstractContextManager[None]:
         return undisturbed(self._trainer, self._module, self._loader.dataset, self._loader.collate_fn)

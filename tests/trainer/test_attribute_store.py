@@ -49,14 +49,14 @@ def test_store_settings_hold_where_the_callback_says_nothing(tmp_path):
 def test_features_are_read_twice_at_most_and_sums_over_them_are_kept(tmp_path, run, monkeypatch, preconditioner):
     """Once to sum H, once to score; a second call sums nothing anew, but takes a sample of whitened ones again."""
     root, _, _, data = run
-    read, blocks = [], TrainFeatures.blocks
+    read, block = [], TrainFeatures.block
     files = sorted((root / "files").iterdir())
 
     def noting(self, *args, **kwargs):
         read.append(self.shape)
-        return blocks(self, *args, **kwargs)
+        return block(self, *args, **kwargs)
 
-    monkeypatch.setattr(TrainFeatures, "blocks", noting)
+    monkeypatch.setattr(TrainFeatures, "block", noting)
     own = fresh(tmp_path, preconditioner=preconditioner)
     first = own.attribute(Classifier(), datamodule=data, ckpt_path=files)
     checkpoints = len(first.info.checkpoints)
