@@ -1,6 +1,7 @@
 """A program that trains and attributes in several processes: ``python -m tests.trainer.ranks FOLDER STRATEGY WORLD``.
 
-Given checkpoint files after that, it attributes them without training. The first process writes the scores.
+WORLD is the number of processes, or nodes x processes of each. Given checkpoint files after that, it attributes them
+without training. The first process writes the scores.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ class OwnSampler(Blobs):
 def main() -> None:
     """Run the program."""
     folder, strategy, world, *files = sys.argv[1:]
+    nodes, _, devices = world.rpartition("x")
     warnings.simplefilter("ignore")
     callbacks = [TRAKCallback(Path(folder) / "store")]
     if not files:
         callbacks.append(ModelCheckpoint(Path(folder) / "files", save_top_k=-1, save_weights_only=strategy == "ddp"))
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=int(world),
+        devices=int(devices),
+        num_nodes=int(nodes or 1),
         strategy=strategy if world != "1" else "auto",
         max_epochs=2,
         callbacks=callbacks,

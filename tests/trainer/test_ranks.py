@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -13,14 +14,67 @@ import torch
 from lightning_trak import Attribution, FeatureStore
 from tests.trainer.ranks import M, N
 
+PROGRAM = "tests.trainer.ranks"
+OTHERS = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE")}
+
 
 def run(folder, strategy, world, *files):
     folder.mkdir()
-    variables = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE")}
-    command = [sys.executable, "-m", "tests.trainer.ranks", folder, strategy, str(world), *files]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, "-m", PROGRAM, folder, strategy, str(world), *files]
+    done = subprocess.run(command, env=OTHERS, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "found.pt")
+
+
+def run_together(folder, commands):
+    """Run several programs at the same time: (command, environment) of each."""
+    folder.mkdir()
+    running = [
+        subprocess.Popen(list(map(str, command)), env=OTHERS | variables, stderr=subprocess.PIPE, text=True)
+        for command, variables in commands
+    ]
+    try:
+        for process in running:
+            error = process.communicate(timeout=300)[1]
+            assert process.returncode == 0, error[-3000:]
+    finally:
+        for process in running:
+            process.kill()
+    return torch.load(folder / "found.pt")
+
+
+def free_port():
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return str(opened.getsockname()[1])
+
+
+def by_torchrun(folder, files):
+    """Two processes of one node."""
+    options = ["--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    return [([sys.executable, "-m", "torch.distributed.run", *options, "-m", PROGRAM, folder, "ddp", 2, *files], {})]
+
+
+def by_torchrun_on_two_nodes(folder, files):
+    """A process of each; the nodes share the folder, and here the machine too."""
+    options = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    whole = [sys.executable, "-m", "torch.distributed.run", *options]
+    return [([*whole, f"--node_rank={node}", "-m", PROGRAM, folder, "ddp", "2x1", *files], {}) for node in range(2)]
+
+
+def by_slurm(folder, files):
+    """What ``srun`` sets for two tasks of one node."""
+    port = free_port()
+
+    def variables(task):
+        job = {"JOB_ID": "1", "JOB_NAME": "train", "NTASKS": "2", "NTASKS_PER_NODE": "2", "NODELIST": "127.0.0.1"}
+        own = {"PROCID": str(task), "LOCALID": str(task), "NODEID": "0", "NNODES": "1"}
+        return {f"SLURM_{name}": value for name, value in (job | own).items()} | {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+
+    return [([sys.executable, "-m", PROGRAM, folder, "ddp", 2, *files], variables(task)) for task in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +102,17 @@ def test_files_are_attributed_as_by_one_process(tmp_path, alone, case):
     (targets,) = (shared.dirpath / "targets").iterdir()
     for entry in shared:
         assert entry.targets(targets.name, M, 1).complete
+
+
+@pytest.mark.parametrize("launcher", [by_torchrun, by_torchrun_on_two_nodes, by_slurm])
+def test_launchers_of_clusters(tmp_path, alone, launcher):
+    files, _, found = alone
+    scores, own = run_together(tmp_path / "run", launcher(tmp_path / "run", files))
+    torch.testing.assert_close(scores, found[0], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(own, found[1], rtol=1e-3, atol=1e-5)
+    store = FeatureStore(tmp_path / "run" / "store")
+    assert len(store) == len(files)
+    assert all(entry.complete for entry in store)
 
 
 @pytest.mark.parametrize("case", ["ddp 2", "ddp_notebook 2"])
