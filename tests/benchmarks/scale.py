@@ -85,7 +85,7 @@ def _scoring(
     if top_k is not None:
         return lambda: estimator.extremes(solved, top_k)
     store = SimpleNamespace(n_train=n, dirpath=folder, targets_folder=lambda digest: folder / "targets" / digest)
-    entries = [SimpleNamespace(place=str(number)) for number in range(len(solved))]
+    entries = [SimpleNamespace(place=str(number), derived=folder) for number in range(len(solved))]
     job: Any = SimpleNamespace(store=store, entries=entries, memory_limit=0, trainer=trainer(folder))
     return lambda: compute_scores(job, estimator, solved, "benchmark")
 
