@@ -13,11 +13,10 @@ def sparse(values):
 
 
 class Sparse:
-    """Rows as sparse matrices, a few at a time."""
+    """Rows as sparse matrices."""
 
     def __init__(self, values):
         self.values, self.shape = values, values.shape
 
-    def blocks(self, size):
-        for part in torch.as_tensor(self.values).split(min(size, 7)):
-            yield sparse(part)
+    def __getitem__(self, rows):
+        return sparse(torch.as_tensor(self.values)[rows])
