@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.features.stored import DTYPES
 from lightning_trak.gradients import ENGINES
+from lightning_trak.gradients.memory import is_out_of_memory
 from lightning_trak.influence.training_time import CHECKPOINT_KEY, TrainingTime
 from lightning_trak.isolation.module_state import ModuleChanged
 from lightning_trak.isolation.random_states import kept_generators
@@ -267,7 +268,8 @@ class TRAKCallback(Callback):
         try:
             return loop.measured(copy_of_weights(module), "").seconds
         except (ValueError, RuntimeError) as error:
-            self.reports.warn(f"The first batch cannot be featurized now: {error}", about="the first batch")
+            if not is_out_of_memory(error):  # batches are halved when they are featurized
+                self.reports.warn(f"The first batch cannot be featurized now: {error}", about="the first batch")
             return loop.seconds
 
     def _say_what_comes(self, trainer: Trainer, loop: FeaturizationLoop, seconds: float) -> None:

@@ -153,7 +153,7 @@ def test_the_estimator_of_the_paper(tmp_path):
     trainer.fit(Classifier(), datamodule=Blobs())
     attribution = trainer.attribute(datamodule=Blobs())
     kept = attribution._kept
-    phi, targets = (np.asarray(array, "f8") for array in (kept.job.entries[0].features, kept.targets[0]))
+    phi, targets = (np.asarray(array, "f8") for array in (kept.job.entries[0].features, kept.targets.features[0]))
     q, rows = kept.job.entries[0].loss_grad, [3, 4, 5]
     rest = np.delete(phi, rows, 0)
     whole = phi.T @ phi
