@@ -33,6 +33,7 @@ def _rows(n: int, k: int) -> Iterator[list[str]]:
         folder = Path(root)
         _fill(folder / "store", n, k)
         with mock.patch.dict(os.environ, variables | {CACHE: str(folder / "cache")}):
+            fsspec.get_filesystem_class("s3").clear_instance_cache()  # of a server that ran before
             system = fsspec.filesystem("s3", skip_instance_cache=True)
             system.mkdir("s3://bucket")
             system.put(str(folder / "store"), "s3://bucket/store", recursive=True)
