@@ -20,9 +20,11 @@ class _Checkpoint(Leftover):
     """A checkpoint that the user named: it goes with its weights, unless a process computes features at it."""
 
     def kept(self) -> str:
+        """Say why it must not be deleted now; an empty text if it may."""
         return checkpoint_kept(FeatureStore(self.root), self.path.name)
 
     def delete(self) -> bool:
+        """Delete it if that is still right; say whether it is gone."""
         if self.kept():
             return False
         FeatureStore(self.root).discard(self.path.name)

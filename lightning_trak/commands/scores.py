@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
+from lightning_trak.results.saved import INDEX, PART, parts_of
 from lightning_trak.store.files import Damaged, read_json
 from lightning_trak.store.inspection import UNFINISHED, listed
 from lightning_trak.store.store import FeatureStore
-
-_INDEX = "attribution.json"
-_ARRAY = re.compile(r"\w+-[0-9a-f]{8}(\.npy)?")  # a file, or a folder of chunks
 
 
 def score_folders(store: FeatureStore) -> list[Path]:
@@ -27,7 +24,7 @@ def saved_info(folder: Path) -> dict[str, Any]:
         Damaged: if that is missing or damaged.
         KeyError: likewise.
     """
-    info: dict[str, Any] = read_json(folder / _INDEX)["info"]
+    info: dict[str, Any] = read_json(folder / INDEX)["info"]
     return info
 
 
@@ -37,11 +34,9 @@ def arrays_without_index(folder: Path) -> list[Path]:
     None are returned if the index is damaged, since nobody knows which of them it names.
     """
     known: set[str] = set()
-    if (folder / _INDEX).exists():
+    if (folder / INDEX).exists():
         try:
-            index = read_json(folder / _INDEX)
-            known = {file["file"] for file in index["files"].values()}
-            known |= {chunks["folder"] for chunks in index["chunks"].values()}
+            known = parts_of(read_json(folder / INDEX))
         except (Damaged, KeyError, TypeError, AttributeError):
             return []
-    return [path for path in listed(folder) if _ARRAY.fullmatch(path.name) and path.name not in known]
+    return [path for path in listed(folder) if PART.fullmatch(path.name) and path.name not in known]

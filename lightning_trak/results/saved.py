@@ -21,9 +21,9 @@ from lightning_trak.store.chunks import Chunks
 from lightning_trak.store.files import atomically, checksum_of_file, read_json, write_json
 from lightning_trak.store.remote import AnyPath, RemotePath, reading
 
-_INDEX = "attribution.json"
-_PART = re.compile(r"\w+-[0-9a-f]{8}(\.npy)?")
-_LEFT = re.compile(r"(\w+-[0-9a-f]{8}(\.npy)?|attribution\.json)(\.[0-9a-f]{32}\.partial)?")
+INDEX = "attribution.json"
+PART = re.compile(r"\w+-[0-9a-f]{8}(\.npy)?")
+_LEFT = re.compile(rf"({PART.pattern}|{re.escape(INDEX)})(\.[0-9a-f]{{32}}\.partial)?")
 
 
 def write_saved(
@@ -45,7 +45,7 @@ def write_saved(
     token, former = uuid4().hex[:8], _named(folder)
     own = {f"{name}-{token}.npy" for name in arrays} | {f"{name}-{token}" for name in stored}
     try:  # new names: the earlier attribution is whole until the index changes
-        write_json(folder / _INDEX, {"info": dict(info), **_write_parts(folder, token, arrays, stored)})
+        write_json(folder / INDEX, {"info": dict(info), **_write_parts(folder, token, arrays, stored)})
     finally:
         for name in (own | former) - _named(folder):
             _delete(folder / name)
@@ -76,10 +76,10 @@ def check_free(folder: AnyPath) -> None:
 
 def check_saved(folder: AnyPath) -> None:
     """Raise a FileNotFoundError if a folder has no attribution."""
-    if not (folder / _INDEX).is_file():
+    if not (folder / INDEX).is_file():
         remedy = "copy the folder there" if isinstance(folder, RemotePath) else "save it there"
         raise FileNotFoundError(
-            f"There is no saved attribution in '{folder}' (no {_INDEX}). Compute it again, and {remedy}."
+            f"There is no saved attribution in '{folder}' (no {INDEX}). Compute it again, and {remedy}."
         )
 
 
@@ -89,11 +89,11 @@ def read_saved(folder: AnyPath) -> tuple[dict[str, Any], dict[str, Tensor], dict
     Raises:
         OSError, ValueError, TypeError, KeyError, EOFError: if a file is missing or damaged.
     """
-    index = read_json(folder / _INDEX, "Compute it again.")
+    index = read_json(folder / INDEX, "Compute it again.")
     try:
         return _read_parts(folder, index)
     except (OSError, ValueError):
-        again = read_json(folder / _INDEX, "Compute it again.")
+        again = read_json(folder / INDEX, "Compute it again.")
         if again == index:
             raise
         return _read_parts(folder, again)  # another process has saved a new one in the meantime
@@ -109,20 +109,25 @@ def _read_parts(
 
 def _is_own(folder: AnyPath) -> bool:
     """Say whether a folder is a saved attribution, or has nothing but what a killed process left."""
-    if (folder / _INDEX).is_file():
+    if (folder / INDEX).is_file():
         return True
     return folder.is_dir() and all(_LEFT.fullmatch(path.name) for path in folder.iterdir())
+
+
+def parts_of(index: Mapping[str, Any]) -> set[str]:
+    """Return the names of the files and folders that an index names."""
+    return {entry["file"] for entry in index["files"].values()} | {
+        entry["folder"] for entry in index["chunks"].values()
+    }
 
 
 def _named(folder: Path) -> set[str]:
     """Return the parts that the index names; none if there is none, or if it is damaged."""
     try:
-        index = read_json(folder / _INDEX)
-        parts = {entry["file"] for entry in index["files"].values()}
-        parts |= {entry["folder"] for entry in index["chunks"].values()}
+        parts = parts_of(read_json(folder / INDEX))
     except (ValueError, TypeError, LookupError, AttributeError):
         return set()
-    return {name for name in parts if _PART.fullmatch(name)}  # no index makes us delete other files
+    return {name for name in parts if PART.fullmatch(name)}  # no index makes us delete other files
 
 
 def _delete(path: Path) -> None:

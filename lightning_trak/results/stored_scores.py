@@ -62,7 +62,7 @@ class StoredScores:
         width = torch.arange(self.shape[1])[columns].shape
         found = torch.empty(len(wanted), *width)
         for start in self.chunks.fetched((wanted - wanted % self.chunks.size).unique().tolist()):
-            block = self._read(range(start, min(start + self.chunks.size, len(self))))
+            block = self._read(self.chunks.of(start))
             here = (wanted >= start) & (wanted < start + len(block))
             found[here] = block[wanted[here] - start][:, columns]
         return found.reshape((*chosen.shape, *width))
@@ -70,7 +70,7 @@ class StoredScores:
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield (rows, scores (r, m)) in order."""
         for start in self.chunks.fetched(range(0, len(self), self.chunks.size)):
-            rows = range(start, min(start + self.chunks.size, len(self)))
+            rows = self.chunks.of(start)
             yield slice(rows.start, rows.stop), self._read(rows)
 
     def __rmatmul__(self, left: Tensor) -> Tensor:

@@ -53,7 +53,11 @@ class Chunks:
 
     def all(self) -> list[range]:
         """Return the rows of every chunk."""
-        return [range(start, min(start + self.size, self.n)) for start in range(0, self.n, self.size)]
+        return [self.of(start) for start in range(0, self.n, self.size)]
+
+    def of(self, start: int) -> range:
+        """Return the rows of the chunk that begins with the row ``start``."""
+        return range(start, min(start + self.size, self.n))
 
     def missing(self) -> list[range]:
         """Return the rows of the chunks that are not there."""
@@ -62,7 +66,7 @@ class Chunks:
 
     def present(self) -> list[range]:
         """Return the rows of the chunks that are there."""
-        return [range(start, min(start + self.size, self.n)) for start in sorted(self._there())]
+        return [self.of(start) for start in sorted(self._there())]
 
     @property
     def complete(self) -> bool:
@@ -117,7 +121,7 @@ class Chunks:
         """Return some rows, in any order, of chunks that are there."""
         found: dict[int, dict[str, Array]] = {}
         for start in self.fetched(sorted({row - row % self.size for row in chosen})):
-            arrays = self.read(range(start, min(start + self.size, self.n)), names)
+            arrays = self.read(self.of(start), names)
             places = {row: row - start for row in chosen if row - row % self.size == start}
             found |= {row: {name: array[place] for name, array in arrays.items()} for row, place in places.items()}
         return {name: np.stack([found[row][name] for row in chosen]) for name in found[chosen[0]]}
@@ -203,10 +207,10 @@ class Reader:
 
     def __call__(self, rows: range) -> dict[str, Array]:
         """Return the arrays of some rows, in memory of their own."""
-        size, n = self._chunks.size, self._chunks.n
+        size = self._chunks.size
         found: dict[str, Array] = {}
         for start in self._chunks.fetched(range(rows.start - rows.start % size, rows.stop, size)):
-            own = range(start, min(start + size, n))
+            own = self._chunks.of(start)
             if self._held[0] != own:
                 self._held = own, self._chunks.read(own, self._names)
             here = range(max(rows.start, start), min(rows.stop, own.stop))
@@ -271,7 +275,7 @@ class Claim:
             held = self._rows.setdefault(start, [])
             held.append((own, {name: array[places] for name, array in arrays.items()}))
             found = [row for part, _ in held for row in part]
-            if len(found) == min(size, self._chunks.n - start):
+            if len(found) == len(self._chunks.of(start)):
                 if len({*found}) < len(found):
                     raise ValueError(f"Of the chunk that begins with row {start}, rows came twice: {found}.")
                 parts = [([row - start for row in part], one) for part, one in held]

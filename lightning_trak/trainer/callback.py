@@ -275,7 +275,7 @@ class TRAKCallback(Callback):
     def _say_what_comes(self, trainer: Trainer, loop: FeaturizationLoop, seconds: float) -> None:
         """Say what a checkpoint takes, and raise an OSError if the disk cannot hold one."""
         assert self._store is not None
-        weights = sum(value.nbytes for value in copy_of_weights(trainer.lightning_module).values())
+        weights = sum(value.nbytes for value in tensors_in(trainer.lightning_module.state_dict()).values())
         size, total = loop.size * loop.form.row_bytes + weights, loop.size * seconds / trainer.world_size
         check_space(self._store.dirpath, size)
         more = "" if loop.preconditioner is None else ", and the whitening of gradients some more"

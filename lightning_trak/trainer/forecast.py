@@ -102,7 +102,7 @@ class Pending:
     Attributes:
         digest: of its weights.
         entry: in the store; None if it is not there yet.
-        path: of its file; None if it is in the store.
+        path: of its file; empty if it is in the store.
     """
 
     digest: str
@@ -145,7 +145,7 @@ def forecast(trainer: Trainer, model: Any, dataloaders: Any, datamodule: Any, ck
             *_scoring(train, of_train, of_targets, targets.size, len(pending), callback.memory_limit),
         ]
         added = [one for one in pending if one.entry is None]
-        size = sum(value.numel() * value.element_size() for value in weights.values())
+        size = sum(value.nbytes for value in weights.values())
         stages.insert(0, Stage("weights", disk=len(added) * size))
     return Forecast([stage for stage in stages if stage != Stage(stage.name)], free_space(path))
 
@@ -178,7 +178,7 @@ def _curvature(
     each = max(0.0, perf_counter() - start - few) / _FEW
     examples = sum(min(loop.size, size) for size in (own.basis_examples, own.examples))
     count = sum(one.entry is None or not one.entry.whitening_notes for one in pending)
-    size = sum(value.numel() * value.element_size() for value in curvature.tensors().values())
+    size = sum(value.nbytes for value in curvature.tensors().values())
     stage = Stage("curvature", count * (few + each * max(0, examples - 2 * _FEW)), count * size, 2 * size)
     damping = whitening_damping(curvature.means, own.damping, [])
     return [stage] * (count > 0), Whitening(curvature.to(loop.device), loop.sizes, damping)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_trak.influence import Estimator, Solved, Spread
+from lightning_trak.influence import Estimator, Scores, Solved, Spread
 from lightning_trak.results.stored_scores import NAME, StoredScores
 from lightning_trak.store.chunks import Chunks, shares
 from lightning_trak.store.files import check_space
@@ -36,9 +36,7 @@ def compute_scores(
     n, m = job.store.n_train, len(solved[0].vectors)
     large, shared = 4 * n * m > job.memory_limit, job.trainer.world_size > 1 and n * m > _FEW
     if not large and not shared:
-        with progress(job.trainer, "Scoring", len(estimator.trains[0].slices(m))) as advance:
-            found = estimator.scores(solved, lambda: advance(1), spread=n * m <= _FEW)
-        return found.mean, found.spread
+        return _in_memory(job, estimator, solved, spread=n * m <= _FEW)
     stored = _stored(job, estimator.score_rows(solved), m, targets, _key(job, estimator, solved, weights))
     return stored if large else stored[:], None
 
@@ -47,13 +45,17 @@ def compute_spread(job: Job, estimator: Estimator, solved: Sequence[Solved], tar
     """Return how scores vary from checkpoint to checkpoint; see `compute_scores`."""
     n, m = job.store.n_train, len(solved[0].vectors)
     if 4 * n * m <= job.memory_limit:
-        with progress(job.trainer, "Scoring", len(estimator.trains[0].slices(m))) as advance:
-            spread = estimator.scores(solved, lambda: advance(1)).spread
+        spread = _in_memory(job, estimator, solved, spread=True).spread
         assert spread is not None  # there are several checkpoints
         return spread
     key = _key(job, estimator, solved, "standard error")
     errors = _stored(job, estimator.score_rows(solved, spread=True), m, targets, key)
     return Spread(errors, estimator.sample(solved))
+
+
+def _in_memory(job: Job, estimator: Estimator, solved: Sequence[Solved], *, spread: bool) -> Scores:
+    with progress(job.trainer, "Scoring", len(estimator.trains[0].slices(len(solved[0].vectors)))) as advance:
+        return estimator.scores(solved, lambda: advance(1), spread=spread)
 
 
 def _key(job: Job, estimator: Estimator, solved: Sequence[Solved], weights: Any) -> str:
