@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_trak.data.batch import check_rows, map_tensors, tensors_of
 from lightning_trak.isolation.random_states import seed_all
 
 _READ_TWICE = 32
@@ -61,19 +62,55 @@ def digest_of(dataset: Any, row: int) -> bytes | None:
     return digest.digest()
 
 
-def digest_of_batches(batches: Iterable[Any]) -> str | None:
-    """Return a digest of all values in some batches; None if they hold an object that cannot be compared.
+def digests_of_rows(batch: Any, size: int) -> list[bytes] | None:
+    """Return a digest of each example of a batch; None if the batch holds an object that cannot be compared.
 
-    >>> digest_of_batches([torch.ones(2), {"x": 1}]) == digest_of_batches([torch.ones(2), {"x": 2}])
-    False
+    Where every tensor has a row for each example, and there is nothing else, a digest depends on the example alone.
+    Else it depends on the whole batch and the example's place in it.
+
+    >>> one, other = torch.tensor([[1.0], [2.0]]), torch.tensor([[2.0], [3.0]])
+    >>> digests_of_rows({"x": one}, 2)[1] == digests_of_rows({"x": other}, 2)[0]
+    True
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for batch in batches:
+    if any(isinstance(part, _Opaque) for part in _parts(batch)):
+        return None
+    if check_rows(batch, size) is not None or not _only_tensors(batch):
+        whole = hashlib.blake2b(digest_size=16)
         for part in _parts(batch):
-            if isinstance(part, _Opaque):
-                return None
-            digest.update(hashlib.blake2b(part, digest_size=16).digest())
-    return digest.hexdigest()
+            whole.update(hashlib.blake2b(part, digest_size=16).digest())
+        return [_digest([whole.digest(), str(place).encode()]) for place in range(size)]
+    tensors = tensors_of(batch)
+    form = [*_parts(map_tensors(batch, lambda _: None))]
+    form += [f"{tensor.dtype}{tuple(tensor.shape[1:])}".encode() for tensor in tensors]
+    values = [bytes_of(tensor) for tensor in tensors]
+    lengths = [len(value) // size for value in values]
+    common = _digest(form)
+    return [
+        _digest(
+            [common, *(value[row * length : (row + 1) * length] for value, length in zip(values, lengths, strict=True))]
+        )
+        for row in range(size)
+    ]
+
+
+def _only_tensors(batch: Any) -> bool:
+    """Say whether a batch holds nothing but tensors, and None."""
+    if isinstance(batch, Mapping):
+        return all(map(_only_tensors, batch.values()))
+    if isinstance(batch, (list, tuple)):
+        return all(map(_only_tensors, batch))
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return all(_only_tensors(getattr(batch, field.name, None)) for field in dataclasses.fields(batch))
+    return batch is None or isinstance(batch, Tensor)
+
+
+def _digest(parts: Iterable[bytes | memoryview]) -> bytes:
+    """Return a digest of some values; it tells where one ends and the next begins."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.digest()
 
 
 def _digests(dataset: Any, row: int) -> list[bytes]:

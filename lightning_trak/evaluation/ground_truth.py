@@ -6,10 +6,12 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from lightning_trak.metrics import (
@@ -21,7 +23,7 @@ from lightning_trak.metrics import (
 )
 from lightning_trak.results.attribution import Attribution
 from lightning_trak.store.arrays import read_arrays, write_arrays
-from lightning_trak.store.files import Damaged
+from lightning_trak.store.files import Damaged, read_json, write_json
 
 _TRUTH = "ground truth"
 
@@ -91,6 +93,10 @@ class GroundTruth:
         """
         if Path(path).is_dir():
             return read_runs(Path(path))
+        if not Path(path).exists():
+            raise FileNotFoundError(
+                f"There is no ground truth in '{path}'. Make it with retrain_subsets(...), and save it there."
+            )
         try:
             return cls(*_read_tensors(Path(path), _TRUTH, "masks", "repeats"))
         except DamagedRun as error:
@@ -213,10 +219,13 @@ def read_runs(dirpath: Path) -> GroundTruth:
     subsets, r = _largest_grid(set(paths))
     if not subsets:
         raise FileNotFoundError(f"There are no finished runs in '{dirpath}'. Make them with retrain_subsets(...).")
-    if len(paths) > len(subsets) * r:
+    asked = max(len(paths), _asked(dirpath))
+    if asked > len(subsets) * r:
+        missing = f" of the {asked} that retrain_subsets was asked for" if asked > len(paths) else ""
         warnings.warn(
-            f"'{dirpath}' has {len(paths)} runs; {len(subsets)} subsets with {r} repeats each were read, the most that"
-            " are complete. Choose others with retrain_subsets(..., n_subsets=..., repeats=...).",
+            f"'{dirpath}' has {len(paths)} runs{missing}; {len(subsets)} subsets with {r} repeats each were read, the"
+            " most that are complete. Choose others, or make the missing ones, with retrain_subsets(...,"
+            " n_subsets=..., repeats=...).",
             stacklevel=3,
         )
     try:
@@ -227,6 +236,27 @@ def read_runs(dirpath: Path) -> GroundTruth:
     check_targets({run_name(*key): outputs for key, outputs in runs.items()}, dirpath)
     repeats = [torch.stack([runs[t, i] for i in range(r)]) for t in subsets]
     return GroundTruth(torch.stack(list(masks.values())), torch.stack(repeats))
+
+
+def note_asked(dirpath: Path, n_subsets: int, repeats: int) -> None:
+    """Note how many runs were asked for, so that a file that is lost later is missed. A larger number stays."""
+    with FileLock(dirpath / "asked.lock"):
+        with suppress(ValueError):
+            if _asked(dirpath) >= n_subsets * repeats:
+                return
+        write_json(dirpath / "asked.json", {"runs": n_subsets * repeats})
+
+
+def _asked(dirpath: Path) -> int:
+    """Return how many runs were asked for; 0 where that is unknown."""
+    path = dirpath / "asked.json"
+    if not path.exists():
+        return 0
+    remedy = "Call retrain_subsets(...) again: what is finished is not run again."
+    runs = read_json(path, remedy).get("runs")
+    if type(runs) is not int or runs < 1:
+        raise Damaged(path, f"its number of runs is {runs!r}", remedy)
+    return runs
 
 
 def check_targets(outputs: Mapping[str, Tensor], dirpath: str | os.PathLike[str]) -> None:

@@ -19,7 +19,15 @@ from tqdm import tqdm
 
 from lightning_trak.data.identity import difference, fingerprint
 from lightning_trak.data.loaders import check_loader, subset_loader
-from lightning_trak.evaluation.ground_truth import DamagedRun, GroundTruth, check_targets, read_run, run_name, write_run
+from lightning_trak.evaluation.ground_truth import (
+    DamagedRun,
+    GroundTruth,
+    check_targets,
+    note_asked,
+    read_run,
+    run_name,
+    write_run,
+)
 from lightning_trak.evaluation.outputs import model_outputs
 from lightning_trak.isolation.random_states import kept_generators, kept_random_states, seed_all
 from lightning_trak.store.files import read_json, write_json
@@ -69,6 +77,7 @@ def retrain_subsets(
             f" {n_subsets!r}, {repeats!r} and {fraction!r}."
         )
     runs = Runs(make_module, datamodule, make_trainer, dirpath, dataloaders, {"fraction": fraction, "seed": seed})
+    note_asked(Path(dirpath), n_subsets, repeats)
     masks = [draw_subset(runs.n_train, fraction, seed, subset) for subset in range(n_subsets)]
     jobs = [
         (run_name(subset, repeat), mask, f"{seed}:{subset}:{repeat}")

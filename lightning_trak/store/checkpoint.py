@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import inf
@@ -24,6 +26,7 @@ from lightning_trak.store.remote import AnyPath, RemotePath, local_folder, writa
 Array = npt.NDArray[Any]
 META = "meta.json"
 WEIGHTS = "weights.safetensors"
+FORMER = "former"
 _TYPES = {  # of the values in meta.json; all but the first may be None or not there, which is unknown
     "created": (int,),
     "run": (str,),
@@ -115,6 +118,28 @@ class CheckpointEntry:
             chunk_rows: the number of rows in a chunk.
         """
         return Chunks(targets_folder(self._root, digest) / self.digest, f"{self.place}|targets {digest}", n, chunk_rows)
+
+    def set_aside(self) -> None:
+        """Put the last chunk of the train set aside, if it is not full: it will be longer when examples are added."""
+        last = self.train.all()[-1]
+        path = writable(self.train.path(last.start))
+        if len(last) < self._chunk_rows and path.exists():
+            former = writable(self.path) / FORMER / str(self.n_train)
+            former.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # another process has found it damaged
+                os.replace(path, former / path.name)
+
+    def former(self) -> list[Chunks]:
+        """Return the chunks that were last when the train set was smaller; only their last chunk may be there."""
+        folders = [path for path in (self.path / FORMER).glob("*") if path.name.isdecimal()]
+        sizes = sorted({int(path.name) for path in folders} - {0})
+        place = f"{self.place}|train"
+        return [Chunks(self.path / FORMER / str(n), place, n, self._chunk_rows) for n in sizes if n < self.n_train]
+
+    def forget_former(self) -> None:
+        """Delete what `set_aside` put aside, whose rows are in longer chunks by now."""
+        if (self.path / FORMER).is_dir():
+            shutil.rmtree(writable(self.path) / FORMER, ignore_errors=True)
 
     @property
     def complete(self) -> bool:

@@ -181,7 +181,8 @@ class Chunks:
         return deleted
 
     def _place_of(self, start: int) -> str:
-        return f"{self.place}|rows {start} of {self.n}, {self.size} in a chunk"
+        rows = self.of(start)
+        return f"{self.place}|rows {rows.start} to {rows.stop}"
 
 
 def _put(to: Path, path: Path) -> None:

@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from lightning_trak.store.arrays import verified_place
-from lightning_trak.store.checkpoint import META, WEIGHTS, CheckpointEntry
+from lightning_trak.store.checkpoint import FORMER, META, WEIGHTS, CheckpointEntry
 from lightning_trak.store.files import PARTIAL, Damaged
+from lightning_trak.store.known import EXAMPLES, read_examples
 from lightning_trak.store.locks import is_held
 from lightning_trak.store.remote import writable
 from lightning_trak.store.store import FeatureStore
@@ -21,7 +22,7 @@ REMOVED = re.compile(r"removed-[0-9a-f]{32}")  # what `FeatureStore.remove` leav
 CHUNK_LOCK = re.compile(r"\d{10}\.lock")
 FOLDERS = ("checkpoints", "scores", "targets")
 _OF_STORE = {"manifest.json", "manifest.lock", *FOLDERS}
-_OF_CHECKPOINT = {META, WEIGHTS, "meta.lock", "whitening.lock", "whitening.safetensors", "train"}
+_OF_CHECKPOINT = {META, WEIGHTS, "meta.lock", "whitening.lock", "whitening.safetensors", "train", FORMER}
 NO_COPY = "Put back a copy of the file, or delete the checkpoint; trainer.attribute(ckpt_path=[...]) adds it again."
 _TRAIN_AGAIN = "trainer.attribute(...) with a train set computes it again."
 _TARGETS_AGAIN = "Delete it: trainer.attribute(...) with these targets computes it again."
@@ -172,7 +173,7 @@ def inspect_targets(
     broken = {one.path.name for one in states if one.whitening is False}
     for path in _files_below(state.path):
         if path.suffix == ".safetensors":
-            check = partial(_check_target, store, path)
+            check = partial(_check_examples if path.name == EXAMPLES else _check_target, store, path)
             if path.parent.name in broken:
                 state.problems.append(Problem(path, _OF_BROKEN, _TARGETS_AGAIN, check))
             else:
@@ -188,8 +189,13 @@ def _check_target(store: FeatureStore, path: Path) -> None:
         own = [f"{entry.place}|targets {targets}|" for entry in store.entries([path.parent.name])] or [f"{targets}|"]
     except Damaged:
         own = [""]  # of the checkpoint, whose damage is told elsewhere
-    if not place.startswith(own[0]) or f"|rows {int(path.stem)} of " not in place:
+    if not place.startswith(own[0]) or f"|rows {int(path.stem)} to " not in place:
         raise Damaged(path, "it belongs elsewhere")
+
+
+def _check_examples(store: FeatureStore, path: Path) -> None:
+    """Verify the digests of a set of targets."""
+    read_examples(store, path.parent.name)
 
 
 def unexpected(store: FeatureStore) -> list[Path]:

@@ -30,6 +30,7 @@ _LONGEST_NAME = 200  # bytes; names of files that are being written are longer
 _ANEW = "Use another dirpath, or start anew with TRAKCallback(overwrite=True)."
 _FIELDS = {  # that every manifest has
     "format_version": int,
+    "id": str,
     "n_train": int,
     "chunk_rows": int,
     "parameters": dict,
@@ -40,6 +41,7 @@ _NESTED: dict[str, dict[str, type]] = {  # fields of what every manifest has tha
     "preconditioner": {"entries": int},
 }
 _NOT_COMPARED = ("data_rows", "chunk_rows")  # the first says where "data" differs, the other may be any
+_GROWING = ("n_train", "data", "data_rows")  # fields that change if examples are added to the train set
 
 
 class FeatureStore:
@@ -47,13 +49,15 @@ class FeatureStore:
 
     ::
 
-        <dirpath>/manifest.json                             format version, n_train, projection, parameters, data
+        <dirpath>/manifest.json                             format version, id, n_train, projection, parameters, data
         <dirpath>/checkpoints/<digest>/weights.safetensors  the weights
                                        meta.json            where they come from
                                        train/<row>.safetensors  Φ, Q, w and f of a range of rows, see `Chunks`
                                        whitening.safetensors    the curvature, if gradients are whitened
                                        sums-*.safetensors       H and other sums over the train set
+                                       former/<n>/<row>.safetensors  the last rows, when the train set had n
         <dirpath>/targets/<digest of the targets>/<checkpoint>/<row>.safetensors  φ and f of a range of targets
+                                       examples.safetensors     digests of all targets, by which sets are compared
                                        scores-*/<row>.safetensors  τ of a range of rows, if it is large
         <dirpath>/scores/<name>/...
 
@@ -104,7 +108,8 @@ class FeatureStore:
                 type(value[field]) is not kind for field, kind in kinds.items() if field in value
             ):
                 raise Damaged(path, f"its {name} is {_short(value)}", _ANEW)
-        text = json.dumps(self.manifest, sort_keys=True)
+        lasting = {name: value for name, value in self.manifest.items() if name not in _GROWING}
+        text = json.dumps(lasting, sort_keys=True)
         self.identity = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     @classmethod
@@ -120,11 +125,29 @@ class FeatureStore:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
             with FileLock(path / "manifest.lock"):
                 if not (path / "manifest.json").exists():
-                    chosen = {"format_version": FORMAT_VERSION, "chunk_rows": CHUNK_ROWS, **manifest}
-                    write_json(path / "manifest.json", chosen)
+                    own = {"format_version": FORMAT_VERSION, "id": uuid4().hex, "chunk_rows": CHUNK_ROWS}
+                    write_json(path / "manifest.json", {**own, **manifest})
         store = cls(path)
         store.check(manifest)
         return store
+
+    def grown(self, manifest: Mapping[str, Any]) -> FeatureStore:
+        """Return this store for a larger train set, of which its own is the beginning. What is computed stays.
+
+        Args:
+            manifest: with ``n_train``, ``data`` and ``data_rows`` of the larger train set.
+
+        Raises:
+            OSError: if the directory cannot be written.
+        """
+        path = self.root / "manifest.json"
+        with explained_os_errors(self.root), FileLock(self.root / "manifest.lock"):
+            current = FeatureStore(self.root)
+            if current.n_train < manifest["n_train"]:  # else another process has done it
+                for entry in current:
+                    entry.set_aside()
+                write_json(path, {**current.manifest, **{name: manifest[name] for name in _GROWING}})
+        return FeatureStore(self.root)
 
     @staticmethod
     def remove(dirpath: str | os.PathLike[str] | RemotePath) -> None:

@@ -38,7 +38,7 @@ from lightning_trak.trainer.framework import (
 )
 from lightning_trak.trainer.loaders import train_loader_of_fit
 from lightning_trak.trainer.loss_check import LossCheck
-from lightning_trak.trainer.plan import DTYPE, PROJ_DIM, SEED, Plan, Settings, parameters_to_be
+from lightning_trak.trainer.plan import DTYPE, PROJ_DIM, SEED, Plan, Settings, fitting_store, parameters_to_be
 from lightning_trak.trainer.reports import Reports, bytes_text, time_text
 from lightning_trak.trainer.resumed import checkpoint_files, whole_path
 
@@ -245,7 +245,7 @@ class TRAKCallback(Callback):
                 FeatureStore.remove(path)
             trainer.strategy.barrier()
             with kept_generators(loader.dataset):
-                self._store = FeatureStore.create(path, plan.manifest(loader, seconds))
+                self._store = fitting_store(path, plan, loader, seconds)
             self._say_what_comes(trainer, loop, seconds)
         self._loop, self._attributed = loop, set(plan.parameters)
         self._run = trainer.strategy.broadcast(self._run or uuid4().hex)

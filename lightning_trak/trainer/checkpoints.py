@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from typing import Any, TypeVar
 from zlib import crc32
 
@@ -24,6 +23,7 @@ from lightning_trak.influence import SUMS_VERSION, Estimator, GaussNewton, Train
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.chunks import Chunks, Claim, Reader, scattered, shares
 from lightning_trak.store.files import Damaged, check_space
+from lightning_trak.store.known import KnownRows, known_of_train
 from lightning_trak.store.store import FeatureStore, rows_in_a_chunk
 from lightning_trak.store.weights import Weights, load_weights
 from lightning_trak.trainer.featurization import FeatureBlock, FeaturizationLoop
@@ -87,6 +87,7 @@ def featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number
 def _featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> None:
     missing = sum(map(len, entry.train.missing()))
     if not missing:
+        entry.forget_former()
         return
     if missing < entry.n_train and loop.repeatable:
         check_features(loop, entry, entry.train, entry.train.present())
@@ -97,7 +98,9 @@ def _featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, numbe
     with naming(entry):
         entry.supplement({"logistic": loop.logistic, "n_trainable": loop.n_trainable})
         whitening = whitening_at(loop, entry, weights, f"Curvature of checkpoint {number}{where}")
-        projection = _fill(loop, entry, entry.train, weights, f"Featurizing checkpoint {number}{where}", whitening)
+        known, description = known_of_train(entry), f"Featurizing checkpoint {number}{where}"
+        projection = _fill(loop, entry, entry.train, weights, description, whitening, known)
+    entry.forget_former()
     if projection is not None:
         if projection.seen == loop.size:  # else it knows a part of the rows
             entry.supplement({"loss_explained": projection.explained()})
@@ -111,11 +114,12 @@ def _fill(
     weights: Weights,
     description: str,
     whitening: Whitening | None,
+    known: KnownRows,
 ) -> LossProjection | None:
     """Compute missing chunks until none is missing; return the projection that gave Q in this process, if one did.
 
-    Chunks that other processes compute at the same time are checked, as those that are there: they may have another
-    ``model_output``.
+    Rows that are stored elsewhere are copied. These, and chunks that other processes compute at the same time, are
+    checked as those that are there: they may have another ``model_output``.
     """
     projection, mine = None, {rows.start for rows in chunks.present()}
     for claim, own in shares(chunks, loop.wait):
@@ -124,13 +128,23 @@ def _fill(
             mine.update(batch_rows)
             claim.write(batch_rows, loop.form.arrays(block.features) | _numbers(block))
 
-        rows, total = chain.from_iterable(own), sum(map(len, chunks.missing()))
+        rows, total = _unknown(claim, own, known), sum(map(len, chunks.missing()))
         found = loop.run(weights, entry.digest, rows, receive, description, whitening, total)
         projection = projection or found
     others = [rows for rows in chunks.present() if rows.start not in mine]
     if others and loop.repeatable:
         check_features(loop, entry, chunks, others)
     return projection
+
+
+def _unknown(claim: Claim, own: Iterable[range], known: KnownRows) -> Iterator[int]:
+    """Copy the known rows of claimed chunks; yield the others."""
+    for rows in own:
+        copied: set[int] = set()
+        for found, arrays in known.among(rows):
+            claim.write(found, arrays)
+            copied.update(found)
+        yield from (row for row in rows if row not in copied)
 
 
 def _numbers(block: FeatureBlock) -> dict[str, Array]:
@@ -178,10 +192,17 @@ def check_some(loop: FeaturizationLoop, stored: Sequence[tuple[CheckpointEntry, 
         check_features(loop, entry, chunks, chunks.present())
 
 
-def target_chunks(loop: FeaturizationLoop, entry: CheckpointEntry, digest: str) -> Chunks:
-    """Return the chunks with the features of targets; their number lets several processes share the work."""
-    size = min(max(1, loop.size // _SHARED), rows_in_a_chunk(loop.form.row_bytes))
-    return entry.targets(digest, loop.size, size)
+def target_chunks(loop: FeaturizationLoop, entry: CheckpointEntry, digest: str, m: int | None = None) -> Chunks:
+    """Return the chunks with the features of targets; their number lets several processes share the work.
+
+    Args:
+        loop: reads the targets.
+        entry: the checkpoint.
+        digest: of the targets.
+        m: their number; by default, of those that the loop reads.
+    """
+    m = loop.size if m is None else m
+    return entry.targets(digest, m, min(max(1, m // _SHARED), rows_in_a_chunk(loop.form.row_bytes)))
 
 
 class StoredFeatures:
@@ -249,7 +270,7 @@ def sums_of(entry: CheckpointEntry, estimator: Estimator, train: TrainFeatures) 
 
 
 def featurize_targets(
-    loop: FeaturizationLoop, entry: CheckpointEntry, number: str, digest: str
+    loop: FeaturizationLoop, entry: CheckpointEntry, number: str, digest: str, known: KnownRows
 ) -> tuple[Tensor | SparseMatrix, Tensor]:
     """Return the features of the targets at a checkpoint; the store keeps them, and processes share the work.
 
@@ -258,6 +279,7 @@ def featurize_targets(
         entry: the checkpoint.
         number: of the checkpoint, for the progress bar.
         digest: of the targets.
+        known: those that are stored in other sets.
 
     Returns:
         φ(z), (m, k), of whitened gradients the largest entries; and f(z), (m,).
@@ -270,7 +292,7 @@ def featurize_targets(
             whitening = whitening_at(loop, entry, weights)
             try:
                 chunks.folder.parent.mkdir(parents=True, exist_ok=True)
-                _fill(loop, entry, chunks, weights, description, whitening)
+                _fill(loop, entry, chunks, weights, description, whitening, known)
             except OSError as error:  # a full disk, or a read-only store
                 rank_zero_warn(f"Features of targets could not be stored and will be computed again: {error}")
                 return _of_targets(loop, _collected(loop, weights, entry.digest, description, whitening))

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.curvature import Preconditioner
 from lightning_trak.data.batch import same_tensors
-from lightning_trak.data.identity import digest_of_batches
+from lightning_trak.data.identity import digests_of_rows
 from lightning_trak.data.loaders import loader_batch_size
 from lightning_trak.features.featurizer import Featurizer
 from lightning_trak.features.loss_projection import PER_SAMPLE_LOSS, LossProjection
@@ -230,8 +230,8 @@ class FeaturizationLoop:
             if thorough:
                 self._try_whole_batch(function, engine)
 
-    def digest(self, weights: Weights) -> str | None:
-        """Return a digest of all examples, as the module gets them; None if they are random, or cannot be compared.
+    def digests(self, weights: Weights) -> list[bytes] | None:
+        """Return a digest of each example, as the module gets it; None if they are random, or cannot be compared.
 
         Args:
             weights: of any checkpoint; the module may change them.
@@ -245,13 +245,15 @@ class FeaturizationLoop:
         ):
             stack.enter_context(prepared(self._module, self._function(weights).prepare, self._find_train_loader))
 
-            def batches() -> Iterator[Any]:
-                seed_all(0)
-                for rows, batch in self._read(range(self.size), self._largest):
-                    advance(len(rows))
-                    yield batch
-
-            return digest_of_batches(batches())
+            seed_all(0)
+            found: list[bytes] = []
+            for rows, batch in self._read(range(self.size), self._largest):
+                own = digests_of_rows(batch, len(rows))
+                if own is None:
+                    return None
+                found += own
+                advance(len(rows))
+            return found
 
     def measured(self, weights: Weights, digest: str, projector: Projector | None = None) -> Measured:
         """Featurize the first batch twice; measure the second time.

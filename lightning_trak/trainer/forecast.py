@@ -15,6 +15,7 @@ from lightning_trak.features.largest import largest_entries, matrix_of
 from lightning_trak.influence import score_products, whitening_damping
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.files import free_space
+from lightning_trak.store.known import digest_of_set
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import Weights, load_weights, read_weights, weights_digest
 from lightning_trak.trainer.checkpoints import target_chunks
@@ -117,7 +118,7 @@ class Pending:
 
     def missing(self, n: int) -> int:
         """Return how many of n training examples have no features here."""
-        return n if self.entry is None else sum(map(len, self.entry.train.missing()))
+        return n if self.entry is None else n - sum(map(len, self.entry.train.present()))
 
 
 def forecast(trainer: Trainer, model: Any, dataloaders: Any, datamodule: Any, ckpt_path: CkptPath) -> Forecast:
@@ -128,7 +129,7 @@ def forecast(trainer: Trainer, model: Any, dataloaders: Any, datamodule: Any, ck
         if files is not None and not (path / "manifest.json").exists():
             plan = Plan.choose(callback.settings, callback.reports, trainer, module, loaders.train())
         else:
-            store, plan = open_store(trainer, module, callback, loaders)
+            store, plan = open_store(trainer, module, callback, loaders, may_grow=False)
         pending = _pending(trainer, store, ckpt_path, files)
         weights, digest = pending[0].weights(), pending[0].digest
         train = plan.loop(trainer, module, loaders.train(), loaders.train, "train")
@@ -193,9 +194,10 @@ def _featurizing(name: str, loop: FeaturizationLoop, measured: Measured, rows: i
 
 def _missing_targets(loop: FeaturizationLoop, pending: Sequence[Pending]) -> int:
     """Return how many targets are to be featurized, at all checkpoints together."""
-    digest = loop.digest(pending[0].weights())
-    known = [one.entry for one in pending if one.entry is not None and digest is not None]
-    there = sum(len(rows) for entry in known for rows in target_chunks(loop, entry, str(digest)).present())
+    digests = loop.digests(pending[0].weights())
+    known = [one.entry for one in pending if one.entry is not None and digests is not None]
+    own = digest_of_set(digests or [])
+    there = sum(len(rows) for entry in known for rows in target_chunks(loop, entry, own).present())
     return loop.size * len(pending) - there
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from math import prod
 from typing import Any, NamedTuple, TypeVar
@@ -22,6 +22,7 @@ from lightning_trak.gradients.function import check_fit
 from lightning_trak.influence import Estimator, Options, TrainingTime
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.files import check_space
+from lightning_trak.store.known import KnownRows, digest_of_set, known_targets, write_examples
 from lightning_trak.store.remote import AnyPath
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import (
@@ -55,7 +56,7 @@ from lightning_trak.trainer.framework import (
     rank_zero_warn,
 )
 from lightning_trak.trainer.loaders import Loaders
-from lightning_trak.trainer.plan import Plan
+from lightning_trak.trainer.plan import Plan, fitting_store
 from lightning_trak.trainer.resumed import whole_path
 from lightning_trak.trainer.whitening import rescaled
 
@@ -91,6 +92,7 @@ class Job:
         datamodule: supplies data, unless the model does.
         options: of the estimator.
         memory_limit: scores that take more bytes stay on disk.
+        whole_store: whether all checkpoints of the store are meant, whichever they are.
     """
 
     trainer: Trainer
@@ -102,6 +104,7 @@ class Job:
     datamodule: LightningDataModule | None
     options: Options
     memory_limit: float
+    whole_store: bool
 
     def featurized(self, compute: Callable[[], T]) -> T:
         """Featurize the train set where features are missing, then call ``compute``, which reads them.
@@ -121,12 +124,16 @@ class Job:
     def _leave_out_deleted(self) -> None:
         """Leave out checkpoints that a running ``fit`` has discarded since, with their files.
 
+        If all are gone, those that it has saved since take their place. Several processes could not agree on them.
+
         Raises:
             MisconfigurationException: if none is left.
         """
         for entry in [entry for entry in self.entries if not entry.path.is_dir()]:
             rank_zero_warn(f"Checkpoint {entry.digest} was deleted from the store in the meantime, and is left out.")
             self.entries.remove(entry)
+        if not self.entries and self.whole_store and self.trainer.world_size == 1:
+            self.entries.extend(self.store.entries())
         if not self.entries:
             raise framework_of(self.trainer).MisconfigurationException(
                 f"All checkpoints that were to be attributed are deleted by now from '{self.store.dirpath}'. Call"
@@ -154,18 +161,30 @@ class Job:
         """Return the features of all targets at every checkpoint."""
         loop, total, strategy = self.target_loop(), len(self.entries), self.trainer.strategy
         first = self.entries[0]
-        digest = loop.digest(load_weights(first.weights_path, first.digest))
-        kept_as = digest or strategy.broadcast(uuid4().hex)
+        digests = loop.digests(load_weights(first.weights_path, first.digest))
+        kept_as = strategy.broadcast(uuid4().hex) if digests is None else digest_of_set(digests)
         check_some(loop, [(entry, target_chunks(loop, entry, kept_as)) for entry in self.entries])
+        known = self._known_targets(loop, digests)
         features, latest = [], {}
         for number, (entry, scales) in enumerate(zip(self.entries, self.scales, strict=True), 1):
-            found, outputs = featurize_targets(loop, entry, f"{number}/{total}", kept_as)
+            found, outputs = featurize_targets(loop, entry, f"{number}/{total}", kept_as, known(entry))
             features.append(found.scaled(scales) if isinstance(found, SparseMatrix) else found)
             latest[entry.meta.get("run") or entry.digest] = outputs
-        if digest is None:  # random targets, or such as cannot be compared: of no use later
+        if digests is None:  # random targets, or such as cannot be compared: of no use later
             strategy.barrier()
             shutil.rmtree(self.store.targets_folder(kept_as), ignore_errors=True)
         return TargetFeatures(features, torch.stack(list(latest.values())).mean(0), kept_as)
+
+    def _known_targets(
+        self, loop: FeaturizationLoop, digests: Sequence[bytes] | None
+    ) -> Callable[[CheckpointEntry], KnownRows]:
+        """Return what tells which targets are stored in other sets, at a checkpoint; note this set for others."""
+        if digests is None:
+            return lambda _: KnownRows({})
+        with suppress(OSError):  # a full disk, or a read-only store: `featurize_targets` says so
+            write_examples(self.store, digests)
+        chunks_of = partial(target_chunks, loop)
+        return lambda entry: known_targets(self.store, entry, digests, chunks_of)
 
     @cached_property  # each needs the curvature's file
     def scales(self) -> list[Tensor | None]:
@@ -242,7 +261,7 @@ def prepared_job(
         path = callback.store_path(trainer)
         if ckpt_path is not None and not (path / "manifest.json").exists():
             plan = Plan.choose(callback.settings, callback.reports, trainer, model, loaders.train())
-            store = FeatureStore.create(path, plan.manifest(loaders.train()))
+            store = fitting_store(path, plan, loaders.train())
         else:
             store, plan = open_store(trainer, model, callback, loaders)
         files = files_of(trainer, ckpt_path)
@@ -250,7 +269,8 @@ def prepared_job(
         # Of the first process: another may find other checkpoints, if a running fit adds some.
         entries = store.entries(trainer.strategy.broadcast(digests))
         options = Options(callback.damping, callback.temperature, callback.curvature, callback.estimator)
-        yield Job(trainer, model, store, plan, entries, loaders, datamodule, options, callback.memory_limit)
+        limit, whole = callback.memory_limit, ckpt_path is None
+        yield Job(trainer, model, store, plan, entries, loaders, datamodule, options, limit, whole)
 
 
 @contextmanager
@@ -318,9 +338,17 @@ def _names_of_weights(store: AnyPath, ckpt_path: CkptPath) -> set[str] | None:
 
 
 def open_store(
-    trainer: Trainer, model: LightningModule, callback: TRAKCallback, data: Loaders
+    trainer: Trainer, model: LightningModule, callback: TRAKCallback, data: Loaders, *, may_grow: bool = True
 ) -> tuple[FeatureStore, Plan]:
-    """Open the store; check that it is of this model and data."""
+    """Open the store; check that it is of this model and data.
+
+    Args:
+        trainer: runs the model.
+        model: the model.
+        callback: of the trainer.
+        data: finds the train set.
+        may_grow: whether the store takes training examples that were added to its own.
+    """
     path = callback.store_path(trainer)
     if trainer.fast_dev_run and not (path / "manifest.json").exists():
         raise framework_of(trainer).MisconfigurationException(
@@ -332,7 +360,7 @@ def open_store(
     store.check(plan.identity)
     loader = data.train_if_defined()
     if loader is not None:  # also without anything to featurize: rows must be of this data set
-        store.check(plan.manifest(loader))
+        store = fitting_store(path, plan, loader, may_grow=may_grow)
     return store, plan
 
 

@@ -20,6 +20,7 @@ from lightning_trak.gradients import Engine, ModelFunction, Sink
 from lightning_trak.gradients.engine import run_prepared
 from lightning_trak.influence import TrainingTime, whitening_damping
 from lightning_trak.store.checkpoint import CheckpointEntry
+from lightning_trak.store.files import Damaged
 from lightning_trak.store.weights import Weights
 from lightning_trak.trainer.featurization import FeaturizationLoop
 
@@ -82,6 +83,8 @@ def rescaled(entries: Sequence[CheckpointEntry], own: Preconditioner, sizes: Map
     scales: list[Tensor | None] = []
     for entry in entries:
         former = entry.whitening_notes
+        if not former:
+            raise Damaged(entry.whitening_path, "it is missing")
         damping = whitening_damping(former["eigenvalues"], own.damping, trainings)
         if damping == former["damping"]:
             scales.append(None)

@@ -90,7 +90,7 @@ def test_every_example_is_drawn_as_often():
 def test_after_a_crash_only_what_is_missing_is_done(tmp_path, truth):
     with pytest.raises(KeyError, match="went down"):
         retrain(tmp_path, Counting(tmp_path, stop_after=4))
-    with pytest.warns(UserWarning, match="has 4 runs; 3 subsets with 1 repeats each were read"):
+    with pytest.warns(UserWarning, match="has 4 runs of the 6 .* was asked for; 3 subsets with 1 repeats each were read"):
         half = GroundTruth.load(tmp_path / "runs")
     torch.testing.assert_close(half.repeats, truth.repeats[:, :1])
     make = Counting(tmp_path)
@@ -418,3 +418,31 @@ def test_counterfactual_table_and_picture():
     assert [axis.get_title() for axis in axes] == ["fall of the output", "targets flipped"]
     assert axes[0].lines[0].get_ydata().tolist() == [0.75, 2.5]
     assert figure is axes[0].figure
+
+
+def test_runs_that_are_lost_are_missed(tmp_path, truth):
+    """Without those of the last subset, the folder looks like a finished one."""
+    retrain(tmp_path, Counting(tmp_path))
+    for path in (tmp_path / "runs" / "runs").glob("subset00002-*"):
+        path.unlink()
+    with pytest.warns(UserWarning, match="has 4 runs of the 6 that retrain_subsets was asked for; 2 subsets with 2"):
+        found = GroundTruth.load(tmp_path / "runs")
+    assert torch.equal(found.masks, truth.masks[:2])
+    torch.testing.assert_close(retrain(tmp_path, Counting(tmp_path)).repeats, truth.repeats)
+    GroundTruth.load(tmp_path / "runs")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"runs": -1}'])
+def test_a_damaged_number_of_runs_is_named_and_written_anew(tmp_path, content):
+    retrain(tmp_path, Counting(tmp_path))
+    path = tmp_path / "runs" / "asked.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"asked.json' is damaged: .* Call retrain_subsets"):
+        GroundTruth.load(tmp_path / "runs")
+    retrain(tmp_path, Counting(tmp_path))
+    assert len(GroundTruth.load(tmp_path / "runs").masks) == 3
+
+
+def test_a_ground_truth_that_is_not_there_is_named_with_the_remedy(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no ground truth in '.*truth.safetensors'. Make it with retrain_subse"):
+        GroundTruth.load(tmp_path / "truth.safetensors")

@@ -29,7 +29,7 @@ KINDS = {  # of files, by the end of their paths
     "lock": r"\.lock",
     "index of scores": r"attribution\.json",
     "array of scores": r"\.npy",
-    "retraining manifest": r"retraining/manifest\.json",
+    "retraining manifest": r"retraining/(manifest|asked)\.json",
     "run": r"runs/subset.*\.safetensors",
     "ground truth": r"truth\.safetensors",
     "targets": r"targets/\w+/\w+/\d+\.safetensors",
@@ -38,6 +38,7 @@ STORES = ("plain", "plain, half", "every", "every, half")
 Operation = Callable[[Path], Outcome]
 _OURS = ("ValueError", "FileNotFoundError", "MisconfigurationException", "Damaged", "DamagedRun")
 _REMEDY = re.compile(r"\b([Dd]elete|[Uu]se|[Cc]omputes?|[Rr]estore|[Cc]all|[Mm]ake them|[Pp]ass|runs it again|Save)\b")
+_TOLD = re.compile("damaged|that retrain_subsets was asked for")
 _CURE = re.compile(r"[Dd]elete (?:the folder )?'([^']+)'")
 
 
@@ -175,7 +176,7 @@ def answer(operation: Operation, folder: Path) -> Answer:
             except Exception as raised:
                 outcome, error = None, raised
                 end = " ⏎ ".join(line.strip() for line in traceback.format_tb(raised.__traceback__)[-3:])
-        told = " ⏎ ".join(str(one.message) for one in caught if "damaged" in str(one.message))
+        told = " ⏎ ".join(str(one.message) for one in caught if _TOLD.search(str(one.message)))
         return Answer(outcome, told) if error is None else Answer(None, str(error), type(error).__name__, end)
 
     ended: Ended = in_a_fork(work, folder)
@@ -248,8 +249,9 @@ class Damages:
         if found.error:
             return self._judged_error(found, name, operation, folder, paths)
         wrong = differences(found.outcome, self._right(name, operation))
-        if wrong:
-            return "wrong", "; ".join([*wrong, found.told])
+        if wrong:  # of runs that are gone, the others are read
+            fewer = operation is read_runs and "that retrain_subsets was asked for" in found.told
+            return "told" if fewer else "wrong", "; ".join([*wrong, found.told])
         if not found.told:
             return "harmless", ""
         again = answer(operation, folder)

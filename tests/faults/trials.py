@@ -10,7 +10,7 @@ from functools import partial
 from typing import TypeVar
 
 T = TypeVar("T")
-GOOD = ("right", "harmless", "mended", "refused")
+GOOD = ("right", "harmless", "mended", "told", "refused")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Found:
     Attributes:
         part: "kills", "damages", "processes" or "power".
         case: the scenario, or the kind of damage.
-        result: "right", "harmless", "mended" or "refused" are good; "wrong", "unclear" and "failed" are not.
+        result: "right", "harmless", "mended", "told" (less is there, and a warning says so) or "refused" are good;
+            "wrong", "unclear" and "failed" are not.
         story: what was done, and what happened.
     """
 

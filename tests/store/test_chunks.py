@@ -138,8 +138,8 @@ def test_a_damaged_chunk_is_noticed_and_computed_again(tmp_path, damage):
         path.write_bytes(chunks.path(6).read_bytes())
     elif damage == "of another place":
         path.write_bytes(filled(tmp_path / "two", 9, place="there").path(3).read_bytes())
-    else:  # chunks of as many rows of another number
-        path.write_bytes(filled(tmp_path / "two", 6).path(3).read_bytes())
+    else:  # when there were fewer rows
+        path.write_bytes(filled(tmp_path / "two", 5).path(3).read_bytes())
     readers = [
         lambda: chunks.read(range(3, 6)),
         lambda: chunks.rows([0, 4]),

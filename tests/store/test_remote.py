@@ -519,7 +519,7 @@ def test_a_changed_store_is_read_anew(bucket, tmp_path):
     read = FeatureStore(f"{bucket}/store")["d1"]
     np.testing.assert_array_equal(read.features, FEATURES["features"])
     read.write_sums({"key": 1}, {"sum": np.ones(1)})
-    other = FeatureStore.create(tmp_path / "other", MANIFEST)
+    other = FeatureStore.create(tmp_path / "other", {**MANIFEST, "id": one.manifest["id"]})
     fill(other.add("d1", {"epoch": 2}, WEIGHTS), {"features": FEATURES["features"] + 1, **TERMS})
     assert other.identity == one.identity
     upload(tmp_path / "other", f"{bucket}/store")

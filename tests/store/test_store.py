@@ -63,7 +63,8 @@ def flip(path, place=-3):
 def test_layout_on_disk(tmp_path):
     store = FeatureStore.create(tmp_path / "s", MANIFEST)
     entry = complete_entry(store)
-    assert read_json(tmp_path / "s" / "manifest.json") == {"format_version": 2, **MANIFEST}
+    own = {"format_version": 2, "id": store.manifest["id"]}
+    assert read_json(tmp_path / "s" / "manifest.json") == {**own, **MANIFEST}
     assert json.loads((tmp_path / "s" / "manifest.json").read_text())["n_train"] == 6
     assert entry.path == tmp_path / "s" / "checkpoints" / "d1"
     names = {path.name for path in entry.path.iterdir()}

@@ -152,3 +152,87 @@ def test_starting_anew_leaves_no_targets(finished):
     scores_of(finished, make_data(M, 2))
     FeatureStore.remove(finished / "store")
     assert not list((finished / "store").glob("targets/*"))
+
+
+def counted(root, targets):
+    """Return the scores of some targets, and how many examples went through the model for them."""
+    Counting.rows = 0
+    found = scores_of(root, targets, Counting())
+    return found, Counting.rows
+
+
+def anew(root, targets):
+    """Return the scores of some targets in a store that knows no others."""
+    shutil.rmtree(root / "store" / "targets")
+    return scores_of(root, targets)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(range(M), id="added"),
+        pytest.param(range(11, 30), id="some"),
+        pytest.param(list(range(M))[::-1], id="another order"),
+        pytest.param([5, 5, 39, 0, 5], id="repeated"),
+    ],
+)
+def test_targets_of_another_set_are_not_featurized_again(finished, rows):
+    data = make_data(M, 2)
+    scores_of(finished, TensorDataset(*data[: M - 10] if isinstance(rows, range) and len(rows) == M else data[:]))
+    counted(finished, data)  # tries engines, and computes what the checks of a call take
+    found, computed = counted(finished, TensorDataset(*data[list(rows)]))
+    _, alone = counted(finished, TensorDataset(*data[list(rows)]))
+    torch.testing.assert_close(found, anew(finished, TensorDataset(*data[list(rows)])), rtol=1e-4, atol=1e-6)
+    assert computed - alone <= 3 * 8  # the checks of what was copied, at three checkpoints
+
+
+def test_added_targets_are_all_that_is_featurized(finished):
+    data = make_data(M, 2)
+    scores_of(finished, TensorDataset(*data[: M - 10]))
+    found, computed = counted(finished, data)
+    _, again = counted(finished, data)
+    torch.testing.assert_close(found, anew(finished, data), rtol=1e-4, atol=1e-6)
+    assert 3 * 10 <= computed - again <= 3 * (10 + 8)
+
+
+def test_another_model_output_is_told_also_where_targets_are_copied(finished):
+    class Other(Classifier):
+        def forward(self, x):
+            return super().forward(x) + (len(x) > 0) * x.sum(1, keepdim=True) * torch.tensor([1.0, 2.0, 3.0])
+
+    data = make_data(M, 2)
+    scores_of(finished, data)
+    for path in (finished / "store").glob("checkpoints/*/train"):
+        shutil.rmtree(path)
+    with pytest.raises(ValueError, match="of target rows .* model_output"):
+        fresh(finished).attribute(Other(), DataLoader(TensorDataset(*data[3:30]), 4), Blobs())
+
+
+@pytest.mark.parametrize("damage", ["bit", "other targets"])
+def test_damaged_digests_of_targets_copy_no_wrong_row(finished, damage):
+    data = make_data(M, 2)
+    expected = scores_of(finished, data).flip(1)
+    (path,) = (finished / "store" / "targets").glob("*/examples.safetensors")
+    content = bytearray(path.read_bytes())
+    if damage == "bit":
+        content[-20] ^= 4
+        path.write_bytes(content)
+    else:  # whole, but not of these features
+        scores_of(finished, TensorDataset(*data[7:]))
+        (other,) = set(path.parents[1].glob("*/examples.safetensors")) - {path}
+        shutil.copyfile(other, path)
+        shutil.rmtree(other.parent)
+    found = scores_of(finished, TensorDataset(*(part.flip(0) for part in data[:])))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_curvature_that_is_gone_is_computed_again_also_where_no_target_is(finished):
+    """The features of targets are of the former curvature, so they are computed again too."""
+    expected = scores_of(finished, make_data(M, 2))
+    store = FeatureStore(finished / "store")
+    for digest in store.digests:
+        store[digest].whitening_path.unlink()
+    trainer = fresh(finished)
+    with pytest.warns(UserWarning, match=r"whitening.safetensors' is damaged: it is missing"):
+        found = trainer.attribute(Classifier(), DataLoader(make_data(M, 2), 4), Blobs()).scores
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
