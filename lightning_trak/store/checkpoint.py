@@ -269,7 +269,18 @@ class CheckpointEntry:
             path = writable(error.path)
             path.unlink(missing_ok=True)
             deleted.append(path)
-        return deleted + self.train.delete_damaged()  # those of a curvature that is gone are no use either
+        # Those of a curvature that is gone are no use either.
+        return deleted + self.train.delete_damaged() + self._delete_targets_of_another_curvature()
+
+    def _delete_targets_of_another_curvature(self) -> list[Path]:
+        """Delete features of targets, here, that are not of the curvature that is here now; return their files."""
+        deleted = []
+        for folder in targets_folder(self._root, "").glob(f"*/{self.digest}"):
+            with suppress(FileNotFoundError, Damaged):  # whoever reads it will tell
+                first = next(iter(sorted(folder.glob("*.safetensors"))), None)
+                if first is not None and not verified_place(first).startswith(f"{self.place}|targets "):
+                    deleted += Chunks.delete(folder)
+        return deleted
 
     def _sums(self, key: Mapping[str, Any]) -> tuple[str, str]:
         """Return the name of the file of sums, and their place."""

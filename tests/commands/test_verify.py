@@ -120,6 +120,15 @@ def test_a_curvature_that_is_gone_takes_its_features_with_it(store, run):
 
 def test_features_of_targets(store, run):
     files = sorted(store.glob("targets/*/*/*.safetensors"))
+    (digests,) = store.glob("targets/*/examples.safetensors")
+    whole = f"{len(files) + 1} of {len(files) + 1} files ok"
+    assert whole in run("verify", store)[1]
+    flip(digests)
+    status, out, _ = run("verify", store)
+    assert status == 1
+    assert f"{digests.name}" in out
+    assert run("clean", store, "--yes")[0] == 0
+    assert not digests.exists()
     assert f"{len(files)} of {len(files)} files ok" in run("verify", store)[1]
     flip(files[0])
     status, out, _ = run("verify", store)
@@ -130,6 +139,7 @@ def test_features_of_targets(store, run):
 
 def test_exchanged_features_of_targets(store, run):
     """Of other rows, and of another checkpoint."""
+    next(iter(store.glob("targets/*/examples.safetensors"))).unlink()
     files = sorted(store.glob("targets/*/*/*.safetensors"))
     for other in (files[1], files[-1]):
         one, two = files[0].read_bytes(), other.read_bytes()

@@ -90,7 +90,7 @@ def test_every_example_is_drawn_as_often():
 def test_after_a_crash_only_what_is_missing_is_done(tmp_path, truth):
     with pytest.raises(KeyError, match="went down"):
         retrain(tmp_path, Counting(tmp_path, stop_after=4))
-    with pytest.warns(UserWarning, match="has 4 runs of the 6 .* was asked for; 3 subsets with 1 repeats each were read"):
+    with pytest.warns(UserWarning, match="has 4 runs of the 6 .* asked for; 3 subsets with 1 repeats each were read"):
         half = GroundTruth.load(tmp_path / "runs")
     torch.testing.assert_close(half.repeats, truth.repeats[:, :1])
     make = Counting(tmp_path)
@@ -444,5 +444,5 @@ def test_a_damaged_number_of_runs_is_named_and_written_anew(tmp_path, content):
 
 
 def test_a_ground_truth_that_is_not_there_is_named_with_the_remedy(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no ground truth in '.*truth.safetensors'. Make it with retrain_subse"):
+    with pytest.raises(FileNotFoundError, match=r"no ground truth in '.*truth.safetensors'. Make it with retrain_"):
         GroundTruth.load(tmp_path / "truth.safetensors")

@@ -233,6 +233,20 @@ def test_a_curvature_that_is_gone_is_computed_again_also_where_no_target_is(fini
     for digest in store.digests:
         store[digest].whitening_path.unlink()
     trainer = fresh(finished)
-    with pytest.warns(UserWarning, match=r"whitening.safetensors' is damaged: it is missing"):
+    with pytest.warns(UserWarning, match="is damaged: it belongs elsewhere"):
         found = trainer.attribute(Classifier(), DataLoader(make_data(M, 2), 4), Blobs()).scores
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_all_that_is_of_a_curvature_that_is_gone_is_deleted_at_once(finished):
+    """However many checkpoints there are: each call mends three damages."""
+    scores_of(finished, make_data(M, 2))
+    entry, *others = FeatureStore(finished / "store")
+    whole = {path for path in target_files(finished) if path.parent.name != entry.digest}
+    arrays, notes = entry.read_whitening(), entry.whitening_notes
+    entry.whitening_path.unlink()
+    entry.write_whitening(arrays, notes)  # the same numbers, but who knows?
+    deleted = entry.delete_damaged(entry.whitening_path)
+    assert set(target_files(finished)) == whole
+    assert {path.parent.name for path in deleted} == {"train", entry.digest}
+    assert all(other.complete for other in others)
