@@ -6,6 +6,7 @@ without training. The first process writes the scores.
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_trak import TRAKCallback
 from tests.conftest import Blobs, Classifier
 
-N, M = 23, 5
+N, M = int(os.environ.get("N_TRAIN", "23")), int(os.environ.get("N_TARGETS", "5"))
 
 
 class OwnSampler(Blobs):

@@ -18,10 +18,10 @@ PROGRAM = "tests.trainer.ranks"
 OTHERS = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE")}
 
 
-def run(folder, strategy, world, *files):
+def run(folder, strategy, world, *files, **variables):
     folder.mkdir()
     command = [sys.executable, "-m", PROGRAM, folder, strategy, str(world), *files]
-    done = subprocess.run(command, env=OTHERS, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=OTHERS | variables, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "found.pt")
 
@@ -102,6 +102,15 @@ def test_files_are_attributed_as_by_one_process(tmp_path, alone, case):
     (targets,) = (shared.dirpath / "targets").iterdir()
     for entry in shared:
         assert entry.targets(targets.name, M, 1).complete
+
+
+def test_fewer_examples_than_processes(tmp_path, alone):
+    files, few = [*map(str, alone[0])], {"N_TRAIN": "2", "N_TARGETS": "1"}
+    one = run(tmp_path / "one", "auto", 1, *files, **few)
+    three = run(tmp_path / "three", "ddp", 3, *files, **few)
+    assert three[0].shape == (2, 1)
+    for found, expected in zip(three, one, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("launcher", [by_torchrun, by_torchrun_on_two_nodes, by_slurm])
