@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lightning_trak.influence import Extremes, Ranked, Spread, extremes_of, fit_weights, rank
 from lightning_trak.metrics import predicted_outputs, spearman
+from lightning_trak.results.examples import Examples
 from lightning_trak.results.plots import plot_extremes
-from lightning_trak.results.saved import check_saved, read_saved, write_saved
+from lightning_trak.results.saved import Saved, check_saved, read_saved, write_saved
 from lightning_trak.results.split_score import SplitScore
 from lightning_trak.results.stored_scores import StoredScores
 from lightning_trak.store.remote import RemotePath, path_of, writable
@@ -109,6 +110,8 @@ class Attribution:
         spread: how scores vary from checkpoint to checkpoint, where that is known.
         outputs: the model outputs of the targets, (m,), where they are known.
         kept: the features, where they are at hand.
+        train: what is known of the training examples; by default their row numbers.
+        targets: what is known of the targets; by default their row numbers.
 
     >>> info = AttributionInfo(3, 1, ("a1b2",), "sparse", 2048, 0.3, True)
     >>> attribution = Attribution(torch.tensor([[0.5], [-1.0], [2.0]]), info)
@@ -126,12 +129,16 @@ class Attribution:
         *,
         outputs: Tensor | None = None,
         kept: Kept | None = None,
+        train: Examples | None = None,
+        targets: Examples | None = None,
     ) -> None:
         self._scores = scores
         self._spread = spread
         self._outputs = outputs
         self._kept = kept
         self.info = info
+        self._train = _described("train", train, info.n_train)
+        self._targets = _described("targets", targets, info.n_targets)
 
     @property
     def scores(self) -> Tensor | StoredScores:
@@ -206,6 +213,45 @@ class Attribution:
         if self._outputs is None:
             raise AttributeError("The outputs of the targets are not known. Call trainer.attribute(...) to get them.")
         return self._outputs
+
+    @property
+    def train(self) -> Examples:
+        """What is known of the n training examples: their ids, and columns such as ``"label"``."""
+        return self._train
+
+    @property
+    def targets(self) -> Examples:
+        """What is known of the m targets: their ids, and columns such as ``"label"`` and ``"prediction"``."""
+        return self._targets
+
+    def with_columns(
+        self, train: Mapping[str, Iterable[Any]] | None = None, targets: Mapping[str, Iterable[Any]] | None = None
+    ) -> Attribution:
+        """Return the same attribution with ids, labels or other columns of training examples and targets.
+
+        Args:
+            train: values by name, one for each training example: text, numbers, True, False or None. The name ``"id"``
+                sets the ids. Columns that are there already are replaced.
+            targets: likewise, one for each target.
+
+        Raises:
+            TypeError: if an id or a value has another type.
+            ValueError: if a column has another length.
+
+        >>> info = AttributionInfo(3, 1, ("a1b2",), "sparse", 2048, 0.3, True)
+        >>> attribution = Attribution(torch.tensor([[0.5], [-1.0], [2.0]]), info)
+        >>> named = attribution.with_columns(train={"id": ["a", "b", "c"], "source": ["web", "web", "book"]})
+        >>> named.train.ids, named.train.columns["source"][2]
+        (('a', 'b', 'c'), 'book')
+        """
+        return self._with(
+            train=self._train.with_columns(train or {}), targets=self._targets.with_columns(targets or {})
+        )
+
+    def _with(self, **changes: Any) -> Attribution:
+        """Return another attribution, of which some arguments differ."""
+        own = {"scores": self._scores, "info": self.info, "spread": self._spread, "outputs": self._outputs}
+        return Attribution(**{**own, "kept": self._kept, "train": self._train, "targets": self._targets, **changes})
 
     def without(self, indices: Sequence[int] | Tensor) -> Tensor:
         """Predict the outputs of the targets after training without a set of training examples.
@@ -288,10 +334,11 @@ class Attribution:
         """Return scores that predict the outputs of retrained models; see `calibrate`, which checks its arguments."""
         info, scores = replace(self.info, calibrated_on=len(masks)), self.scores
         if self._kept is not None:
-            return Attribution(self._kept.calibrated(masks, outputs), info, outputs=self._outputs)
-        predicted = predicted_outputs(scores, masks) / masks.float().mean(1, keepdim=True)
-        scale = fit_weights(predicted[None], outputs, torch.ones(1)).item()
-        return Attribution(scores * scale, info, outputs=self._outputs)
+            calibrated = self._kept.calibrated(masks, outputs)
+        else:
+            predicted = predicted_outputs(scores, masks) / masks.float().mean(1, keepdim=True)
+            calibrated = scores * fit_weights(predicted[None], outputs, torch.ones(1)).item()
+        return self._with(scores=calibrated, info=info, spread=None, kept=None)
 
     def top(self, k: int = 5) -> Ranked:
         """Return the most helpful training examples of every target, the highest score first.
@@ -349,7 +396,9 @@ class Attribution:
             FileExistsError: if ``path`` exists, is not empty, and has no saved attribution.
             OSError: if it cannot be written, as a URL cannot.
         """
-        write_saved(writable(path_of(path)), asdict(self.info), self._arrays(), self.on_disk)
+        sides = {"train": self._train, "targets": self._targets}
+        tables = {side: examples.saved() for side, examples in sides.items() if not examples.unknown}
+        write_saved(writable(path_of(path)), Saved(asdict(self.info), self._arrays(), self.on_disk, tables))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str] | RemotePath) -> Attribution:
@@ -362,15 +411,16 @@ class Attribution:
         folder = path_of(path)
         check_saved(folder)
         try:
-            fields, arrays, stored = read_saved(folder)
+            fields, arrays, stored, tables = read_saved(folder)
             info = AttributionInfo(**{**fields, **{name: tuple(fields[name]) for name in _LISTS}})
-            outputs = arrays.get("outputs")
+            known: dict[str, Any] = {side: Examples(**table) for side, table in tables.items()}
+            known["outputs"] = arrays.get("outputs")
             if "top" in arrays:
                 sides = [Ranked(arrays[side], arrays[f"{side}_values"]) for side in ("top", "bottom")]
-                return cls(Extremes(*sides), info, outputs=outputs)
+                return cls(Extremes(*sides), info, **known)
             found: dict[str, Any] = {**arrays, **stored}
             spread = Spread(found["standard_error"], found["sample"]) if "sample" in found else None
-            return cls(found["scores"], info, spread, outputs=outputs)
+            return cls(found["scores"], info, spread, **known)
         except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError) as error:
             raise ValueError(f"The attribution in '{path}' is damaged: {error}. Compute it again.") from error
 
@@ -420,6 +470,13 @@ class Attribution:
             f" projector={info.projector!r}, proj_dim={info.proj_dim}, damping={info.damping!r},"
             f" curvature={info.curvature})"
         )
+
+
+def _described(side: str, examples: Examples | None, size: int) -> Examples:
+    """Return what is known of examples; by default their row numbers."""
+    if examples is not None and len(examples) != size:
+        raise ValueError(f"{side} describes {len(examples)} examples, and the scores are of {size}.")
+    return Examples(size) if examples is None else examples
 
 
 def _masks(indices: Sequence[int] | Tensor, n: int) -> Tensor:

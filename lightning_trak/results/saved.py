@@ -1,6 +1,6 @@
-"""An attribution on disk: an index with checksums, and an array file for each part of it.
+"""An attribution on disk: an index with checksums, and a file for each part of it.
 
-The index names the arrays and is replaced in one step. So there is always one whole attribution, the old or the new.
+The index names the files and is replaced in one step. So there is always one whole attribution, the old or the new.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import numpy as np
@@ -22,20 +22,32 @@ from lightning_trak.store.files import atomically, checksum_of_file, read_json, 
 from lightning_trak.store.remote import AnyPath, RemotePath, reading
 
 INDEX = "attribution.json"
-PART = re.compile(r"\w+-[0-9a-f]{8}(\.npy)?")
+PART = re.compile(r"\w+-[0-9a-f]{8}(\.npy|\.json)?")
 _LEFT = re.compile(rf"({PART.pattern}|{re.escape(INDEX)})(\.[0-9a-f]{{32}}\.partial)?")
 
 
-def write_saved(
-    folder: Path, info: Mapping[str, Any], arrays: Mapping[str, Tensor], stored: Mapping[str, StoredScores]
-) -> None:
+class Saved(NamedTuple):
+    """What an attribution is made of, by the names of the parts.
+
+    Attributes:
+        info: how scores were computed.
+        arrays: what is in memory.
+        stored: what is on disk.
+        tables: what is known of training examples and targets; JSON can hold it.
+    """
+
+    info: Mapping[str, Any]
+    arrays: Mapping[str, Tensor]
+    stored: Mapping[str, StoredScores]
+    tables: Mapping[str, Mapping[str, Any]]
+
+
+def write_saved(folder: Path, saved: Saved) -> None:
     """Write an attribution into a folder; whatever else is in the folder stays.
 
     Args:
         folder: is made if it is not there.
-        info: how scores were computed.
-        arrays: what is in memory, by name.
-        stored: what is on disk, by name.
+        saved: the parts.
 
     Raises:
         FileExistsError: if the folder exists, is not empty, and has no saved attribution.
@@ -43,29 +55,31 @@ def write_saved(
     check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
     token, former = uuid4().hex[:8], _named(folder)
-    own = {f"{name}-{token}.npy" for name in arrays} | {f"{name}-{token}" for name in stored}
+    endings = ((saved.arrays, ".npy"), (saved.stored, ""), (saved.tables, ".json"))
+    own = {f"{name}-{token}{ending}" for parts, ending in endings for name in parts}
     try:  # new names: the earlier attribution is whole until the index changes
-        write_json(folder / INDEX, {"info": dict(info), **_write_parts(folder, token, arrays, stored)})
+        write_json(folder / INDEX, {"info": dict(saved.info), **_write_parts(folder, token, saved)})
     finally:
         for name in (own | former) - _named(folder):
             _delete(folder / name)
 
 
-def _write_parts(
-    folder: Path, token: str, arrays: Mapping[str, Tensor], stored: Mapping[str, StoredScores]
-) -> dict[str, Any]:
-    """Write all arrays under new names; return what the index says of them."""
-    files, chunks = {}, {}
-    for name, array in arrays.items():
+def _write_parts(folder: Path, token: str, saved: Saved) -> dict[str, Any]:
+    """Write all parts under new names; return what the index says of them."""
+    files, chunks, tables = {}, {}, {}
+    for name, array in saved.arrays.items():
         path = folder / f"{name}-{token}.npy"
         with atomically(path) as partial, open(partial, "wb") as opened:
             np.save(opened, array.numpy(), allow_pickle=False)
         files[name] = {"file": path.name, "checksum": checksum_of_file(path)}
-    for name, scores in stored.items():
+    for name, scores in saved.stored.items():
         copy = scores.chunks.copied(folder / f"{name}-{token}")
         own = {"place": copy.place, "n": copy.n, "size": copy.size, "m": scores.shape[1], "factor": scores.factor}
         chunks[name] = {"folder": copy.folder.name, **own}
-    return {"files": files, "chunks": chunks}
+    for name, table in saved.tables.items():
+        tables[name] = f"{name}-{token}.json"
+        write_json(folder / tables[name], table)
+    return {"files": files, "chunks": chunks, "tables": tables}
 
 
 def check_free(folder: AnyPath) -> None:
@@ -83,8 +97,8 @@ def check_saved(folder: AnyPath) -> None:
         )
 
 
-def read_saved(folder: AnyPath) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, StoredScores]]:
-    """Return the info, the arrays and the scores on disk that `write_saved` wrote.
+def read_saved(folder: AnyPath) -> Saved:
+    """Return what `write_saved` wrote.
 
     Raises:
         OSError, ValueError, TypeError, KeyError, EOFError: if a file is missing or damaged.
@@ -99,12 +113,17 @@ def read_saved(folder: AnyPath) -> tuple[dict[str, Any], dict[str, Tensor], dict
         return _read_parts(folder, again)  # another process has saved a new one in the meantime
 
 
-def _read_parts(
-    folder: AnyPath, index: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, StoredScores]]:
-    """Return the info, the arrays and the scores on disk that an index names."""
+def _read_parts(folder: AnyPath, index: Mapping[str, Any]) -> Saved:
+    """Return the parts that an index names."""
     stored = {name: _stored(folder, **entry) for name, entry in index["chunks"].items()}
-    return index["info"], {name: _load(folder, **file) for name, file in index["files"].items()}, stored
+    arrays = {name: _load(folder, **file) for name, file in index["files"].items()}
+    tables = {name: read_json(folder / Path(file).name, "Compute it again.") for name, file in _tables(index).items()}
+    return Saved(index["info"], arrays, stored, tables)
+
+
+def _tables(index: Mapping[str, Any]) -> dict[str, str]:
+    """Return the files of tables by name; an attribution of an earlier version has none."""
+    return dict(index.get("tables", {}))
 
 
 def _is_own(folder: AnyPath) -> bool:
@@ -116,9 +135,8 @@ def _is_own(folder: AnyPath) -> bool:
 
 def parts_of(index: Mapping[str, Any]) -> set[str]:
     """Return the names of the files and folders that an index names."""
-    return {entry["file"] for entry in index["files"].values()} | {
-        entry["folder"] for entry in index["chunks"].values()
-    }
+    arrays = {entry["file"] for entry in index["files"].values()}
+    return arrays | {entry["folder"] for entry in index["chunks"].values()} | set(_tables(index).values())
 
 
 def _named(folder: Path) -> set[str]:
