@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,6 +93,16 @@ class TRAKMixin:
             dataset: the data set that has these rows; None for the train set.
         """
         return None
+
+    def describe(self, batch: Any) -> Mapping[str, Tensor | Sequence[Any]]:
+        """Return what tables and reports should say of targets, by name, each (b,). Optional.
+
+        The values are text, numbers, True, False or None. Mixins of tasks return ``"label"`` and ``"prediction"``,
+        where an example has them; the name ``"id"`` sets the ids. It is called after scoring, at the weights of the
+        last checkpoint, without gradients. The batch is as the loader gives it, without what `label_targets` adds. See
+        `Attribution.targets`.
+        """
+        return {}
 
     def output_to_loss(self, output: Tensor, batch: Any) -> Tensor:
         """Return the training loss of every example as a function of its model output, (b,) → (b,).

@@ -76,6 +76,11 @@ def labels_or_none(batch: Any) -> Any:
     return batch[1] if isinstance(batch, (list, tuple)) and len(batch) >= 2 else None
 
 
+def has_labels(module: Any, batch: Any, hook: str, default: type) -> bool:
+    """Say whether a module finds labels in a batch: at their usual place, or by its own ``hook``, not ``default``'s."""
+    return labels_or_none(batch) is not None or getattr(type(module), hook) is not getattr(default, hook)
+
+
 def labels(module: Any, batch: Any, *, hook: str) -> Tensor:
     """Return the labels of a batch ``(inputs, labels)`` or of a mapping with ``"labels"``.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,3 +79,27 @@ def check_independent(what: str, together: Tensor, alone: Tensor, tolerance: flo
             " batch statistics, or negatives from the batch), nor on chance. If you mean the output of the example"
             " alone, use gradients='loop'."
         )
+
+
+def described_rows(module: Any, said: Any, size: int) -> dict[str, Sequence[Any]]:
+    """Return what ``describe`` said of a batch as one value for each of ``size`` examples, by name.
+
+    Raises:
+        TypeError: if it is no mapping, or a value is no sequence.
+        ValueError: if there are more values, or fewer.
+
+    >>> described_rows(None, {"label": torch.tensor([3, 4])}, 2)
+    {'label': [3, 4]}
+    """
+    hook = f"{type(module).__name__}.describe(batch)"
+    if not isinstance(said, Mapping):
+        raise TypeError(f"{hook} returned {describe(said)}; expected a dict such as {{'prediction': values}}.")
+    columns = {}
+    for name, values in said.items():
+        listed = values.tolist() if hasattr(values, "tolist") else values
+        if not isinstance(listed, Sequence) or isinstance(listed, (str, bytes)):
+            raise TypeError(f"{hook} returned {describe(values)} as {name!r}; expected a value for each example, (b,).")
+        if len(listed) != size:
+            raise ValueError(f"{hook} returned {len(listed)} values as {name!r} for a batch of {size} examples.")
+        columns[name] = listed
+    return columns

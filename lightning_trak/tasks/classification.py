@@ -80,6 +80,12 @@ class ClassificationMixin(TRAKMixin):
             return {**batch, "labels": classes}
         return (batch[0] if isinstance(batch, (list, tuple)) else batch), classes
 
+    def describe(self, batch: Any) -> dict[str, Tensor]:
+        """Return the ``"label"`` of every example, if it has one, and the class of the ``"prediction"``, (b,)."""
+        logits, classes = self._logits_and_classes(batch)
+        known = {} if self.get_labels(batch) is None else {"label": classes}
+        return {**known, "prediction": logits.argmax(1)}
+
     def model_output(self, batch: Any) -> Tensor:
         """Return the log-odds of every example's label, (b,)."""
         logits, classes = self._logits_and_classes(batch)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
-from lightning_trak.tasks.batch import only_valid
+from lightning_trak.tasks.batch import has_labels, only_valid
 from lightning_trak.tasks.draws import draw_tags
 from lightning_trak.tasks.log_odds import log_odds
 from lightning_trak.tasks.parts import PartsMixin
@@ -43,6 +43,16 @@ class MultilabelMixin(PartsMixin):
     """
 
     reduction: str = "mean"
+
+    def describe(self, batch: Any) -> dict[str, list[str]]:
+        """Return the numbers of the labels that are present as ``"label"``, and of those predicted as ``"prediction"``.
+
+        They are text such as "0,3"; "none" if no label is present. Targets may have no labels.
+        """
+        predicted = _numbers_of(self.part_predictions(batch) > 0)
+        if not has_labels(self, batch, "get_labels", MultilabelMixin):
+            return {"prediction": predicted}
+        return {"label": _numbers_of(self.part_labels(batch) > 0.5), "prediction": predicted}
 
     def part_losses(self, predictions: Tensor, labels: Tensor) -> Tensor:
         """Return the binary cross-entropy of every label, (b, c).
@@ -106,3 +116,8 @@ class MultilabelMixin(PartsMixin):
         if self.reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {self.reduction!r}.")
         return self.get_labels(batch).shape[1] if self.reduction == "mean" else 1
+
+
+def _numbers_of(present: Tensor) -> list[str]:
+    """Return the numbers of the labels of every example as text, (b, c) → (b,)."""
+    return [",".join(str(number) for number in row.nonzero()[:, 0].tolist()) or "none" for row in present.cpu()]

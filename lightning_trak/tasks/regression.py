@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_trak.tasks.batch import forward, labels, labels_or_none
+from lightning_trak.tasks.batch import forward, has_labels, labels, labels_or_none
 from lightning_trak.tasks.draws import draw_signs
 from lightning_trak.tasks.parts import PartsMixin
 
@@ -50,6 +50,16 @@ class RegressionMixin(PartsMixin):
     def get_labels(self, batch: Any) -> Tensor:
         """Return the numbers to predict, of the same shape as the predictions."""
         return labels(self, batch, hook="get_labels")
+
+    def describe(self, batch: Any) -> dict[str, Tensor | list[str]]:
+        """Return the ``"label"`` of every example, if it has one, and the ``"prediction"``, (b,).
+
+        Several numbers of an example are text such as "0.5, 2".
+        """
+        predicted = _in_words(self.part_predictions(batch))
+        if not has_labels(self, batch, "get_labels", RegressionMixin):
+            return {"prediction": predicted}
+        return {"label": _in_words(self.part_labels(batch)), "prediction": predicted}
 
     def part_predictions(self, batch: Any) -> Tensor:
         """Return the predictions, (b,) or (b, d)."""
@@ -129,3 +139,10 @@ def _rows(value: Tensor, hook: str) -> Tensor:
             f" several, (b, d). Override {hook}(self, batch), e.g. with .flatten(1)."
         )
     return value
+
+
+def _in_words(numbers: Tensor) -> Tensor | list[str]:
+    """Return one number for each example as it is, (b,), and several as text, (b, d) → (b,)."""
+    if numbers.ndim == 1:
+        return numbers
+    return [", ".join(f"{number:.4g}" for number in row) for row in numbers.tolist()]

@@ -17,6 +17,7 @@ from lightning_trak.results.saved import check_free
 from lightning_trak.store.store import folder_name
 from lightning_trak.trainer.attachment import launched
 from lightning_trak.trainer.checkpoints import naming, sums_of
+from lightning_trak.trainer.describing import described_examples
 from lightning_trak.trainer.forecast import forecast
 from lightning_trak.trainer.framework import (
     LightningDataModule,
@@ -125,13 +126,23 @@ def _scored(job: Job, top_k: int | None) -> Attribution:
     for entry, train, phi in zip(job.entries, estimator.trains, targets.features, strict=True):
         with naming(entry):
             solved.append(estimator.solve(train, phi, sums_of(entry, estimator, train)))
-    kept, m = KeptFeatures(job, estimator, targets), len(targets.outputs)
+    m, spread = len(targets.outputs), None
+    scores: Any
     if top_k is None:
         scores, spread = compute_scores(job, estimator, solved, targets.digest)
-        return Attribution(scores, _info(job, estimator, solved, m), spread, outputs=targets.outputs, kept=kept)
-    with progress(job.trainer, "Scoring", len(estimator.trains[0].slices(m))) as advance:
-        extremes = estimator.extremes(solved, top_k, lambda: advance(1))
-    return Attribution(extremes, _info(job, estimator, solved, m), outputs=targets.outputs, kept=kept)
+    else:
+        with progress(job.trainer, "Scoring", len(estimator.trains[0].slices(m))) as advance:
+            scores = estimator.extremes(solved, top_k, lambda: advance(1))
+    examples, described = described_examples(job, targets.loop)
+    return Attribution(
+        scores,
+        _info(job, estimator, solved, m),
+        spread,
+        outputs=targets.outputs,
+        kept=KeptFeatures(job, estimator, targets),
+        train=examples,
+        targets=described,
+    )
 
 
 def _info(job: Job, estimator: Estimator, solved: Sequence[Solved], n_targets: int) -> AttributionInfo:

@@ -38,7 +38,7 @@ from lightning_trak.isolation.random_states import seed_all
 from lightning_trak.projection import Projector, projection_key
 from lightning_trak.store.chunks import wait_a_moment
 from lightning_trak.store.weights import Weights, copy_of_weights
-from lightning_trak.tasks.base import numbered, own_method, prepared
+from lightning_trak.tasks.base import TRAKMixin, numbered, own_method, prepared
 from lightning_trak.tasks.batch import read_batches
 from lightning_trak.tasks.checks import (
     check_dependent,
@@ -46,6 +46,7 @@ from lightning_trak.tasks.checks import (
     check_independent,
     check_size,
     check_unchanged,
+    described_rows,
     versions_of,
 )
 from lightning_trak.tasks.loss_terms import LossTerms
@@ -147,6 +148,11 @@ class FeaturizationLoop:
     def size(self) -> int:
         """The number of examples."""
         return len(self._loader.dataset)  # type: ignore[arg-type]
+
+    @property
+    def dataset(self) -> Any:
+        """The data set that has the examples."""
+        return self._loader.dataset
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -254,6 +260,42 @@ class FeaturizationLoop:
                 found += own
                 advance(len(rows))
             return found
+
+    @property
+    def describes(self) -> bool:
+        """Whether the module says anything of examples; a method of this name that is not of `TRAKMixin` may not."""
+        return isinstance(self._module, TRAKMixin) and own_method(self._module, "describe") is not None
+
+    def described(self, weights: Weights) -> dict[str, list[Any]]:
+        """Return what the module's ``describe`` says of all examples: a value for each row, by name.
+
+        None stands where it said nothing.
+
+        Args:
+            weights: of a checkpoint; the module may change them.
+
+        Raises:
+            TypeError, ValueError: if it returns anything but a value for each example.
+        """
+        columns: dict[str, list[Any]] = {}
+        with (
+            self._undisturbed(),
+            progress(self._trainer, "Describing targets", self.size) as advance,
+            ExitStack() as stack,
+        ):
+            function = self._function(weights)
+            stack.enter_context(prepared(self._module, function.prepare, self._find_train_loader))
+            seed_all(0)
+            size = 1 if self._selector.gradients == "loop" else self._selector.batch_size(self._largest)
+            for rows, batch in self._read(range(self.size), size, labelled=False):
+                with torch.no_grad():
+                    said = function.call(self._module.describe, batch)
+                for name, values in described_rows(self._module, said, len(rows)).items():
+                    column = columns.setdefault(name, [None] * self.size)
+                    column[rows[0] : rows[-1] + 1] = values
+                advance(len(rows))
+                stop_if_asked(self._trainer)
+        return columns
 
     def measured(self, weights: Weights, digest: str, projector: Projector | None = None) -> Measured:
         """Featurize the first batch twice; measure the second time.
@@ -508,11 +550,13 @@ class FeaturizationLoop:
                 )
         return ModelFunction(self._module, weights, self._parameters, device, plugin.convert_input)
 
-    def _read(self, rows: Iterable[int], batch_size: int, num_workers: int | None = None) -> Iterator[tuple[Any, Any]]:
+    def _read(
+        self, rows: Iterable[int], batch_size: int, num_workers: int | None = None, *, labelled: bool = True
+    ) -> Iterator[tuple[Any, Any]]:
         dataset = None if self.examples == "train" else self._loader.dataset
         for own, batch in read_batches(self._trainer, self._module, self._loader, rows, batch_size, num_workers):
-            labelled = batch if self._label is None else self._label(batch)
-            yield own, numbered(self._module, labelled, own, dataset)
+            complete = self._label(batch) if labelled and self._label is not None else batch
+            yield own, numbered(self._module, complete, own, dataset)
 
     def _read_once(self, rows: Sequence[int], seed: int) -> Any:
         seed_all(seed)

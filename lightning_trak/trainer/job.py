@@ -71,11 +71,13 @@ class TargetFeatures(NamedTuple):
         features: φ(z), (m, k), at every checkpoint; sparse if whitened.
         outputs: f(z), (m,), see `Attribution.outputs`.
         digest: of the targets' content; of no use later if they are random.
+        loop: reads them.
     """
 
     features: list[Tensor | SparseMatrix]
     outputs: Tensor
     digest: str
+    loop: FeaturizationLoop
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ class Job:
         if digests is None:  # random targets, or such as cannot be compared: of no use later
             strategy.barrier()
             shutil.rmtree(self.store.targets_folder(kept_as), ignore_errors=True)
-        return TargetFeatures(features, torch.stack(list(latest.values())).mean(0), kept_as)
+        return TargetFeatures(features, torch.stack(list(latest.values())).mean(0), kept_as, loop)
 
     def _known_targets(
         self, loop: FeaturizationLoop, digests: Sequence[bytes] | None

@@ -6,6 +6,7 @@ without training. The first process writes the scores.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
@@ -59,6 +60,8 @@ def main() -> None:
         trainer.fit(module, datamodule=data)
     attribution = trainer.attribute(module, datamodule=data, ckpt_path=files or None, name="kept")
     own = trainer.attribute_self(module, datamodule=data, ckpt_path=files or None)
+    columns = {name: list(column) for name, column in attribution.targets.columns.items()}
+    (Path(folder) / f"targets-{trainer.global_rank}.json").write_text(json.dumps(columns))
     if trainer.is_global_zero:
         torch.save((attribution.scores, own), Path(folder) / "found.pt")
 

@@ -1,0 +1,67 @@
+"""Ids, labels and predictions of the examples that were attributed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_trak.data.annotations import Annotations, annotations_of, named
+from lightning_trak.isolation.module_state import ModuleChanged
+from lightning_trak.results.examples import Examples
+from lightning_trak.store.weights import load_weights
+from lightning_trak.trainer.featurization import FeaturizationLoop
+from lightning_trak.trainer.framework import rank_zero_info, rank_zero_warn
+from lightning_trak.trainer.job import Job
+
+
+def described_examples(job: Job, loop: FeaturizationLoop) -> tuple[Examples, Examples]:
+    """Return what data sets tell of training examples and targets, and what the module says of the targets.
+
+    The train set's are row numbers if it is not at hand. The first process asks the module, so that all processes end
+    with the same.
+
+    Args:
+        job: the checkpoints.
+        loop: reads the targets.
+    """
+    loader = job.loaders.train_if_defined()
+    own, told = Annotations() if loader is None else annotations_of(loader.dataset), annotations_of(loop.dataset)
+    train, targets = _examples(job.store.n_train, own), _examples(loop.size, told)
+    if loop.describes:
+        if job.trainer.is_global_zero:
+            names = {"label": told.classes or own.classes, "prediction": own.classes or told.classes}
+            targets = _said_by_module(job, loop, targets, names)
+        targets = job.trainer.strategy.broadcast(targets)
+    return train, targets
+
+
+def _said_by_module(job: Job, loop: FeaturizationLoop, examples: Examples, names: Mapping[str, Any]) -> Examples:
+    """Add what ``describe`` returns. If that fails, scores are not lost, but only these columns.
+
+    Args:
+        job: the checkpoints.
+        loop: reads the targets.
+        examples: what is known of them so far.
+        names: the names of classes, for each column that has numbers of classes.
+    """
+    last = job.entries[-1]
+    try:
+        said = loop.described(load_weights(last.weights_path, last.digest))
+        return examples.with_columns({name: named(values, names.get(name)) for name, values in said.items()})
+    except Exception as error:  # of the user's code, after all work is done
+        if isinstance(error, ModuleChanged) and not error.restored:
+            raise
+        why = f"{type(error).__name__}: {str(error).rstrip('.')}"
+        inherited = str(getattr(job.model.describe, "__module__", "")).startswith("lightning_trak.")
+        if inherited:  # it need not suit this model
+            rank_zero_info(f"TRAKCallback: labels and predictions of targets are not known: {why}.")
+        else:
+            rank_zero_warn(
+                f"{type(job.model).__name__}.describe failed, so its columns are not in attribution.targets; scores are"
+                f" as they should be. {why}. Correct it, or add columns with attribution.with_columns(targets=...)."
+            )
+        return examples
+
+
+def _examples(size: int, told: Annotations) -> Examples:
+    return Examples(size if told.ids is None else told.ids, {} if told.labels is None else {"label": told.labels})
