@@ -7,20 +7,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from lightning_trak.influence import Extremes, Ranked, Spread, extremes_of, fit_weights, rank
-from lightning_trak.metrics import predicted_outputs, spearman
-from lightning_trak.results.examples import Examples
+from lightning_trak.metrics import predicted_outputs
+from lightning_trak.results.examples import Examples, plain
 from lightning_trak.results.plots import plot_extremes
 from lightning_trak.results.saved import Saved, check_saved, read_saved, write_saved
 from lightning_trak.results.split_score import SplitScore
+from lightning_trak.results.status import agreement_of, agreement_of_all, status_of
 from lightning_trak.results.stored_scores import StoredScores
+from lightning_trak.results.subsets import kept_subset, masks_of
+from lightning_trak.results.tables import Table, long_frame, long_table, wide_frame, write_csv, write_parquet
 from lightning_trak.store.remote import RemotePath, path_of, writable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 
 _LISTS = ("checkpoints", "dampings", "damping_rules", "loss_explained")  # the fields below that are tuples
@@ -47,6 +54,10 @@ class AttributionInfo:
             without interruption.
         preconditioner: ``"kronecker"`` if gradients were whitened by the curvature of each parameter; else None.
         calibrated_on: the number of retrained subsets on which `calibrate` fitted the scores; 0 without.
+        runs: the number of runs that the checkpoints are from; 0 if that is unknown, as of checkpoint files.
+        n_attributed: p, the number of attributed parameters; 0 if unknown, as are the next in attributions of earlier
+            versions.
+        n_params: the number of all parameters of the model.
     """
 
     n_train: int
@@ -63,6 +74,9 @@ class AttributionInfo:
     loss_explained: tuple[float, ...] = ()
     preconditioner: str | None = None
     calibrated_on: int = 0
+    runs: int = 0
+    n_attributed: int = 0
+    n_params: int = 0
 
 
 class Convergence(NamedTuple):
@@ -116,7 +130,7 @@ class Attribution:
     >>> info = AttributionInfo(3, 1, ("a1b2",), "sparse", 2048, 0.3, True)
     >>> attribution = Attribution(torch.tensor([[0.5], [-1.0], [2.0]]), info)
     >>> attribution
-    Attribution(n_train=3, n_targets=1, checkpoints=1, projector='sparse', proj_dim=2048, damping=0.3, curvature=True)
+    Attribution of 3 training examples for 1 target: 1 checkpoint
     >>> attribution.top(2).indices, attribution.bottom(1).values
     (tensor([[2, 0]]), tensor([[-1.]]))
     """
@@ -183,14 +197,8 @@ class Attribution:
             ``checkpoints``, even numbers, and ``agreement`` for each.
         """
         sample = self._known_spread().sample
-        generator = torch.Generator().manual_seed(seed)
         numbers = list(range(2, len(sample) + 1, 2))
-        agreement = []
-        for number in numbers:
-            drawn = [torch.randperm(len(sample), generator=generator)[:number] for _ in range(splits)]
-            halves = [(sample[half[::2]].mean(0), sample[half[1::2]].mean(0)) for half in drawn]
-            agreement.append(torch.stack([spearman(*pair).mean() for pair in halves]).mean().item())
-        return Convergence(numbers, agreement)
+        return Convergence(numbers, [agreement_of(sample, number, splits, seed) for number in numbers])
 
     def _known_spread(self) -> Spread:
         computable = len(self.info.checkpoints) > 1 and not isinstance(self._scores, Extremes)
@@ -280,7 +288,7 @@ class Attribution:
             ValueError: if a row is not in the train set, or no training example is left.
         """
         kept = self._known_features("without")
-        masks = _masks(indices, self.info.n_train)
+        masks = masks_of(indices, self.info.n_train)
         sets = masks.reshape(-1, self.info.n_train)
         predicted = self.outputs + (kept.without(sets) if masks.any() else torch.zeros(len(sets), 1))
         return predicted if masks.ndim == 2 else predicted[0]
@@ -354,6 +362,144 @@ class Attribution:
     def bottom(self, k: int = 5) -> Ranked:
         """Return the most harmful training examples of every target, the lowest score first; see `top`."""
         return self._ranked(k, largest=False)
+
+    def to_pandas(self, *, wide: bool = False, k: int = 5) -> DataFrame:
+        """Return scores as a DataFrame of pandas.
+
+        The long form has a row for each target and each of its ``k`` most helpful training examples, whose scores are
+        above zero, and of its ``k`` most harmful ones, below zero. Its columns are:
+
+        - ``target_id``, ``target_row``: the target, by id and by column of the scores;
+        - ``side``: ``"helpful"`` or ``"harmful"``; ``rank``: from 1, the most helpful or harmful;
+        - ``train_id``, ``train_row``: the training example, by id and by row of the scores;
+        - ``score``, and ``standard_error`` where it is known: of more than 16 million scores, once it was asked for;
+        - ``target_output``: f of the target, where it is known;
+        - the columns of `targets` and `train`, such as ``target_label``, ``target_prediction`` and ``train_label``.
+
+        Args:
+            wide: return all scores instead, (n, m), with ids as index and columns. Scores on disk are read into memory.
+            k: how many on each side; all where there are fewer.
+
+        Raises:
+            ModuleNotFoundError: if pandas is not installed.
+            ValueError: if ``k`` is not positive.
+
+        >>> info = AttributionInfo(3, 1, ("a1b2",), "sparse", 2048, 0.3, True)
+        >>> attribution = Attribution(torch.tensor([[0.5], [-1.0], [2.0]]), info)
+        >>> attribution.with_columns(train={"id": ["a", "b", "c"]}).to_pandas()[["side", "rank", "train_id", "score"]]
+              side  rank train_id  score
+        0  helpful     1        c    2.0
+        1  helpful     2        a    0.5
+        2  harmful     1        b   -1.0
+        """
+        return wide_frame(self.scores, self._train, self._targets) if wide else long_frame(self._table(k))
+
+    def to_csv(self, path: str | os.PathLike[str], *, k: int = 5) -> None:
+        """Write the long form of `to_pandas` as CSV, in UTF-8. It needs no pandas.
+
+        A spreadsheet would compute text that begins with "=", "+", "-", "@", a tab or a line break. Such text, if it is
+        no plain number, gets an apostrophe in front, which spreadsheets do not show. `to_parquet` leaves text as it is.
+
+        Args:
+            path: the file; it is replaced whole, and its folder is made if it is not there.
+            k: how many on each side; all where there are fewer.
+        """
+        write_csv(path, self._table(k))
+
+    def to_parquet(self, path: str | os.PathLike[str], *, k: int = 5) -> None:
+        """Write the long form of `to_pandas` as Parquet. It needs pyarrow, and no pandas; see `to_csv`.
+
+        A column of both text and numbers becomes text.
+
+        Raises:
+            ModuleNotFoundError: if pyarrow is not installed.
+        """
+        write_parquet(path, self._table(k))
+
+    def _table(self, k: int) -> Table:
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"k must be a positive integer, got {k!r}.")
+        k = min(k, self._most())
+        if isinstance(self._scores, StoredScores):
+            extremes = extremes_of(self._scores.blocks(), k)
+        else:
+            extremes = Extremes(self.top(k), self.bottom(k))
+        errors = None if self._spread is None else self._spread.standard_error
+        return long_table(extremes, self._train, self._targets, self._outputs, errors)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        """Return all scores, (n, m), for ``np.asarray(attribution)``.
+
+        The array shares the memory of a tensor. Scores on disk are read into memory, 4 n m bytes.
+
+        Raises:
+            MemoryError: if these are more than are free.
+            AttributeError: if only extremes were kept.
+        """
+        scores = self.scores
+        array = scores.numpy() if isinstance(scores, Tensor) else scores.__array__(copy=copy)
+        return array if dtype is None and not copy else np.array(array, dtype, copy=copy)
+
+    def by_id(
+        self,
+        train: str | int | Sequence[str | int] | None = None,
+        targets: str | int | Sequence[str | int] | None = None,
+    ) -> Tensor:
+        """Return scores by the ids of training examples and targets, never by rows: these index `scores`.
+
+        Args:
+            train: an id, or several; None for all training examples.
+            targets: likewise.
+
+        Returns:
+            The scores, (train, targets), in the order of the ids; without the axis of a single id.
+
+        Raises:
+            ValueError: if no example has an id, or several have it.
+
+        >>> info = AttributionInfo(3, 1, ("a1b2",), "sparse", 2048, 0.3, True)
+        >>> attribution = Attribution(torch.tensor([[0.5], [-1.0], [2.0]]), info)
+        >>> attribution.with_columns(train={"id": [30, 10, 20]}).by_id(train=[10, 30], targets=0)
+        tensor([-1.0000,  0.5000])
+        """
+        rows, columns = _places(self._train, train), _places(self._targets, targets)
+        if isinstance(rows, list):
+            return self.scores[rows][:, columns]
+        return self.scores[rows, columns]
+
+    def keep(
+        self, train_set: Any, rows: Sequence[int] | Tensor | None = None, *, ids: Sequence[str | int] | None = None
+    ) -> Subset[Any]:
+        """Return the chosen training examples for the next training; see `remove`."""
+        return kept_subset(train_set, self._train, rows, ids)
+
+    def remove(
+        self, train_set: Any, rows: Sequence[int] | Tensor | None = None, *, ids: Sequence[str | int] | None = None
+    ) -> Subset[Any]:
+        """Return the train set without some examples, for the next training.
+
+        The order stays, and an example that is named twice counts once.
+
+        Args:
+            train_set: the data set that was attributed.
+            rows: which training examples, by row; or a mask, (n,), bool.
+            ids: which training examples, by id, in place of ``rows``.
+
+        Returns:
+            A part of ``train_set``; its ``indices`` are the rows that are left.
+
+        Raises:
+            TypeError: if ``train_set`` is no data set, or not one of ``rows`` and ``ids`` is given.
+            ValueError: if the train set has another length, there is no such example, or none is left.
+
+        >>> info = AttributionInfo(3, 1, ("a1b2",), "sparse", 2048, 0.3, True)
+        >>> attribution = Attribution(torch.tensor([[0.5], [-1.0], [2.0]]), info)
+        >>> harmful = attribution.bottom(1).indices.flatten()
+        >>> subset = attribution.remove(["first", "second", "third"], harmful)
+        >>> list(subset), subset.indices
+        (['first', 'third'], [0, 2])
+        """
+        return kept_subset(train_set, self._train, rows, ids, remove=True)
 
     def plot(
         self,
@@ -445,31 +591,39 @@ class Attribution:
         return {name: part for name, part in parts.items() if isinstance(part, StoredScores)}
 
     def _ranked(self, k: int, *, largest: bool) -> Ranked:
+        if not 1 <= k <= self._most():
+            few = isinstance(self._scores, Extremes)
+            why = "kept by trainer.attribute(top_k=...)" if few else "in the train set"
+            raise ValueError(f"k must be between 1 and {self._most()}, the number of examples {why}; got {k}.")
         if isinstance(self._scores, Extremes):
             kept = self._scores.top if largest else self._scores.bottom
-            limit, why = kept.indices.shape[1], "kept by trainer.attribute(top_k=...)"
-        else:
-            limit, why = self.info.n_train, "in the train set"
-        if not 1 <= k <= limit:
-            raise ValueError(f"k must be between 1 and {limit}, the number of examples {why}; got {k}.")
-        if isinstance(self._scores, Extremes):
             return Ranked(kept.indices[:, :k], kept.values[:, :k])
         if isinstance(self._scores, StoredScores):
             extremes = extremes_of(self._scores.blocks(), k)
             return extremes.top if largest else extremes.bottom
         return rank(self._scores.T, k, largest)
 
+    def _most(self) -> int:
+        """Return how many training examples can be ranked for each target."""
+        return self._scores.top.indices.shape[1] if isinstance(self._scores, Extremes) else self.info.n_train
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what cannot be pickled: the way to the features."""
         return {**vars(self), "_kept": None}
 
     def __repr__(self) -> str:
+        """Say in one line what was averaged over and, where it is known without work, whether that was enough."""
         info = self.info
-        return (
-            f"Attribution(n_train={info.n_train}, n_targets={info.n_targets}, checkpoints={len(info.checkpoints)},"
-            f" projector={info.projector!r}, proj_dim={info.proj_dim}, damping={info.damping!r},"
-            f" curvature={info.curvature})"
+        status = status_of(
+            len(info.checkpoints),
+            info.runs,
+            (info.n_attributed, info.n_params),
+            info.dampings,
+            info.damping_rules,
+            agreement_of_all(None if self._spread is None else self._spread.sample),
         )
+        of = "training example" if info.n_train == 1 else "training examples"
+        return f"Attribution of {info.n_train} {of} for {info.n_targets} target{'s' * (info.n_targets != 1)}: {status}"
 
 
 def _described(side: str, examples: Examples | None, size: int) -> Examples:
@@ -479,25 +633,9 @@ def _described(side: str, examples: Examples | None, size: int) -> Examples:
     return Examples(size) if examples is None else examples
 
 
-def _masks(indices: Sequence[int] | Tensor, n: int) -> Tensor:
-    """Return sets of training examples as masks, (n,) or (s, n)."""
-    given = torch.as_tensor(indices).cpu()
-    given = given.long() if given.shape == (0,) else given  # an empty list is a tensor of floats
-    if given.dtype == torch.bool:
-        masks = given
-        if masks.ndim not in (1, 2) or masks.shape[-1] != n:
-            raise ValueError(
-                f"A mask must have shape ({n},) or (s, {n}) for {n} training examples: {tuple(given.shape)}."
-            )
-    else:
-        if given.ndim != 1 or given.dtype.is_floating_point or given.dtype.is_complex:
-            raise ValueError(
-                f"indices must be rows of the train set, (r,), integers; got {tuple(given.shape)}, {given.dtype}."
-            )
-        outside = given[(given < 0) | (given >= n)]
-        if len(outside):
-            raise ValueError(f"indices must be rows of the train set, 0 to {n - 1}; got {outside[:5].tolist()}.")
-        masks = torch.zeros(n, dtype=torch.bool).index_fill(0, given.long(), True)
-    if bool(masks.all(-1).any()):
-        raise ValueError("All training examples are left out, so nothing is left to train on. Leave out fewer.")
-    return masks
+def _places(examples: Examples, ids: Any) -> Any:
+    """Return the row of an id, those of several ids, or a slice of all rows."""
+    if ids is None:
+        return slice(None)
+    single = isinstance(plain(ids), (str, int))
+    return examples.rows_of([ids])[0] if single else examples.rows_of(ids)

@@ -69,8 +69,11 @@ class Examples:
         """Return the row of each id.
 
         Raises:
+            TypeError: if ``ids`` is no list of ids.
             ValueError: if there is no such id, or several rows have it.
         """
+        if isinstance(plain(ids), (str, int)):
+            raise TypeError(f"ids must be a list of ids, got {ids!r} alone. Pass [{ids!r}].")
         return [self._row_of(one) for one in _checked_ids(ids)]
 
     def _row_of(self, one: str | int) -> int:

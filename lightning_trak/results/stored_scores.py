@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lightning_trak.gradients.memory import free_bytes
 from lightning_trak.store.chunks import Chunks
 from lightning_trak.store.files import Damaged
 
@@ -18,7 +20,8 @@ NAME = "scores"  # of the array in each chunk
 class StoredScores:
     """A matrix (n, m) on disk, which is indexed like a tensor: ``scores[i]``, ``scores[:, j]``, ``scores[2:5, :3]``.
 
-    Only what is asked for is in memory. Each part is verified when it is read. ``masks @ scores`` works, too.
+    Only what is asked for is in memory. Each part is verified when it is read. ``masks @ scores`` works, too;
+    ``np.asarray(scores)`` reads all of it.
 
     Args:
         chunks: of n rows, complete.
@@ -72,6 +75,35 @@ class StoredScores:
         for start in self.chunks.fetched(range(0, len(self), self.chunks.size)):
             rows = self.chunks.of(start)
             yield slice(rows.start, rows.stop), self._read(rows)
+
+    def picked(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return the scores at pairs of a row and a column, (p,): what a tensor's ``scores[rows, columns]`` is."""
+        found = torch.empty(len(rows))
+        for start in self.chunks.fetched((rows - rows % self.chunks.size).unique().tolist()):
+            block = self._read(self.chunks.of(start))
+            here = (rows >= start) & (rows < start + len(block))
+            found[here] = block[rows[here] - start, columns[here]]
+        return found
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        """Read all scores into memory, 4 n m bytes.
+
+        Raises:
+            MemoryError: if the free memory is known, and not enough.
+            ValueError: if no copy is allowed.
+        """
+        size, free = 4 * self.shape.numel(), free_bytes(self.device)
+        if copy is False:
+            raise ValueError("Scores on disk cannot be an array without a copy. Leave copy=False out.")
+        if free is not None and size > free:
+            raise MemoryError(
+                f"All scores, {tuple(self.shape)}, take {size / 1e9:.3g} GB in memory, of which {free / 1e9:.3g} GB are"
+                " free. Read parts of them: scores[rows], scores[:, columns], or scores.blocks() for one after another."
+            )
+        found = np.empty(self.shape, np.float32)
+        for rows, block in self.blocks():
+            found[rows] = block.numpy()
+        return found if dtype is None else found.astype(dtype, copy=False)
 
     def __rmatmul__(self, left: Tensor) -> Tensor:
         """Return ``left`` (s, n) times the scores, (s, m)."""

@@ -151,6 +151,7 @@ def _info(job: Job, estimator: Estimator, solved: Sequence[Solved], n_targets: i
     values = " to ".join(f"{value:.2g}" for value in sorted({min(dampings).value, max(dampings).value}))
     rank_zero_info(f"TRAKCallback: damping {values}, {' or '.join(sorted({damping.rule for damping in dampings}))}.")
     options, metas = estimator.options, [entry.meta for entry in job.entries]
+    runs = {meta.get("run") for meta in metas}
     return AttributionInfo(
         n_train=job.store.n_train,
         n_targets=n_targets,
@@ -164,6 +165,9 @@ def _info(job: Job, estimator: Estimator, solved: Sequence[Solved], n_targets: i
         damping_rules=tuple(damping.rule for damping in dampings),
         temperature=estimator.temperature,
         preconditioner=None if job.plan.preconditioner is None else "kronecker",
+        runs=0 if None in runs else len(runs),
+        n_attributed=job.plan.n_params,
+        n_params=sum(value.numel() for value in job.model.parameters()),
         loss_explained=tuple(meta["loss_explained"] for meta in metas if "loss_explained" in meta),
     )
 

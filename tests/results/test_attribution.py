@@ -58,13 +58,6 @@ def test_scores_of_extremes(extremes):
         extremes.scores  # noqa: B018
 
 
-def test_repr(full):
-    assert repr(full) == (
-        "Attribution(n_train=12, n_targets=6, checkpoints=2, projector='sparse', proj_dim=2048, damping=0.3,"
-        " curvature=True)"
-    )
-
-
 def test_save_and_load(tmp_path, either):
     either.save(tmp_path / "deep" / "place")
     either.save(tmp_path / "deep" / "place")  # replaces

@@ -108,8 +108,9 @@ def test_rows_of_ids():
         Examples(3).rows_of(["1"])
     with pytest.raises(ValueError, match="No example has the id 1; there is '1'"):
         Examples(["1"]).rows_of([1])
-    with pytest.raises(TypeError, match="got str"):
-        examples.rows_of("7")
+    for alone in ("7", 7):
+        with pytest.raises(TypeError, match=f"must be a list of ids, got {alone!r} alone"):
+            examples.rows_of(alone)
 
 
 def attributions():

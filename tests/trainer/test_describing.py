@@ -89,6 +89,18 @@ def test_ids_and_names_of_classes_come_from_the_data_sets(tmp_path):
     assert set(columns["prediction"]) <= {*NAMES}
 
 
+def test_the_status_counts_runs_and_parameters(run, tmp_path):
+    root, trainer, model, _ = run
+    whole = sum(value.numel() for value in model.parameters())
+    info = trainer.attribute().info
+    assert (info.runs, info.n_attributed, info.n_params) == (1, whole, whole)
+    files = sorted((root / "files").iterdir())
+    callback = TRAKCallback(tmp_path / "store", parameters="net.4.*")
+    other = make_trainer(tmp_path, callback).attribute(Classifier(), datamodule=Blobs(), ckpt_path=files)
+    assert (other.info.runs, other.info.n_attributed, other.info.n_params) == (0, 6 * 3 + 3, whole)
+    assert f": 3 checkpoints, 21 of {whole} parameters, damping" in repr(other)
+
+
 def test_without_a_train_set_examples_have_row_numbers(run):
     root, *_ = run
     attribution = fresh(root).attribute(Classifier(), DataLoader(make_data(M, 2), 4))

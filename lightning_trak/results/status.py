@@ -1,0 +1,91 @@
+"""One line about an attribution: what was averaged over, and whether that was enough."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_trak.metrics import spearman
+
+_ENOUGH = 2 / 3  # then all checkpoints together agree to 0.8 with as many others (Spearman and Brown)
+_MOST = 1000  # targets that are compared for one line
+
+
+def agreement_of(sample: Tensor, number: int, splits: int, seed: int) -> float:
+    """Return how well the scores of two halves of some checkpoints agree.
+
+    Args:
+        sample: scores at each checkpoint, (checkpoints, r, m).
+        number: of checkpoints that are drawn and split into halves; even.
+        splits: the number of random splits.
+        seed: of the splits.
+
+    Returns:
+        Spearman's rank correlation over training examples, averaged over targets and splits.
+
+    >>> agreement_of(torch.arange(12.0).reshape(2, 6, 1), 2, splits=3, seed=0)
+    1.0
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randperm(len(sample), generator=generator)[:number] for _ in range(splits)]
+    halves = [(sample[half[::2]].mean(0), sample[half[1::2]].mean(0)) for half in drawn]
+    return torch.stack([spearman(*pair).mean() for pair in halves]).mean().item()
+
+
+def agreement_of_all(sample: Tensor | None) -> float | None:
+    """Return the agreement of two halves of all checkpoints; None where it is unknown.
+
+    Of many targets some are compared, evenly spaced.
+    """
+    if sample is None or len(sample) < 2 or sample.shape[1] < 2 or sample.shape[2] < 1:
+        return None
+    few = sample[:, :, :: math.ceil(sample.shape[2] / _MOST)]
+    return agreement_of(few, len(sample) // 2 * 2, splits=20, seed=0)
+
+
+def status_of(
+    checkpoints: int,
+    runs: int,
+    parameters: tuple[int, int],
+    dampings: Sequence[float],
+    rules: Sequence[str],
+    agreement: float | None,
+) -> str:
+    """Return one line about what scores were averaged over.
+
+    Args:
+        checkpoints: their number.
+        runs: the number of runs that they are from; 0 if unknown.
+        parameters: the numbers of attributed parameters and of all; 0 if unknown.
+        dampings: λ at every checkpoint.
+        rules: how they were chosen.
+        agreement: of two halves of the checkpoints; None if unknown.
+
+    >>> status_of(8, 2, (66, 66), [3.1] * 8, ["from the training time"] * 8, 0.93)
+    '8 checkpoints of 2 runs, 66 of 66 parameters, damping 3.1 from the training time, halves agree 0.93'
+    >>> status_of(2, 1, (1200, 34000), [0.1, 0.2], ["by cross-validation"] * 2, 0.4).partition(": ")[0]
+    '2 checkpoints of 1 run, 1 200 of 34 000 parameters, damping 0.1 to 0.2 by cross-validation, halves agree 0.40 only'
+    """
+    parts = [_counted(checkpoints, "checkpoint") + (f" of {_counted(runs, 'run')}" if runs else "")]
+    if all(parameters):
+        own, whole = (f"{number:,}".replace(",", " ") for number in parameters)
+        parts.append(f"{own} of {whole} parameters")
+    if dampings:
+        values = " to ".join(f"{value:.2g}" for value in sorted({min(dampings), max(dampings)}))
+        rule = " or ".join(sorted(set(rules)))
+        parts.append(f"damping {values} {f'({rule})' if ',' in rule else rule}".rstrip())
+    if agreement is None:
+        return ", ".join(parts)
+    if agreement >= _ENOUGH:
+        return ", ".join([*parts, f"halves agree {agreement:.2f}"])
+    return ", ".join([*parts, f"halves agree {agreement:.2f} only"]) + (
+        ": the ranks of training examples are uncertain. Average over more checkpoints: fit again with another seed and"
+        " the same TRAKCallback(dirpath=...), see convergence()"
+    )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
