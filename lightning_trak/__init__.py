@@ -3,7 +3,7 @@
 The rooms, in the order of the data. Each may import those above it::
 
     isolation     a module, and random states, left as they were
-    data          examples by row, batches of any structure, the identity of a data set
+    data          examples by row, batches of any structure, the identity of a data set, what it tells of its examples
     tasks         what a module tells: model output f, loss L(f), Q = −∂L/∂f, w = ∂²L/∂f²; ready mixins
     gradients     per-sample gradients of f: engines, a rule for each type of layer, what selects engine and batch size
     projection    random projections, listed by name in its __init__

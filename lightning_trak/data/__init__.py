@@ -1,4 +1,4 @@
-"""Examples by row, batches of any structure, and the identity of a dataset.
+"""Examples by row, batches of any structure; the identity of a dataset, and the ids and labels that it tells.
 
 A user's loader comes in; batches with the rows of their examples go out. May import `isolation`; no Lightning.
 """

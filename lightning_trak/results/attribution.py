@@ -490,7 +490,8 @@ class Attribution:
 
         Raises:
             TypeError: if ``train_set`` is no data set, or not one of ``rows`` and ``ids`` is given.
-            ValueError: if the train set has another length, there is no such example, or none is left.
+            ValueError: if the train set has another length, or tells ids in another order; if there is no such
+                example, or none is left.
 
         >>> info = AttributionInfo(3, 1, ("a1b2",), "sparse", 2048, 0.3, True)
         >>> attribution = Attribution(torch.tensor([[0.5], [-1.0], [2.0]]), info)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
+from lightning_trak.data.annotations import annotations_of
 from lightning_trak.results.examples import Examples
 
 
@@ -31,6 +33,7 @@ def kept_subset(train_set: Any, examples: Examples, rows: Any, ids: Any, *, remo
         )
     if (rows is None) == (ids is None):
         raise TypeError("Choose training examples by rows, or by ids=[...]: one of the two.")
+    _check_same(annotations_of(train_set).ids, examples.ids)
     mask = _mask(examples.rows_of(ids) if rows is None else rows, n, "rows")
     if mask.ndim != 1:
         raise ValueError(f"rows must be one mask, ({n},), got {tuple(mask.shape)}.")
@@ -38,6 +41,18 @@ def kept_subset(train_set: Any, examples: Examples, rows: Any, ids: Any, *, remo
     if not left.any():
         raise ValueError("No training example is left, so there is nothing to train on. Keep some.")
     return Subset(train_set, left.nonzero()[:, 0].tolist())
+
+
+def _check_same(told: Sequence[str | int] | None, known: Sequence[str | int]) -> None:
+    """Raise a ValueError if a data set tells the same texts as ids, but for other rows; a user may have renamed all."""
+    if told is None or not all(isinstance(one, str) for one in told) or set(told).isdisjoint(known):
+        return
+    for row, (one, other) in enumerate(zip(told, known, strict=True)):
+        if one != other:
+            raise ValueError(
+                f"train_set is not in the order in which it was attributed, or has other examples: row {row} is"
+                f" {one!r}, and was {other!r}. Pass the data set that was attributed; a random split needs a seed."
+            )
 
 
 def masks_of(indices: Any, n: int) -> Tensor:

@@ -79,7 +79,9 @@ def attribute(
         of Lightning starts for this call alone (``ddp_spawn``, ``ddp_notebook``) return them to the caller. For
         `Attribution.without`, `Attribution.parts` and `calibrate` the result also keeps model, trainer and loaders, and
         the targets' features: 4 m k bytes for each checkpoint, or 24 KB a target where gradients are whitened.
-        `Attribution.save` leaves all that out.
+        `Attribution.save` leaves all that out. `Attribution.train` and `Attribution.targets` have ids and labels where
+        the data sets tell them without reading examples; targets also have what `TRAKMixin.describe` says, such as
+        the prediction.
 
     Raises:
         MisconfigurationException: if trainer, model, loaders and store do not fit together; the remedy is named.

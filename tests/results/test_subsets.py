@@ -102,3 +102,31 @@ def test_what_cannot_be_chosen_is_refused(attribution, train_set, choice, error,
 def test_nothing_to_keep(attribution):
     with pytest.raises(ValueError, match="No training example is left"):
         attribution.keep(TRAIN, [])
+
+
+class Files:
+    """Tells ids."""
+
+    def __init__(self, *names):
+        self.imgs = [(f"{name}.png", 0) for name in names]
+
+    def __len__(self):
+        return len(self.imgs)
+
+    def __getitem__(self, row):
+        return self.imgs[row]
+
+
+def test_another_order_of_files_is_noticed():
+    known = {"id": [f"{name}.png" for name in "abcdef"]}
+    attribution = Attribution(torch.randn(N, 2), INFO).with_columns(train=known)
+    assert attribution.keep(Files(*"abcdef"), [1]).indices == [1]
+    with pytest.raises(ValueError, match=r"in the order.*row 2 is 'd.png', and was 'c.png'.*a random split needs"):
+        attribution.keep(Files(*"abdcef"), [1])
+    with pytest.raises(ValueError, match="row 0 is 'x.png', and was 'a.png'"):
+        attribution.keep(Files(*"xbcdef"), [1])
+
+
+def test_a_user_may_rename_the_examples(attribution):
+    assert attribution.keep(Files(*"uvwxyz"), [1]).indices == [1]
+    assert Attribution(torch.randn(N, 2), INFO).keep(Files(*"uvwxyz"), [1]).indices == [1]
