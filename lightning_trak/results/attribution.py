@@ -397,12 +397,23 @@ class Attribution:
     def to_csv(self, path: str | os.PathLike[str], *, k: int = 5) -> None:
         """Write the long form of `to_pandas` as CSV, in UTF-8. It needs no pandas.
 
-        A spreadsheet would compute text that begins with "=", "+", "-", "@", a tab or a line break. Such text, if it is
-        no plain number, gets an apostrophe in front, which spreadsheets do not show. `to_parquet` leaves text as it is.
+        A spreadsheet would compute text that begins with "=", "+", "-", "@", a tab or a line break. Such text gets an
+        apostrophe in front, unless it is a plain number. `to_parquet` leaves text as it is.
 
         Args:
             path: the file; it is replaced whole, and its folder is made if it is not there.
             k: how many on each side; all where there are fewer.
+
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> info = AttributionInfo(3, 1, ("a1b2",), "sparse", 2048, 0.3, True)
+        >>> attribution = Attribution(torch.tensor([[0.5], [-1.0], [2.0]]), info)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     attribution.to_csv(Path(folder, "scores.csv"), k=1)
+        ...     print(Path(folder, "scores.csv").read_text())
+        "target_id","target_row","side","rank","train_id","train_row","score"
+        0,0,"helpful",1,2,2,2.0
+        0,0,"harmful",1,1,1,-1.0
         """
         write_csv(path, self._table(k))
 
@@ -470,7 +481,13 @@ class Attribution:
     def keep(
         self, train_set: Any, rows: Sequence[int] | Tensor | None = None, *, ids: Sequence[str | int] | None = None
     ) -> Subset[Any]:
-        """Return the chosen training examples for the next training; see `remove`."""
+        """Return the chosen training examples alone, for the next training; see `remove` for arguments and errors.
+
+        >>> info = AttributionInfo(3, 1, ("a1b2",), "sparse", 2048, 0.3, True)
+        >>> attribution = Attribution(torch.tensor([[0.5], [-1.0], [2.0]]), info)
+        >>> list(attribution.keep(["first", "second", "third"], attribution.scores[:, 0] > 0))
+        ['first', 'third']
+        """
         return kept_subset(train_set, self._train, rows, ids)
 
     def remove(

@@ -84,7 +84,8 @@ def wide_frame(scores: Any, train: Examples, targets: Examples) -> DataFrame:
     """Return scores, (n, m), as a DataFrame of pandas with ids as index and columns."""
     pd = _imported("pandas")
     index, columns = pd.Index(train.ids, name="train_id"), pd.Index(targets.ids, name="target_id")
-    return pd.DataFrame(np.asarray(scores), index, columns)
+    shared = isinstance(scores, Tensor)  # writing to the frame must not change the scores
+    return pd.DataFrame(np.asarray(scores), index, columns, copy=shared)
 
 
 def write_csv(path: str | os.PathLike[str], table: Table) -> None:

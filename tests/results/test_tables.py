@@ -121,6 +121,8 @@ def test_the_wide_form(attribution):
     assert frame.loc["3.png", 20] == SCORES[3, 2].item()
     assert torch.equal(torch.from_numpy(frame.to_numpy(copy=True)), SCORES)
     assert (frame.index.name, frame.columns.name) == ("train_id", "target_id")
+    frame.iloc[:, :] = 0
+    assert attribution.scores[3, 2] != 0
 
 
 def test_arrays(attribution):
