@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import FeatureStore, TRAKCallback
+from lightning_trak.data.identity import fingerprint
 from tests.conftest import Classifier, make_data, make_trainer
 from tests.trainer.references import fresh
 
@@ -48,20 +49,28 @@ class First(L.LightningDataModule):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A store of N examples at two checkpoints, in chunks of 16, and the checkpoints' files."""
+    """The files of two checkpoints, and the manifest of a store of N examples."""
     root = tmp_path_factory.mktemp("grown")
     L.seed_everything(0, verbose=False)
     saving = ModelCheckpoint(root / "files", save_top_k=-1, filename="{epoch}")
     trainer = make_trainer(root, saving, TRAKCallback(root / "unused"), max_epochs=2)
     trainer.fit(Classifier(), datamodule=First(N))
-    return sorted((root / "files").iterdir())
+    return sorted((root / "files").iterdir()), FeatureStore(root / "unused").manifest
+
+
+def filled(root, trained, data):
+    """Make a store in which a data set is featurized at two checkpoints, in chunks of 16."""
+    files, manifest = trained
+    own = {name: value for name, value in manifest.items() if name != "id"}
+    own |= {"chunk_rows": 16, **fingerprint(data.train_set)}
+    FeatureStore.create(root / "store", own)
+    attributed(root, data, ckpt_path=files)
 
 
 @pytest.fixture
-def root(tmp_path, trained, monkeypatch):
+def root(tmp_path, trained):
     """A folder with a store in which all N examples are featurized."""
-    monkeypatch.setattr("lightning_trak.store.store._CHUNK_ROWS", 16)
-    attributed(tmp_path, First(N), ckpt_path=trained)
+    filled(tmp_path, trained, First(N))
     return tmp_path
 
 
@@ -177,7 +186,7 @@ def test_a_second_fit_may_have_more_examples(root):
 def test_a_chunk_of_another_store_is_damaged(root, tmp_path_factory, trained):
     """Stores of the same settings have different names inside, although their data are not a part of these."""
     other = tmp_path_factory.mktemp("other")
-    attributed(other, First(48, changed=2), ckpt_path=trained)
+    filled(other, trained, First(N, changed=2))
     for path in chunks(root):
         shutil.copyfile(other / path.relative_to(root), path)
     with pytest.warns(UserWarning, match="is damaged: it belongs elsewhere"):
