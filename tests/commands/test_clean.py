@@ -91,6 +91,16 @@ def test_every_leftover_is_deleted_and_nothing_else(store, run):
     assert tree(store) == before
 
 
+def test_a_table_of_a_save_that_was_killed_is_deleted_and_that_of_the_scores_stays(store, run):
+    own = {path.name for path in (store / "scores" / "blobs").glob("*-*.json")}
+    left = store / "scores" / "blobs" / "train-0a0b0c0d.json"
+    left.write_text("{}")
+    age(left)
+    assert run("clean", store, "--yes")[0] == 0
+    assert len(own) == 2
+    assert {path.name for path in (store / "scores" / "blobs").glob("*-*.json")} == own
+
+
 @pytest.mark.parametrize(("answer", "deletes"), [("y", True), ("yes", True), ("n", False), ("", False), ("ja", False)])
 def test_it_asks(store, run, answers, answer, deletes):
     (partial,) = [path for path in leftovers_in(store) if path.name.startswith("manifest")]
