@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from lightning_trak.influence import Extremes
+from lightning_trak.results.kinds import described, in_words
+from lightning_trak.results.numbers import number_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_IMAGES, _LABELS = ("image", "pixel_values", "x"), ("label", "labels", "y")  # keys of examples that are mappings
 _HELPFUL, _HARMFUL = "#2166ac", "#b2182b"  # blue and red that colour-blind people can tell apart
 
 
@@ -100,7 +100,8 @@ def _images(
         ):
             image, label = _image_and_label(train[index])
             axis.imshow(image, cmap="gray_r")
-            title = f"{value:+.2g}" if label is None else f"label {label}\n{value:+.2g}"
+            score = number_text(value, signed=True)
+            title = score if label is None else f"label {label}\n{score}"
             axis.set_title(title, fontsize=8, color=colour)
             axis.set_xlabel(f"#{index}", fontsize=7)
     for axis in row:
@@ -108,50 +109,20 @@ def _images(
         axis.set_yticks([])
 
 
-def _image_of(example: Mapping[Any, Any]) -> Any:
-    for key in _IMAGES:
-        if key in example:
-            return example[key]
-    raise ValueError(
-        f"An example has no image: it has the keys {', '.join(map(repr, example)) or 'none'}, and its image is expected"
-        f" under one of {', '.join(map(repr, _IMAGES))}. Pass a sequence of images in place of the data, e.g."
-        " plot(train=[example['picture'] for example in data]), or call plot() without train and targets to draw scores"
-        " as bars."
-    )
-
-
 def _image_and_label(example: Any) -> tuple[npt.NDArray[Any], Any]:
     """Return the image of an example in the form of matplotlib, and its label, if any."""
-    image, label = example, None
+    found = described(example)
+    if found.image is not None:
+        return found.image.pixels, found.label
+    if isinstance(example, (list, tuple)) and example:
+        example = example[0]
     if isinstance(example, Mapping):
-        label = next((example[key] for key in _LABELS if key in example), None)
-    elif isinstance(example, (list, tuple)) and example:
-        image, label = example[0], example[1] if len(example) > 1 else None
-    if isinstance(label, (torch.Tensor, np.generic, np.ndarray)):
-        label = label.item() if np.asarray(label).size == 1 else None  # tokens, for example
-    elif isinstance(label, (Mapping, list, tuple)):
-        label = None
-    return _as_matplotlib_wants(_image_of(image) if isinstance(image, Mapping) else image), label
-
-
-def _as_matplotlib_wants(image: Any) -> npt.NDArray[Any]:
-    """Return an image as (H, W), or (H, W, C) with three or four channels; floats from 0 to 1."""
-    try:
-        array = np.asarray(image)
-    except ValueError:  # a list of arrays of different shapes
-        array = np.empty(0, dtype=object)
-    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (3, 4):
-        array = np.moveaxis(array, 0, 2)
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or array.dtype.kind not in "biuf":
-        shape = "" if array.dtype == object else f" of shape {array.shape}"
         raise ValueError(
-            f"An example{shape} ({type(image).__name__}) is no image, (H, W), (C, H, W) or (H, W, C) with C = 1, 3 or"
-            " 4. Pass a sequence of images in place of the data, or call plot() without train and targets to draw"
-            " scores as bars."
+            f"An example has no image: it has the keys {', '.join(map(repr, example)) or 'none'}, and none of them has"
+            " one. Pass a sequence of images in place of the data, e.g. plot(train=[example['picture'] for example in"
+            " data]), or call plot() without train and targets to draw scores as bars."
         )
-    if array.dtype.kind == "f":
-        low, high = float(array.min()), float(array.max())
-        array = (array - low) / (high - low) if high > low else np.zeros_like(array)
-    return array
+    raise ValueError(
+        f"An example ({in_words(example)}) is no image, (H, W), (C, H, W) or (H, W, C) with C = 1, 3 or 4. Pass a"
+        " sequence of images in place of the data, or call plot() without train and targets to draw scores as bars."
+    )

@@ -177,7 +177,7 @@ def test_images(either, form):
     assert axes.shape == (2, 7)
     best = SCORES[:, 5].argmax().item()
     title = axes[1, 1].get_title()
-    assert f"{SCORES[best, 5]:+.2g}" in title
+    assert f"{SCORES[best, 5]:+#.3g}".replace("-", "−") in title
     assert axes[1, 1].get_xlabel() == f"#{best}"
     if form in ("with labels", "dicts"):
         assert f"label {best}" in title.replace(f"label {best % 10}", f"label {best}")
@@ -198,7 +198,7 @@ def test_what_cannot_be_drawn(full, monkeypatch):
     for columns in ([6], [-1], []):
         with pytest.raises(ValueError, match="some of the 6 targets"):
             full.plot(columns=columns)
-    with pytest.raises(ValueError, match=r"shape \(4,\) \(Tensor\) is no image"):
+    with pytest.raises(ValueError, match=r"Tensor of shape \(4,\)\) is no image"):
         full.plot(torch.zeros(12, 4))
     mpl.pyplot.close("all")
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
@@ -209,11 +209,14 @@ def test_what_cannot_be_drawn(full, monkeypatch):
 NO_IMAGES = {
     "tokens": ({"input_ids": torch.ones(4), "labels": 1}, "has no image: it has the keys 'input_ids', 'labels', and"),
     "an empty mapping": ({}, "has the keys none"),
-    "series": (({"encoder_cont": torch.ones(3, 2)}, (torch.ones(3), None)), "'image', 'pixel_values', 'x'. Pass a seq"),
-    "channels": (torch.zeros(13, 8, 8), r"shape \(13, 8, 8\) \(Tensor\) is no image, .* call plot\(\) without train"),
-    "ragged": (([np.ones((4, 2)), np.ones((3, 2))], 1.0), r"An example \(list\) is no image"),
+    "series": (
+        ({"encoder_cont": torch.ones(3, 2)}, (torch.ones(3), None)),
+        "'encoder_cont', and none of them has one. Pass",
+    ),
+    "channels": (torch.zeros(13, 8, 8), r"of shape \(13, 8, 8\)\) is no image, .* call plot\(\) without tr"),
+    "ragged": (([np.ones((4, 2)), np.ones((3, 2))], 1.0), r"An example \(list\) is no image, \(H, W\)"),
     "text": ("a photo", r"\(str\) is no image"),
-    "nothing": ((), r"\(tuple\) is no image"),
+    "nothing": ((), r"\(tuple.*\) is no image"),
 }
 
 
