@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,9 +15,13 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from lightning_trak.influence import Extremes, Ranked, Spread, extremes_of, fit_weights, rank
+from lightning_trak.influence.train_features import evenly_spaced
+from lightning_trak.isolation.random_states import kept_random_states
 from lightning_trak.metrics import predicted_outputs
 from lightning_trak.results.examples import Examples, plain
 from lightning_trak.results.plots import plot_extremes
+from lightning_trak.results.report.content import Known
+from lightning_trak.results.report.page import notebook_page, write_report
 from lightning_trak.results.saved import Saved, check_saved, read_saved, write_saved
 from lightning_trak.results.split_score import SplitScore
 from lightning_trak.results.status import agreement_of, agreement_of_all, status_of
@@ -30,7 +35,15 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-_LISTS = ("checkpoints", "dampings", "damping_rules", "loss_explained")  # the fields below that are tuples
+_LISTS = (
+    "checkpoints",
+    "dampings",
+    "damping_rules",
+    "loss_explained",
+    "warnings",
+)  # the fields below that are tuples
+_CURVE = 200  # targets from which a report tells how well checkpoints agree: of thousands it would take a minute
+_NOTEBOOK = 5, 3  # targets in a notebook's table, and training examples on each side
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,7 @@ class AttributionInfo:
         n_attributed: p, the number of attributed parameters; 0 if unknown, as are the next in attributions of earlier
             versions.
         n_params: the number of all parameters of the model.
+        warnings: what this process warned of, in training or attribution.
     """
 
     n_train: int
@@ -77,6 +91,7 @@ class AttributionInfo:
     runs: int = 0
     n_attributed: int = 0
     n_params: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 class Convergence(NamedTuple):
@@ -196,9 +211,7 @@ class Attribution:
         Returns:
             ``checkpoints``, even numbers, and ``agreement`` for each.
         """
-        sample = self._known_spread().sample
-        numbers = list(range(2, len(sample) + 1, 2))
-        return Convergence(numbers, [agreement_of(sample, number, splits, seed) for number in numbers])
+        return _convergence(self._known_spread().sample, splits, seed)
 
     def _known_spread(self) -> Spread:
         computable = len(self.info.checkpoints) > 1 and not isinstance(self._scores, Extremes)
@@ -551,6 +564,104 @@ class Attribution:
         extremes = Extremes(self.top(k), self.bottom(k))
         return plot_extremes(extremes, shown, train, targets)
 
+    def report(
+        self,
+        path: str | os.PathLike[str] | RemotePath,
+        train: Sequence[Any] | None = None,
+        targets: Sequence[Any] | None = None,
+        *,
+        render: Callable[[Any], Any] | None = None,
+        suspects: Any = None,
+        evaluation: Any = None,
+        title: str | None = None,
+        k: int = 5,
+    ) -> Path:
+        """Write a report that anyone can open: one HTML file, which needs no network and no server.
+
+        It shows every target with its example, label, prediction and output, and the training examples that helped and
+        harmed it most; the training examples to look at; and how far scores can be relied on. Targets can be searched,
+        sorted and filtered. Whatever the data contain is shown as text.
+
+        Examples are drawn for what they are: images, with classes of pixels as colours; texts; tokens; rows of tables,
+        whose values that differ most from the target are marked; series as curves; and tuples and mappings of these.
+        Labels are those of the column ``"label"``, or else the examples' own: y of a pair ``(x, y)``, or what a mapping
+        has as "label", "labels" or "y". Images are made smaller, the more of them there are.
+
+        Args:
+            path: the file, which ends in ``.html``. A file that is there is replaced.
+            train: the train set, in the order in which it was attributed; of it, only what is shown is read. Without
+                it, training examples are shown by id and label.
+            targets: the target set, likewise.
+            render: draws an example itself, for example by decoding its tokens. It returns text, a list of tokens, an
+                image, a mapping of numbers, a tuple of these, or a figure of matplotlib. HTML is shown as text.
+            suspects: training examples to look at, the most suspicious first: an object with ``to_rows()``, a sequence
+                of mappings with "row" or "id" and whatever else is to be shown, or what ``trainer.attribute_self()``
+                returned. The first 500 are shown.
+            evaluation: what `evaluate` returned, to show how well the scores predict retraining.
+            title: of the report.
+            k: how many helpful and how many harmful training examples of each target, at most.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            TypeError: if an argument has another type, or ``render`` returns something else.
+            ValueError: if ``path`` does not end in ``.html``, a data set has another length than was attributed, or
+                scores are not finite.
+
+        >>> import tempfile
+        >>> info = AttributionInfo(3, 1, ("a1b2",), "sparse", 2048, 0.3, True)
+        >>> attribution = Attribution(torch.tensor([[0.5], [-1.0], [2.0]]), info)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = attribution.report(f"{folder}/report.html", train=["a cat", "a dog", "two cats"])
+        ...     "two cats" in file.read_text(encoding="utf-8")
+        True
+        """
+        with kept_random_states():  # data sets may augment at random
+            return write_report(
+                path,
+                self._known(k),
+                train,
+                targets,
+                render=render,
+                suspects=suspects,
+                evaluation=evaluation,
+                title=title,
+            )
+
+    def _repr_html_(self) -> str:
+        """Return a small table for notebooks; it needs no data, computes nothing that takes long, and has no script."""
+        few, k = min(_NOTEBOOK[0], self.info.n_targets), min(_NOTEBOOK[1], self._most())
+        if isinstance(self._scores, StoredScores):  # whatever part is asked for, all of them would be read
+            few = 0
+        if isinstance(self._scores, Extremes):
+            top, bottom = (
+                Ranked(side.indices[:few, :k], side.values[:few, :k]) for side in vars(self._scores).values()
+            )
+        else:
+            columns = self._scores[:, :few].T if few else torch.zeros(0, self.info.n_train)
+            top, bottom = (rank(columns, k, largest) for largest in (True, False))
+        return notebook_page(Known(asdict(self.info), top, bottom, None, self._outputs, self._train, self._targets))
+
+    def _known(self, k: int) -> Known:
+        """Return what reports show; nothing that takes long to compute."""
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"k must be a positive integer, got {k!r}.")
+        k = min(k, self._most())
+        top, bottom, spread = self.top(k), self.bottom(k), self._spread  # not one that would have to be computed
+        error = None if spread is None else spread.standard_error
+        return Known(
+            asdict(self.info),
+            top,
+            bottom,
+            None if error is None else (_at(error, top.indices), _at(error, bottom.indices)),
+            self._outputs,
+            self._train,
+            self._targets,
+            None if spread is None else _convergence(spread.sample[:, :, evenly_spaced(self.info.n_targets, _CURVE)]),
+            partial=isinstance(self._scores, Extremes),
+        )
+
     def save(self, path: str | os.PathLike[str] | RemotePath) -> None:
         """Write the attribution into the directory ``path``.
 
@@ -576,7 +687,7 @@ class Attribution:
         check_saved(folder)
         try:
             fields, arrays, stored, tables = read_saved(folder)
-            info = AttributionInfo(**{**fields, **{name: tuple(fields[name]) for name in _LISTS}})
+            info = AttributionInfo(**{**fields, **{name: tuple(fields[name]) for name in _LISTS if name in fields}})
             known: dict[str, Any] = {side: Examples(**table) for side, table in tables.items()}
             known["outputs"] = arrays.get("outputs")
             if "top" in arrays:
@@ -657,3 +768,16 @@ def _places(examples: Examples, ids: Any) -> Any:
         return slice(None)
     single = isinstance(plain(ids), (str, int))
     return examples.rows_of([ids])[0] if single else examples.rows_of(ids)
+
+
+def _convergence(sample: Tensor, splits: int = 20, seed: int = 0) -> Convergence:
+    """Return how well halves of the checkpoints agree, from the scores at each, (checkpoints, r, m)."""
+    numbers = list(range(2, len(sample) + 1, 2))
+    return Convergence(numbers, [agreement_of(sample, number, splits, seed) for number in numbers])
+
+
+def _at(matrix: Tensor | StoredScores, rows: Tensor) -> Tensor:
+    """Return some numbers of each column, (m, k), from a matrix (n, m): those of the rows (m, k)."""
+    places = rows.flatten(), torch.arange(len(rows)).repeat_interleave(rows.shape[1])
+    found = matrix.picked(*places) if isinstance(matrix, StoredScores) else matrix[places]
+    return found.view(rows.shape)

@@ -16,6 +16,7 @@ from lightning_trak.results.attribution import Attribution, AttributionInfo
 from lightning_trak.results.saved import check_free
 from lightning_trak.store.store import folder_name
 from lightning_trak.trainer.attachment import launched
+from lightning_trak.trainer.callback import find_callback
 from lightning_trak.trainer.checkpoints import naming, sums_of
 from lightning_trak.trainer.describing import described_examples
 from lightning_trak.trainer.forecast import forecast
@@ -171,6 +172,7 @@ def _info(job: Job, estimator: Estimator, solved: Sequence[Solved], n_targets: i
         n_attributed=job.plan.n_params,
         n_params=sum(value.numel() for value in job.model.parameters()),
         loss_explained=tuple(meta["loss_explained"] for meta in metas if "loss_explained" in meta),
+        warnings=tuple(find_callback(job.trainer).reports.warned),
     )
 
 

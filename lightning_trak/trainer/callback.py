@@ -193,7 +193,7 @@ class TRAKCallback(Callback):
         self._files: dict[str, str] = {}  # path of a checkpoint file → digest of its weights
         self._pending: dict[str, bool] = {}  # digest to featurize → whether this run has added it
         self._featurized = self._failed = 0
-        self._loss_check = LossCheck()
+        self._loss_check = LossCheck(self.reports)
         self._run: str | None = None  # the identity of this training, kept when it is resumed
         self._saved = self._unshared = False
         self._attributed: set[str] = set()

@@ -21,7 +21,8 @@ from lightning_trak.tasks.base import prepared
 from lightning_trak.tasks.checks import versions_of
 from lightning_trak.tasks.loss_terms import LossTerms
 from lightning_trak.trainer.attachment import undisturbed
-from lightning_trak.trainer.framework import LightningModule, Trainer, rank_zero_warn
+from lightning_trak.trainer.framework import LightningModule, Trainer
+from lightning_trak.trainer.reports import Reports
 
 _CHECKS = 2  # again in epoch 2: at initialisation, labels hardly change the loss
 _TOLERANCE = 0.1  # relative; Dropout may draw other numbers
@@ -59,13 +60,16 @@ class LossCheck:
     The loss that ``training_step`` returns is compared with that of ``model_output`` and ``output_to_loss``. The second
     is computed with training's mode, precision and random state, so that Dropout draws the same numbers. It is computed
     in evaluation mode too, as features are. The module gets copies of its weights and of the batch.
+
+    Args:
+        reports: takes warnings.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reports: Reports) -> None:
+        self._reports = reports
         self._left = _CHECKS
         self._batch: Any = None
         self._expected: float | None = None
-        self._warned: set[str] = set()
         self._tensors: list[Tensor] = []
         self._versions: list[int | None] = []
 
@@ -120,9 +124,7 @@ class LossCheck:
         return not same or versions_of(batch) != versions
 
     def _warn(self, what: str, message: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
-            rank_zero_warn(message)
+        self._reports.warn(message, about=f"the loss: {what}")
 
 
 def _losses(

@@ -6,10 +6,15 @@ from lightning_trak.trainer.framework import rank_zero_info, rank_zero_warn
 
 
 class Reports:
-    """Prints messages during training and attribution, each once."""
+    """Prints messages during training and attribution, each once.
+
+    Attributes:
+        warned: the warnings so far.
+    """
 
     def __init__(self) -> None:
         self._told: set[str] = set()
+        self.warned: list[str] = []
 
     def tell(self, what: str, about: str | None = None) -> None:
         """Print a message in one line, unless an earlier one was ``about`` the same."""
@@ -23,6 +28,7 @@ class Reports:
     def warn(self, what: str, about: str) -> None:
         """Warn, unless an earlier message was ``about`` the same."""
         if self._is_new(about):
+            self.warned.append(what)
             rank_zero_warn(what)
 
     def _is_new(self, about: str | None) -> bool:

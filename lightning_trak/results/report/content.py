@@ -1,0 +1,189 @@
+"""What the report shows of targets and training examples, as values that JSON can hold."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_trak.influence import Ranked
+from lightning_trak.results.examples import Examples
+from lightning_trak.results.kinds import Scalar
+from lightning_trak.results.numbers import number_text
+from lightning_trak.results.report.data_set import PREDICTION, DataSet, texts
+from lightning_trak.results.report.drawing import Drawings, Render, class_of, label_text
+from lightning_trak.results.report.png import PALETTE
+from lightning_trak.results.report.suspects import Suspects
+
+_CLASSES = 200  # with more labels than that, there is nothing to choose from
+_WHOLE = 20  # with more whole numbers than that among real ones, they are no classes
+
+
+@dataclass(frozen=True)
+class Known:
+    """What an attribution knows.
+
+    Attributes:
+        info: how scores were computed, by the names of `AttributionInfo`.
+        top: the most helpful training examples of every target, (m, k).
+        bottom: the most harmful, (m, k).
+        errors: the standard errors of both, (m, k) each; None where they are not known.
+        outputs: f of every target, (m,); None where it is not known.
+        train: the n training examples.
+        targets: the m targets.
+        convergence: numbers of checkpoints, and how well their halves agree; None where that is not known.
+        partial: whether only the highest and lowest scores of each target were kept.
+    """
+
+    info: Mapping[str, Any]
+    top: Ranked
+    bottom: Ranked
+    errors: tuple[Tensor, Tensor] | None
+    outputs: Tensor | None
+    train: Examples
+    targets: Examples
+    convergence: tuple[Sequence[int], Sequence[float]] | None = None
+    partial: bool = False
+
+
+def content(known: Known, train: Any, targets: Any, render: Render | None, suspects: Suspects | None) -> dict[str, Any]:
+    """Return what is shown, and as ``"drawn"`` how each example is drawn.
+
+    Args:
+        known: what the attribution knows.
+        train: the train set, or None.
+        targets: the target set, or None.
+        render: a user's function that draws an example.
+        suspects: training examples to look at.
+
+    Raises:
+        ValueError: if a data set has another length than the attribution, or a score is not finite.
+        TypeError: if ``render`` returns what cannot be drawn.
+    """
+    _check_finite(known)
+    m, rows = (
+        len(known.targets),
+        set(known.top.indices.flatten().tolist()) | set(known.bottom.indices.flatten().tolist()),
+    )
+    rows |= set(suspects.rows if suspects else ())
+    drawings = Drawings((m if targets is not None else 0) + (len(rows) if train is not None else 0), render)
+    own = DataSet("targets", known.targets, targets, drawings)
+    others = DataSet("train", known.train, train, drawings)
+    helpful, harmful = Side(known, 1), Side(known, -1)
+    for target in range(m):  # before all training examples: a search reads the targets alone
+        own.shown(target)
+    for target in range(m):  # a page needs drawings that are near each other
+        for row in (*helpful.rows(target), *harmful.rows(target)):
+            others.shown(row)
+    found = None if suspects is None else suspects.content(others)
+    return {
+        "targets": own.content() | _outputs(known.outputs, m) | _verdicts(own) | _classes(own),
+        "helpful": helpful.content(own, others, drawings),
+        "harmful": harmful.content(own, others, drawings),
+        "train": others.content(),
+        "suspects": found,
+        "tables": [list(names) for names in drawings.tables],
+        "palette": PALETTE,
+        "searchable": any(
+            drawing["kind"] not in ("image", "series") for drawings_ in drawings.drawn for drawing in drawings_
+        ),
+        "drawn": drawings.drawn,
+    }
+
+
+class Side:
+    """The most helpful training examples of every target, or the most harmful.
+
+    Args:
+        known: what the attribution knows.
+        sign: 1 for helpful examples, whose scores are positive; −1 for harmful ones, whose scores are negative.
+    """
+
+    def __init__(self, known: Known, sign: int) -> None:
+        ranked = known.top if sign > 0 else known.bottom
+        errors = None if known.errors is None else known.errors[sign < 0].tolist()
+        counts = (ranked.values * sign > 0).sum(1).tolist()  # ranked: those of the other sign come last
+        self._rows = [row[:count] for row, count in zip(ranked.indices.tolist(), counts, strict=True)]
+        self._scores = [row[:count] for row, count in zip(ranked.values.tolist(), counts, strict=True)]
+        self._errors = errors and [row[:count] for row, count in zip(errors, counts, strict=True)]
+
+    def rows(self, target: int) -> list[int]:
+        """Return the rows of the train set, the most extreme first."""
+        return self._rows[target]
+
+    def ranked(self, target: int) -> list[tuple[int, float]]:
+        """Return the rows of the train set with their scores, the most extreme first."""
+        return list(zip(self._rows[target], self._scores[target], strict=True))
+
+    def content(self, targets: DataSet, train: DataSet, drawings: Drawings) -> dict[str, Any]:
+        """Return places among the training examples that are shown, scores, and how examples differ from the target."""
+        marks = [
+            [_marks(drawings, targets.drawing(target), train.drawing(row)) for row in rows]
+            for target, rows in enumerate(self._rows)
+        ]
+        return {
+            "places": [[train.shown(row) for row in rows] for rows in self._rows],
+            "scores": [[_rounded(value) for value in values] for values in self._scores],
+            "texts": [[number_text(value, signed=True) for value in values] for values in self._scores],
+            "errors": self._errors and [list(map(number_text, values)) for values in self._errors],
+            "marks": marks if drawings.tables else None,
+        }
+
+
+def _marks(drawings: Drawings, target: int | None, example: int | None) -> list[tuple[int, int]]:
+    return [] if target is None or example is None else drawings.marks(target, example)
+
+
+def _outputs(outputs: Tensor | None, m: int) -> dict[str, Any]:
+    """Return the model outputs, as numbers to sort by and as texts."""
+    values = [None] * m if outputs is None else outputs.tolist()
+    numbers = [None if value is None or not math.isfinite(value) else _rounded(value) for value in values]
+    return {"outputs": numbers, "outputTexts": texts(values)}
+
+
+def _verdicts(targets: DataSet) -> dict[str, Any]:
+    """Return 1 where a prediction is the label, else 0; None where one is unknown, or they are no classes."""
+    predictions = targets.column(PREDICTION)
+    if not (_are_classes(targets.labels) and _are_classes(predictions)):
+        return {"right": [None] * len(predictions)}
+    pairs = zip(targets.labels, predictions, strict=True)
+    return {"right": [None if None in pair else int(label_text(pair[0]) == label_text(pair[1])) for pair in pairs]}
+
+
+def _classes(targets: DataSet) -> dict[str, Any]:
+    """Return the labels with their numbers of targets; none where they are real numbers, or too many."""
+    counts = Counter(class_of(label) for label in targets.labels if label is not None)
+    if not _are_classes(targets.labels) or len(counts) > _CLASSES:
+        return {"classes": []}
+    return {"classes": [[label_text(label), counts[label]] for label in sorted(counts, key=_order)]}
+
+
+def _are_classes(values: Sequence[Scalar]) -> bool:
+    """Say whether labels name classes; whole numbers that are stored as real ones may, if there are few."""
+    known = {value for value in values if value is not None}
+    if any(class_of(value) is None for value in known):
+        return False
+    return len(known) <= _WHOLE or not any(isinstance(value, float) for value in known)
+
+
+def _order(label: Any) -> tuple[bool, Any]:
+    """Return a key that sorts numbers before text."""
+    return isinstance(label, str), label
+
+
+def _rounded(value: float) -> float:
+    """Return a number with six digits: more would only make the file larger."""
+    return float(f"{value:.6g}")
+
+
+def _check_finite(known: Known) -> None:
+    if not all(bool(torch.isfinite(ranked.values).all()) for ranked in (known.top, known.bottom)):
+        raise ValueError(
+            "Some scores are not finite, so they cannot be ranked. Compute them again, with more damping:"
+            " TRAKCallback(damping=...)."
+        )
