@@ -19,8 +19,9 @@ The rooms, in the order of the data. Each may import those above it::
 ``metrics`` has the linear datamodeling score, ``precision`` how exactly matrices are multiplied. All rooms above
 ``trainer`` are usable without Lightning.
 
-Importing the package registers ``Trainer.attribute`` and ``Trainer.attribute_self`` of ``lightning``. Those of
-``pytorch_lightning`` are registered when a `TRAKCallback` is made, if that package is imported by then.
+Importing the package registers ``Trainer.attribute``, ``Trainer.attribute_self`` and ``Trainer.suspects`` of
+``lightning``. Those of ``pytorch_lightning`` are registered when a `TRAKCallback` is made, if that package is imported
+by then.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from lightning_trak.evaluation.retraining import retrain_subsets
 from lightning_trak.gradients import LayerCall, layer_rule
 from lightning_trak.projection import Projector
 from lightning_trak.results.attribution import Attribution
+from lightning_trak.results.suspects import Suspects
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.tasks import (
     ClassificationMixin,
@@ -47,6 +49,7 @@ from lightning_trak.tasks.base import TRAKMixin
 from lightning_trak.trainer.attribute import attribute, attribute_self
 from lightning_trak.trainer.callback import TRAKCallback
 from lightning_trak.trainer.framework import register as _register
+from lightning_trak.trainer.suspects import suspects
 
 __version__ = "0.1.0"
 
@@ -64,6 +67,7 @@ __all__ = [
     "Projector",
     "RegressionMixin",
     "SegmentationMixin",
+    "Suspects",
     "TRAKCallback",
     "TRAKMixin",
     "attribute",
@@ -74,6 +78,7 @@ __all__ = [
     "layer_rule",
     "log_odds",
     "retrain_subsets",
+    "suspects",
 ]
 
-_register(attribute, attribute_self)
+_register(attribute, attribute_self, suspects)

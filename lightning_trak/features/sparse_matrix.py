@@ -65,6 +65,17 @@ class SparseMatrix:
     def __getitem__(self, rows: Tensor) -> SparseMatrix:
         return SparseMatrix(self.columns[rows], self.values[rows])
 
+    def largest(self, k: int) -> SparseMatrix:
+        """Return the matrix with the k entries of each row that are largest in absolute value; all if there are fewer.
+
+        >>> SparseMatrix(torch.tensor([[2, 0, 1]]), torch.tensor([[1.0, -5.0, 3.0]])).largest(2)
+        SparseMatrix(columns=tensor([[0, 1]]), values=tensor([[-5.,  3.]]))
+        """
+        if k >= self.values.shape[1]:
+            return self
+        places = self.values.abs().topk(k, dim=1)[1]
+        return SparseMatrix(self.columns.gather(1, places), self.values.gather(1, places))
+
     def squares(self) -> Tensor:
         """Return the squared norm of every row, (r,)."""
         return self.values.square().sum(1)

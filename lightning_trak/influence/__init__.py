@@ -7,8 +7,11 @@ from lightning_trak.influence.calibration import Kinds, fit_weights
 from lightning_trak.influence.damping import Damping, whitening_damping
 from lightning_trak.influence.estimator import Estimator, Options, Solved
 from lightning_trak.influence.gauss_newton import SUMS_VERSION, GaussNewton
+from lightning_trak.influence.outliers import outliers
 from lightning_trak.influence.output_curvature import Corrected, OutputCurvature
 from lightning_trak.influence.scores import Extremes, Ranked, Scores, Spread, extremes_of, rank, score_products
+from lightning_trak.influence.similarity import Sketch, nearest
+from lightning_trak.influence.suspicion import Findings, findings
 from lightning_trak.influence.temperature import is_logistic
 from lightning_trak.influence.train_features import TrainFeatures, stack
 from lightning_trak.influence.training_time import TrainingTime
@@ -19,19 +22,24 @@ __all__ = [
     "Damping",
     "Estimator",
     "Extremes",
+    "Findings",
     "GaussNewton",
     "Kinds",
     "Options",
     "OutputCurvature",
     "Ranked",
     "Scores",
+    "Sketch",
     "Solved",
     "Spread",
     "TrainFeatures",
     "TrainingTime",
     "extremes_of",
+    "findings",
     "fit_weights",
     "is_logistic",
+    "nearest",
+    "outliers",
     "rank",
     "score_products",
     "stack",

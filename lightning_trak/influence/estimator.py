@@ -24,6 +24,7 @@ from lightning_trak.influence.gauss_newton import (
     effective_rank,
     factor,
     solve,
+    whitened,
 )
 from lightning_trak.influence.left_out import LeftOut, step_without, sums_without
 from lightning_trak.influence.output_curvature import OutputCurvature
@@ -176,6 +177,16 @@ class Estimator:
             squares, loss_grad = torch.from_numpy(train.squares), torch.from_numpy(train.loss_grad)
             return loss_grad.square() * squares / train.shape[0]
         return self_influence(train, self._factor(train, sums)[0], advance, self.device)
+
+    def whitening(self, train: TrainFeatures, sums: GaussNewton | None = None) -> Callable[[Any], Any]:
+        """Return a function from features φ, (r, k), to such whose inner products are φᵀ H⁻¹ φ, at one checkpoint.
+
+        With H = L Lᵀ it is L⁻¹ φ. Features that are whitened already stay as they are.
+        """
+        if train.squares is not None:
+            return lambda features: features
+        state = self._factor(train, sums)[0]
+        return lambda features: whitened(state, features.to(self.device))
 
     def scores(
         self, solved: Sequence[Solved], advance: Callable[[], object] = lambda: None, *, spread: bool = True

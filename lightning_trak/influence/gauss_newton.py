@@ -207,5 +207,14 @@ def quadratic_form(state: CholeskyFactor, vectors: Tensor) -> Tensor:
     >>> quadratic_form(factor(2 * torch.eye(2, dtype=torch.float64), damping=0.5), torch.tensor([[3.0, 6.0]]))
     tensor([15.])
     """
+    return whitened(state, vectors).square().sum(1)
+
+
+def whitened(state: CholeskyFactor, vectors: Tensor) -> Tensor:
+    """Return L⁻¹ x for every row x of ``vectors``, (m, k) → (m, k), where L Lᵀ = H + λ·mean(diag H)·I.
+
+    >>> whitened(factor(3 * torch.eye(2, dtype=torch.float64), damping=1 / 3), torch.tensor([[4.0, 6.0]]))
+    tensor([[2., 3.]])
+    """
     half = torch.linalg.solve_triangular(state.lower, vectors.to(state.lower.dtype).T, upper=False)
-    return half.square().sum(0).to(vectors.dtype)
+    return half.T.to(vectors.dtype)

@@ -35,6 +35,22 @@ class LossTerms:
         """Whether Q must be found by projection: the module defines a per-sample loss, and no Q."""
         return self._per_sample_loss is not None and self._own_grad is None
 
+    @property
+    def loss_known(self) -> bool:
+        """Whether the loss is known: a module may define Q alone."""
+        return self.loss_needs_model or self._own_loss is not None or self._own_grad is None
+
+    @property
+    def loss_needs_model(self) -> bool:
+        """Whether the module defines a per-sample loss, which is no function of the output."""
+        return self._per_sample_loss is not None
+
+    def losses(self, call: Callable[..., Any], batch: Any, output: Tensor) -> Tensor:
+        """Return the training loss of every example, (b,); the arguments are those of `__call__`."""
+        if self._per_sample_loss is not None:
+            return _checked("per_sample_loss", call(self._per_sample_loss, batch), output)
+        return _checked("output_to_loss", call(self._output_to_loss, output, batch), output)
+
     def own_curvature(self, call: Callable[..., Any], batch: Any, output: Tensor) -> Tensor | None:
         """Return w, (b,), as the module defines it; None if w follows from the loss. See `__call__`."""
         if self._own_curvature is None:

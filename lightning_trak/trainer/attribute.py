@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_trak.influence import Estimator, Solved
+from lightning_trak.influence import Estimator, Solved, TrainFeatures
 from lightning_trak.results.attribution import Attribution, AttributionInfo
 from lightning_trak.results.saved import check_free
+from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.store import folder_name
 from lightning_trak.trainer.attachment import launched
 from lightning_trak.trainer.callback import find_callback
@@ -213,8 +214,14 @@ def _self_influence(job: Job) -> Tensor:
     with progress(job.trainer, "Scoring", len(job.entries)) as advance:
         for entry, train, scales in zip(job.entries, estimator.trains, job.scales, strict=True):
             with naming(entry):
-                if scales is not None and not train.whitened_by_rest:
-                    train = replace(train, squares=rescaled_squares(entry, scales))
+                train = with_own_squares(entry, train, scales)
                 total += estimator.self_influence(train, sums_of(entry, estimator, train))
             advance(1)
     return total / len(job.entries)
+
+
+def with_own_squares(entry: CheckpointEntry, train: TrainFeatures, scales: Tensor | None) -> TrainFeatures:
+    """Return the train set with ‖φ‖² of its features as they are scaled now; see `Job.scales`."""
+    if scales is None or train.whitened_by_rest:
+        return train
+    return replace(train, squares=rescaled_squares(entry, scales))

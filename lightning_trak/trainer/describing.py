@@ -35,12 +35,28 @@ def described_examples(job: Job, loop: FeaturizationLoop) -> tuple[Examples, Exa
     return train, targets
 
 
+def described_train(job: Job, loop: FeaturizationLoop) -> Examples:
+    """Return what the data set tells of training examples, and what the module says of them; see `described_examples`.
+
+    Args:
+        job: the checkpoints.
+        loop: reads the train set.
+    """
+    told = annotations_of(loop.dataset)
+    train = _examples(loop.size, told)
+    if loop.describes:
+        if job.trainer.is_global_zero:
+            train = _said_by_module(job, loop, train, dict.fromkeys(("label", "prediction"), told.classes))
+        train = job.trainer.strategy.broadcast(train)
+    return train
+
+
 def _said_by_module(job: Job, loop: FeaturizationLoop, examples: Examples, names: Mapping[str, Any]) -> Examples:
     """Add what ``describe`` returns. If that fails, scores are not lost, but only these columns.
 
     Args:
         job: the checkpoints.
-        loop: reads the targets.
+        loop: reads the examples.
         examples: what is known of them so far.
         names: the names of classes, for each column that has numbers of classes.
     """
@@ -53,12 +69,16 @@ def _said_by_module(job: Job, loop: FeaturizationLoop, examples: Examples, names
             raise
         why = f"{type(error).__name__}: {str(error).rstrip('.')}"
         inherited = str(getattr(job.model.describe, "__module__", "")).startswith("lightning_trak.")
+        of_targets = loop.examples == "target"
         if inherited:  # it need not suit this model
-            rank_zero_info(f"TRAKCallback: labels and predictions of targets are not known: {why}.")
+            whose = "targets" if of_targets else "training examples"
+            rank_zero_info(f"TRAKCallback: labels and predictions of {whose} are not known: {why}.")
         else:
+            where = "attribution.targets" if of_targets else "the table of training examples"
+            remedy = ", or add columns with attribution.with_columns(targets=...)" if of_targets else ""
             rank_zero_warn(
-                f"{type(job.model).__name__}.describe failed, so its columns are not in attribution.targets; scores are"
-                f" as they should be. {why}. Correct it, or add columns with attribution.with_columns(targets=...)."
+                f"{type(job.model).__name__}.describe failed, so its columns are not in {where}; scores are"
+                f" as they should be. {why}. Correct it{remedy}."
             )
         return examples
 

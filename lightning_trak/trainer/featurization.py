@@ -278,24 +278,80 @@ class FeaturizationLoop:
             TypeError, ValueError: if it returns anything but a value for each example.
         """
         columns: dict[str, list[Any]] = {}
+
+        def describe(function: ModelFunction, rows: Sequence[int], batch: Any) -> None:
+            said = function.call(self._module.describe, batch)
+            for name, values in described_rows(self._module, said, len(rows)).items():
+                column = columns.setdefault(name, [None] * self.size)
+                column[rows[0] : rows[-1] + 1] = values
+
+        what = "targets" if self.examples == "target" else "the train set"
+        self._without_gradients(weights, describe, f"Describing {what}", labelled=False)
+        return columns
+
+    @property
+    def loss_known(self) -> bool:
+        """Whether the module defines a loss; it may define Q alone."""
+        return self._loss_terms.loss_known
+
+    @property
+    def loss_needs_model(self) -> bool:
+        """Whether the loss is no function of the model output; then `losses` evaluates the model."""
+        return self._loss_terms.loss_needs_model
+
+    def losses(self, weights: Weights, outputs: Tensor, description: str) -> Tensor:
+        """Return the losses that belong to model outputs, (c, size), at several checkpoints.
+
+        Args:
+            weights: of a checkpoint; the module may change them. They count only if the loss needs the model.
+            outputs: f of all examples, (c, size).
+            description: what the progress bar says.
+        """
+        found = torch.zeros(outputs.shape)
+
+        def compute(function: ModelFunction, rows: Sequence[int], batch: Any) -> None:
+            own = slice(rows[0], rows[-1] + 1)
+            for losses, known in zip(found, outputs, strict=True):
+                losses[own] = self._loss_terms.losses(function.call, batch, known[own].to(self.device)).float().cpu()
+            check_finite("the loss", found[:, own].sum(0), self.examples, rows)
+
+        self._without_gradients(weights, compute, description)
+        return found
+
+    def loss_grads(self, weights: Weights, outputs: Tensor, description: str) -> Tensor:
+        """Return Q of model outputs, (size,): see `losses`."""
+        found = torch.zeros(outputs.shape)
+
+        def compute(function: ModelFunction, rows: Sequence[int], batch: Any) -> None:
+            own = slice(rows[0], rows[-1] + 1)
+            found[own] = self._loss_terms(function.call, batch, outputs[own].to(self.device))[0].float().cpu()
+
+        self._without_gradients(weights, compute, description)
+        return found
+
+    def _without_gradients(
+        self,
+        weights: Weights,
+        work: Callable[[ModelFunction, Sequence[int], Any], object],
+        description: str,
+        *,
+        labelled: bool = True,
+    ) -> None:
+        """Call ``work`` with (function, rows, batch) for each batch of all examples, at one checkpoint."""
         with (
             self._undisturbed(),
-            progress(self._trainer, "Describing targets", self.size) as advance,
+            progress(self._trainer, description, self.size) as advance,
             ExitStack() as stack,
         ):
             function = self._function(weights)
             stack.enter_context(prepared(self._module, function.prepare, self._find_train_loader))
             seed_all(0)
             size = 1 if self._selector.gradients == "loop" else self._selector.batch_size(self._largest)
-            for rows, batch in self._read(range(self.size), size, labelled=False):
+            for rows, batch in self._read(range(self.size), size, labelled=labelled):
                 with torch.no_grad():
-                    said = function.call(self._module.describe, batch)
-                for name, values in described_rows(self._module, said, len(rows)).items():
-                    column = columns.setdefault(name, [None] * self.size)
-                    column[rows[0] : rows[-1] + 1] = values
+                    work(function, rows, batch)
                 advance(len(rows))
                 stop_if_asked(self._trainer)
-        return columns
 
     def measured(self, weights: Weights, digest: str, projector: Projector | None = None) -> Measured:
         """Featurize the first batch twice; measure the second time.

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 else:  # a command line, for example, reads annotations at run time
     Trainer = LightningModule = LightningDataModule = Any
 
-_METHODS = ("attribute", "attribute_self")
+_METHODS = ("attribute", "attribute_self", "suspects")
 
 __all__ = [
     "Callback",
@@ -178,9 +178,9 @@ def is_overridden(hook: str, owner: Any) -> bool:
     return hasattr(owner, hook)
 
 
-def register(attribute: Callable[..., Any], attribute_self: Callable[..., Any]) -> None:
-    """Make the two functions methods of ``Trainer``."""
-    for name, method in zip(_METHODS, (attribute, attribute_self), strict=True):
+def register(*functions: Callable[..., Any]) -> None:
+    """Make `attribute`, `attribute_self` and `suspects`, in this order, methods of ``Trainer``."""
+    for name, method in zip(_METHODS, functions, strict=True):
         setattr(pl.Trainer, name, method)
     extend_loaded()
 

@@ -1,0 +1,224 @@
+"""Suspects: training examples that someone should look at, and what is wrong with each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from lightning_trak.influence import Findings
+from lightning_trak.results.examples import Examples, Value
+
+_SHOWN, _WIDTH = 10, 28  # rows of a printed table, and characters of its ids and labels
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A training example, and what is wrong with it.
+
+    Attributes:
+        row: in the train set.
+        id: of the example.
+        label: as the data set tells it; None if it tells none.
+        prediction: of the last checkpoint; None where the task knows none.
+        loss: the training loss, averaged over checkpoints.
+        self_influence: by how much training on it lowers its own loss, see `attribute_self`.
+        duplicate_of: the id of an earlier training example that is nearly the same.
+        similarity: the cosine with the nearest earlier training example; None for the first.
+        leaks: the id of a target that is nearly the same.
+        leak_similarity: the cosine with the nearest target; None without targets.
+        harm: how much training on it worsened the outputs of the targets, on average; None without targets.
+        wrong: what is wrong with it, in words; empty if nothing is.
+    """
+
+    row: int
+    id: str | int
+    label: Value
+    prediction: Value
+    loss: float
+    self_influence: float
+    duplicate_of: str | int | None
+    similarity: float | None
+    leaks: str | int | None
+    leak_similarity: float | None
+    harm: float | None
+    wrong: tuple[str, ...]
+
+
+class Suspects:
+    """Training examples, ranked: first those with something wrong, then the others, each part by its loss.
+
+    What is wrong is "probably mislabelled", "near-duplicate of ...", "leaks target ..." or "harmful on average"; see
+    `trainer.suspects` for the limits. Of a near-duplicate the later example is named, so removing all of them leaves
+    one of each. A sequence: ``suspects[0]`` is a `Suspect`, and ``suspects[:20]`` are `Suspects`.
+
+    Args:
+        findings: what is known of the n training examples.
+        train: their ids and columns.
+        targets: the ids of the targets, if there are any.
+        order: rows of the train set; by default all, as ranked by `Findings.order`.
+
+    >>> from lightning_trak.influence.suspicion import findings
+    >>> near = torch.tensor([-1, 0, 0]), torch.tensor([-1.0, 0.5, 0.99])
+    >>> found = findings(torch.tensor([0.1, 0.3, 0.2]), torch.tensor([0.1, 0.4, 0.0]), near)
+    >>> suspects = Suspects(found, Examples(["a.png", "b.png", "c.png"], {"label": [1, 0, 1]}))
+    >>> suspects.wrong
+    Suspects: 1 of 3 training examples, 1 near-duplicate
+     row  id     label    loss  self-influence  what is wrong
+       2  c.png  1      0.2000               0  near-duplicate of 'a.png' (cosine 0.990)
+    >>> suspects.indices, suspects[0].duplicate_of
+    (tensor([2, 1, 0]), 'a.png')
+    """
+
+    def __init__(
+        self, findings: Findings, train: Examples, targets: Examples | None = None, order: Tensor | None = None
+    ) -> None:
+        n = len(findings.loss)
+        if len(train) != n:
+            raise ValueError(f"train has {len(train)} examples, and findings are of {n}. Give those of the same set.")
+        self.findings, self.train, self.targets = findings, train, targets
+        self._order = findings.order() if order is None else order
+
+    @property
+    def indices(self) -> Tensor:
+        """The rows in the train set, as ranked."""
+        return self._order
+
+    @property
+    def wrong(self) -> Suspects:
+        """Those with something wrong."""
+        return self._of(self.findings.wrong)
+
+    @property
+    def mislabelled(self) -> Suspects:
+        """Those that are probably mislabelled."""
+        return self._of(self.findings.mislabelled)
+
+    @property
+    def duplicates(self) -> Suspects:
+        """Those that are near-duplicates of an earlier training example."""
+        return self._of(self.findings.duplicate_of >= 0)
+
+    @property
+    def leaks(self) -> Suspects:
+        """Those that are near-duplicates of a target."""
+        return self._of(self.findings.leaks >= 0)
+
+    @property
+    def harmful(self) -> Suspects:
+        """Those that are harmful on average over the targets."""
+        return self._of(self.findings.harmful)
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Return a dictionary of plain values for each example, as ranked; ``"wrong"`` is text, empty for none.
+
+        Further columns of the train set are appended.
+        """
+        extra = {name: values for name, values in self.train.columns.items() if name not in ("label", "prediction")}
+        rows = []
+        for suspect in self:
+            own = {**asdict(suspect), "wrong": "; ".join(suspect.wrong)}
+            rows.append({**{name: values[suspect.row] for name, values in extra.items()}, **own})
+        return rows
+
+    def to_pandas(self) -> Any:
+        """Return the table of `to_rows` as a data frame.
+
+        Raises:
+            ImportError: if pandas is not installed.
+        """
+        try:
+            import pandas as pd  # type: ignore[import-untyped, unused-ignore]
+        except ImportError as error:
+            raise ImportError("to_pandas() needs pandas: pip install pandas. to_rows() does without.") from error
+        return pd.DataFrame(self.to_rows(), columns=None if len(self) else list(Suspect.__dataclass_fields__))
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[Suspect]:
+        return map(self._suspect, self._order.tolist())
+
+    @overload
+    def __getitem__(self, places: int) -> Suspect: ...
+    @overload
+    def __getitem__(self, places: slice) -> Suspects: ...
+    def __getitem__(self, places: int | slice) -> Suspect | Suspects:
+        if isinstance(places, slice):
+            rows = self._order.tolist()[places]
+            return Suspects(self.findings, self.train, self.targets, torch.tensor(rows, dtype=torch.long))
+        return self._suspect(int(self._order[places]))
+
+    def __repr__(self) -> str:
+        head = f"Suspects: {len(self)} of {len(self.train)} training examples{self._counts()}"
+        suspects = list(self[:_SHOWN])
+        table = [["row", "id", "label", "prediction", "loss", "self-influence", "what is wrong"]]
+        for one in suspects:
+            names = [_short(one.id), _short(one.label), _short(one.prediction)]
+            numbers = [f"{one.loss:.4f}", f"{one.self_influence:.3g}"]
+            table.append([str(one.row), *names, *numbers, "; ".join(one.wrong)])
+        columns = [column for column in zip(*table, strict=True) if any(column[1:])]
+        widths = [max(map(len, column)) for column in columns]
+        right = [column[0] in ("row", "loss", "self-influence") for column in columns]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if to_right else cell.ljust(width)
+                for cell, width, to_right in zip(cells, widths, right, strict=True)
+            ).rstrip()
+            for cells in zip(*columns, strict=True)
+        ]
+        rest = [f"... and {len(self) - len(suspects)} more"] if len(self) > len(suspects) else []
+        return "\n".join([head, *(f" {line}" for line in lines if suspects), *rest])
+
+    def _counts(self) -> str:
+        """Say how many have what wrong."""
+        found = [
+            (len(self.mislabelled), "probably mislabelled", "probably mislabelled"),
+            (len(self.duplicates), "near-duplicate", "near-duplicates"),
+            (len(self.leaks), "near-duplicate of a target", "near-duplicates of a target"),
+            (len(self.harmful), "harmful on average", "harmful on average"),
+        ]
+        told = [f"{count} {one if count == 1 else several}" for count, one, several in found if count]
+        return f", {', '.join(told)}" if told else ", nothing wrong was found"
+
+    def _of(self, which: Tensor) -> Suspects:
+        return Suspects(self.findings, self.train, self.targets, self._order[which[self._order]])
+
+    def _suspect(self, row: int) -> Suspect:
+        found, columns = self.findings, self.train.columns
+        duplicate, leak = int(found.duplicate_of[row]), int(found.leaks[row])
+        same, leak_same = found.similarity[row].item(), found.leak_similarity[row].item()
+        twin = None if duplicate < 0 else self.train.ids[duplicate]
+        target = None if leak < 0 else leak if self.targets is None else self.targets.ids[leak]
+        harm = None if found.harm is None else found.harm[row].item()
+        wrong = [
+            (bool(found.mislabelled[row]), "probably mislabelled"),
+            (duplicate >= 0, f"near-duplicate of {twin!r} (cosine {same:.3f})"),
+            (leak >= 0, f"leaks target {target!r} (cosine {leak_same:.3f})"),
+            (bool(found.harmful[row]), "harmful on average"),
+        ]
+        return Suspect(
+            row=row,
+            id=self.train.ids[row],
+            label=columns["label"][row] if "label" in columns else None,
+            prediction=columns["prediction"][row] if "prediction" in columns else None,
+            loss=found.loss[row].item(),
+            self_influence=found.self_influence[row].item(),
+            duplicate_of=twin,
+            similarity=same if row else None,
+            leaks=target,
+            leak_similarity=None if harm is None else leak_same,
+            harm=harm,
+            wrong=tuple(words for true, words in wrong if true),
+        )
+
+
+def _short(value: Value) -> str:
+    """Return a value as text of a table: on one line, and not long."""
+    if value is None:
+        return ""
+    text = f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
+    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 1]}…"

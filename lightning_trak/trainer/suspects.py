@@ -1,0 +1,169 @@
+"""The function `suspects`: which training examples should someone look at, and why?"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_trak.influence import Estimator, Sketch, findings, nearest
+from lightning_trak.results.suspects import Suspects
+from lightning_trak.store.weights import load_weights
+from lightning_trak.trainer.attachment import launched
+from lightning_trak.trainer.attribute import with_own_squares
+from lightning_trak.trainer.checkpoints import naming, sums_of
+from lightning_trak.trainer.describing import described_examples, described_train
+from lightning_trak.trainer.featurization import FeaturizationLoop
+from lightning_trak.trainer.framework import LightningDataModule, LightningModule, Trainer
+from lightning_trak.trainer.job import CkptPath, Job, TargetFeatures, prepared_job
+from lightning_trak.trainer.progress import progress
+
+
+def suspects(
+    trainer: Trainer,
+    model: LightningModule | LightningDataModule | None = None,
+    *,
+    datamodule: LightningDataModule | None = None,
+    ckpt_path: CkptPath = None,
+    targets: DataLoader[Any] | bool = False,
+) -> Suspects:
+    """Rank training examples by what is wrong with them.
+
+    - "probably mislabelled": its loss, averaged over checkpoints, is far above that of the others. Let s be the root of
+      that loss, and σ the distance of its 85th percentile from its median, divided by 1.04 (the standard deviation of a
+      normal distribution). Then s is more than 4.5 σ above the median. The average over checkpoints also finds labels
+      that the model has memorised by the last of them.
+    - "near-duplicate of ...": an earlier training example has nearly the same gradients. Their cosine, after whitening
+      by H, averaged over checkpoints, is at least 0.97. Equal examples have 1.
+    - "leaks target ...": the same for a target, with ``targets``.
+    - "harmful on average": training on it worsened the outputs of the targets, averaged over them, with ``targets``.
+      This harm is positive, and more than 6 σ above the median. An output is worse if its loss is higher.
+
+    Where nothing stands out, nothing is named wrong, and the ranking is by the loss. The limits were measured on
+    planted faults: see "Suspects" in ``tests/benchmarks/README.md``. Around one in a hundred of correct but difficult examples
+    is named, so look before you delete.
+
+    The gradients are those of the model output. For classes it depends on the label, so a copy with another label is
+    no near-duplicate here. Most of those are mislabelled.
+
+    Averages over checkpoints need some: save one after each epoch. The train set is read twice more, to learn labels,
+    predictions and losses.
+
+    Also a method: ``trainer.suspects(...)``. See `attribute` for the other arguments and errors.
+
+    Args:
+        trainer: with a `TRAKCallback`.
+        model: the model that the trainer fitted last, by default.
+        datamodule: supplies the train set, unless the model does.
+        ckpt_path: None for every checkpoint of the store.
+        targets: a loader of the examples to hold the train set against, e.g. the validation set; or True for those of
+            `attribute`. They are featurized, which takes as long for each as a training example took.
+
+    Returns:
+        All training examples, ranked: `Suspects`. Of several processes each returns them.
+
+    Raises:
+        TypeError: if ``targets`` is neither a loader nor True or False.
+    """
+    if not isinstance(targets, (bool, DataLoader)):
+        raise TypeError(
+            f"targets must be a DataLoader, or True for the targets of attribute(), got {type(targets).__name__}."
+        )
+    return launched(trainer, _suspects, trainer, model, datamodule, ckpt_path, targets)
+
+
+def _suspects(trainer: Trainer, model: Any, datamodule: Any, ckpt_path: CkptPath, targets: Any) -> Suspects:
+    """Do what `suspects` does, in each process."""
+    loader = None if isinstance(targets, bool) else targets
+    with prepared_job(trainer, model, loader, datamodule, ckpt_path) as job:
+        found: Suspects = trainer.strategy.broadcast(job.featurized(partial(_found, job, targets is not False)))
+    return found
+
+
+def _found(job: Job, with_targets: bool) -> Suspects:
+    """Featurize the targets, if there are any, and compute all numbers."""
+    loop, estimator = job.loop("train"), job.estimator()
+    targets = job.target_features() if with_targets else None
+    own, theirs = Sketch(loop.size), None if targets is None else Sketch(len(targets.outputs))
+    influence = _compare(job, estimator, targets, own, theirs)
+    loss, train = _losses(job, loop, estimator), described_train(job, loop)
+    harm, described, near_targets = None, None, None
+    rows = own.rows()
+    with progress(job.trainer, "Looking for near-duplicates", loop.size) as advance:
+        neighbours = nearest(rows, None, advance, estimator.device)
+    if targets is not None and theirs is not None:
+        with progress(job.trainer, "Looking for leaks", loop.size) as advance:
+            near_targets = nearest(rows, theirs.rows(), advance, estimator.device)
+        harm, described = _harm(job, estimator, targets), described_examples(job, targets.loop)[1]
+    return Suspects(findings(loss, influence, neighbours, near_targets, harm), train, described)
+
+
+def _compare(
+    job: Job, estimator: Estimator, targets: TargetFeatures | None, own: Sketch, theirs: Sketch | None
+) -> Tensor:
+    """Return the self-influences, (n,), and add the whitened features of train set and targets to their sketches."""
+    total = torch.zeros(job.store.n_train)
+    with progress(job.trainer, "Comparing", len(job.entries)) as advance:
+        trains = zip(job.entries, estimator.trains, job.scales, strict=True)
+        for number, (entry, train, scales) in enumerate(trains):
+            with naming(entry):
+                train = with_own_squares(entry, train, scales)
+                whiten, width = estimator.whitening(train, sums_of(entry, estimator, train)), 0
+                if train.squares is not None:
+                    total += estimator.self_influence(train)
+                for rows, features, loss_grad, _ in train.blocks(device=estimator.device):
+                    whitened, width = whiten(features), features.shape[1]
+                    own.add(rows, whitened, number)
+                    if train.squares is None:
+                        total[rows] += (loss_grad.square() * whitened.square().sum(1)).cpu()
+                if targets is not None and theirs is not None:
+                    phi = targets.features[number]
+                    phi = phi if isinstance(phi, Tensor) else phi.largest(width)  # as many as a training example has
+                    theirs.add(slice(0, len(phi)), whiten(phi), number)
+            advance(1)
+    return total / len(job.entries)
+
+
+def _losses(job: Job, loop: FeaturizationLoop, estimator: Estimator) -> Tensor:
+    """Return the loss of each training example, averaged over checkpoints, (n,).
+
+    It follows from the stored outputs, so the model runs only if it defines a loss that is no function of its output.
+    Where it defines Q alone, and no loss, the square of Q stands in.
+    """
+    if not loop.loss_known:
+        squares = [torch.from_numpy(train.loss_grad).square() for train in estimator.trains]
+        return torch.stack(squares).mean(0)
+    outputs = torch.stack([torch.from_numpy(entry.train.column("outputs")).float() for entry in job.entries])
+    if not loop.loss_needs_model:
+        last = job.entries[-1]
+        return loop.losses(load_weights(last.weights_path, last.digest), outputs, "Computing losses").mean(0)
+    total, count = torch.zeros(loop.size), len(job.entries)
+    for number, (entry, known) in enumerate(zip(job.entries, outputs, strict=True), 1):
+        weights, description = load_weights(entry.weights_path, entry.digest), f"Losses at checkpoint {number}/{count}"
+        total += loop.losses(weights, known[None], description)[0]
+    return total / count
+
+
+def _harm(job: Job, estimator: Estimator, targets: TargetFeatures) -> Tensor:
+    """Return how much training on each example worsened the outputs of the targets, on average, (n,).
+
+    An output is better where its loss is lower, in the direction of the sign of Q. Where the loss is no function of the
+    output, a higher output is better.
+    """
+    signs, last = torch.ones(len(targets.outputs)), job.entries[-1]
+    if not targets.loop.loss_needs_model:
+        weights = load_weights(last.weights_path, last.digest)
+        signs = targets.loop.loss_grads(weights, targets.outputs, "Losses of targets").sign()
+    solved = []
+    for entry, train, phi in zip(job.entries, estimator.trains, targets.features, strict=True):
+        with naming(entry):
+            solved.append(estimator.solve(train, phi, sums_of(entry, estimator, train)))
+    harm, of_rows = torch.zeros(job.store.n_train), estimator.score_rows(solved)
+    with progress(job.trainer, "Scoring", len(harm)) as advance:
+        for rows in estimator.trains[0].slices(len(signs)):
+            harm[rows] = -(of_rows(rows) @ signs) / len(signs)
+            advance(len(harm[rows]))
+    return harm
