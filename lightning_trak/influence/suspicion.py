@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lightning_trak.influence.outliers import outliers
 
-SAME = 0.97  # the cosine from which examples are near-duplicates
-MISLABELLED = 4.5  # standard deviations above the median, of the root of the loss
+SAME, CLOSER = 0.97, 0.2  # the cosine from which examples are near-duplicates, and how much closer than usual they are
+IDENTICAL = 0.999  # such a cosine is enough: in a set of nothing but duplicates, all are close
+MISLABELLED = 4.0  # standard deviations above the median, of the root of the loss
 HARMFUL = 6.0  # the same, of the harm: its distribution has heavier tails
 
 
@@ -19,7 +20,7 @@ class Findings:
     """What is known of n training examples, and what is wrong with them.
 
     Attributes:
-        loss: the training loss, averaged over checkpoints, (n,).
+        loss: the training loss: half of the last checkpoint's, and half of the average over checkpoints, (n,).
         self_influence: by how much training on an example lowers its own loss, (n,).
         mislabelled: which are probably mislabelled, (n,), bool.
         duplicate_of: the row of an earlier training example that is nearly the same, (n,); −1 for none.
@@ -61,15 +62,15 @@ def findings(
 ) -> Findings:
     """Decide what is wrong with each training example.
 
-    - Mislabelled: √loss is an outlier, see `outliers`. Squared errors thus count as distances from the label. The mean
-      over checkpoints tells mislabels from what the model learns early, also where it has memorised them by the end.
-    - Near-duplicate: the cosine with an earlier example is at least 0.97. So removing all near-duplicates leaves one of
-      each.
-    - Leak: the cosine with a target is at least 0.97.
+    - Mislabelled: √loss is an outlier, see `outliers`. Squared errors thus count as distances from the label.
+    - Near-duplicate: the cosine c with an earlier example is at least 0.97, and 1 − c is at most a fifth of its median
+      over examples, so that classes whose examples are all alike do not count; or c is at least 0.999. Removing all
+      near-duplicates leaves one of each.
+    - Leak: the same with the nearest target.
     - Harmful: the harm is positive, and an outlier.
 
     Args:
-        loss: averaged over checkpoints, (n,), not negative.
+        loss: as in `Findings`, (n,), not negative.
         self_influence: (n,).
         neighbours: row and cosine of the nearest earlier training example, (n,) each; see `nearest`.
         near_targets: number and cosine of the nearest target, (n,) each; None without targets.
@@ -86,10 +87,17 @@ def findings(
         loss=loss,
         self_influence=self_influence,
         mislabelled=outliers(loss.clamp(min=0).sqrt(), MISLABELLED),
-        duplicate_of=rows.where(similarity >= SAME, -1),
+        duplicate_of=rows.where(similarity >= _limit(similarity[1:]), -1),
         similarity=similarity,
-        leaks=targets.where(leak_similarity >= SAME, -1),
+        leaks=targets.where(leak_similarity >= _limit(leak_similarity), -1),
         leak_similarity=leak_similarity,
         harmful=torch.zeros(loss.shape, dtype=torch.bool) if harm is None else (harm > 0) & outliers(harm, HARMFUL),
         harm=harm,
     )
+
+
+def _limit(similarity: Tensor) -> float:
+    """Return the cosine from which examples are near-duplicates, from those with the nearest, (n,)."""
+    if not len(similarity):
+        return IDENTICAL
+    return min(IDENTICAL, max(SAME, 1 - CLOSER * (1 - similarity.median().item())))

@@ -24,7 +24,7 @@ class Suspect:
         id: of the example.
         label: as the data set tells it; None if it tells none.
         prediction: of the last checkpoint; None where the task knows none.
-        loss: the training loss, averaged over checkpoints.
+        loss: the training loss: half of the last checkpoint's, and half of the average over checkpoints.
         self_influence: by how much training on it lowers its own loss, see `attribute_self`.
         duplicate_of: the id of an earlier training example that is nearly the same.
         similarity: the cosine with the nearest earlier training example; None for the first.

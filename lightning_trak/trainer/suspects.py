@@ -32,19 +32,20 @@ def suspects(
 ) -> Suspects:
     """Rank training examples by what is wrong with them.
 
-    - "probably mislabelled": its loss, averaged over checkpoints, is far above that of the others. Let s be the root of
-      that loss, and σ the distance of its 85th percentile from its median, divided by 1.04 (the standard deviation of a
-      normal distribution). Then s is more than 4.5 σ above the median. The average over checkpoints also finds labels
-      that the model has memorised by the last of them.
-    - "near-duplicate of ...": an earlier training example has nearly the same gradients. Their cosine, after whitening
-      by H, averaged over checkpoints, is at least 0.97. Equal examples have 1.
+    - "probably mislabelled": its loss is far above that of the others. The loss is half of the last checkpoint's, and
+      half of the average over all checkpoints; the second half finds labels that are memorised by the end. Let s be its
+      root, and σ the distance of the 85th percentile of s from its median, divided by 1.04 (the standard deviation of a
+      normal distribution). Then s is more than 4 σ above the median.
+    - "near-duplicate of ...": an earlier training example has nearly the same gradients. Their cosine c, after
+      whitening by H, averaged over checkpoints, is at least 0.97, and 1 − c at most a fifth of its median over
+      examples; or it is at least 0.999. Equal examples have 1.
     - "leaks target ...": the same for a target, with ``targets``.
     - "harmful on average": training on it worsened the outputs of the targets, averaged over them, with ``targets``.
       This harm is positive, and more than 6 σ above the median. An output is worse if its loss is higher.
 
     Where nothing stands out, nothing is named wrong, and the ranking is by the loss. The limits were measured on
-    planted faults: see "Suspects" in ``tests/benchmarks/README.md``. Around one in a hundred of correct but difficult examples
-    is named, so look before you delete.
+    planted faults: see "Suspects" in ``tests/benchmarks/README.md``. One or two in a hundred correct examples, the most
+    difficult ones, are named as well. So look before you delete.
 
     The gradients are those of the model output. For classes it depends on the label, so a copy with another label is
     no near-duplicate here. Most of those are mislabelled.
@@ -128,23 +129,32 @@ def _compare(
 
 
 def _losses(job: Job, loop: FeaturizationLoop, estimator: Estimator) -> Tensor:
-    """Return the loss of each training example, averaged over checkpoints, (n,).
+    """Return half of the last checkpoint's loss of each training example, and half of the average, (n,).
 
-    It follows from the stored outputs, so the model runs only if it defines a loss that is no function of its output.
+    Of several runs, the last checkpoints are averaged.
+    """
+    losses = _losses_at_checkpoints(job, loop, estimator)
+    runs = {entry.meta.get("run") or entry.digest: number for number, entry in enumerate(job.entries)}
+    return (losses.mean(0) + losses[list(runs.values())].mean(0)) / 2
+
+
+def _losses_at_checkpoints(job: Job, loop: FeaturizationLoop, estimator: Estimator) -> Tensor:
+    """Return the losses at each checkpoint, (c, n).
+
+    They follow from the stored outputs, so the model runs only if it defines a loss that is no function of its output.
     Where it defines Q alone, and no loss, the square of Q stands in.
     """
     if not loop.loss_known:
-        squares = [torch.from_numpy(train.loss_grad).square() for train in estimator.trains]
-        return torch.stack(squares).mean(0)
+        return torch.stack([torch.from_numpy(train.loss_grad).square() for train in estimator.trains])
     outputs = torch.stack([torch.from_numpy(entry.train.column("outputs")).float() for entry in job.entries])
     if not loop.loss_needs_model:
         last = job.entries[-1]
-        return loop.losses(load_weights(last.weights_path, last.digest), outputs, "Computing losses").mean(0)
-    total, count = torch.zeros(loop.size), len(job.entries)
+        return loop.losses(load_weights(last.weights_path, last.digest), outputs, "Computing losses")
+    found, count = [], len(job.entries)
     for number, (entry, known) in enumerate(zip(job.entries, outputs, strict=True), 1):
         weights, description = load_weights(entry.weights_path, entry.digest), f"Losses at checkpoint {number}/{count}"
-        total += loop.losses(weights, known[None], description)[0]
-    return total / count
+        found.append(loop.losses(weights, known[None], description))
+    return torch.cat(found)
 
 
 def _harm(job: Job, estimator: Estimator, targets: TargetFeatures) -> Tensor:
