@@ -19,6 +19,7 @@ from tests.benchmarks import (
     scale,
     scoring,
     sizes,
+    suspects,
     tasks,
     zoo,
 )
@@ -37,9 +38,10 @@ BENCHMARKS = {
     "quality": quality.run,
     "sizes": sizes.run,
     "diffusion": diffusion.run,
+    "suspects": suspects.run,
     "gpu": gpu.run,
 }
-LONG = ("quality", "sizes", "diffusion", "scale")  # they retrain, or fill the disk
+LONG = ("quality", "sizes", "diffusion", "scale", "suspects")  # they retrain, or fill the disk
 
 
 def main() -> None:
