@@ -62,6 +62,8 @@ def main() -> None:
     own = trainer.attribute_self(module, datamodule=data, ckpt_path=files or None)
     columns = {name: list(column) for name, column in attribution.targets.columns.items()}
     (Path(folder) / f"targets-{trainer.global_rank}.json").write_text(json.dumps(columns))
+    suspects = trainer.suspects(module, datamodule=data, ckpt_path=files or None, targets=True)
+    (Path(folder) / f"suspects-{trainer.global_rank}.json").write_text(json.dumps(suspects.to_rows()))
     if trainer.is_global_zero:
         torch.save((attribution.scores, own), Path(folder) / "found.pt")
 

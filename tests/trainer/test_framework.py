@@ -342,5 +342,6 @@ def test_the_other_package_is_not_imported():
 )
 def test_the_methods_are_there_whichever_is_imported_first(imports):
     run_python(
-        f"{imports}; assert pl.Trainer.attribute is lt.attribute; assert pl.Trainer.attribute_self is lt.attribute_self"
+        f"{imports}; assert pl.Trainer.attribute is lt.attribute; assert pl.Trainer.suspects is lt.suspects;"
+        "assert pl.Trainer.attribute_self is lt.attribute_self"
     )
