@@ -30,6 +30,7 @@ def test_digits(tmp_path):
     assert int(found[1]) >= 15
     assert float(found[2]) > 0.9
     assert len(re.findall(r"#\d+ is labelled \d, it is a \d", result.stdout)) == int(found[1])
+    assert "probably mislabelled" in (tmp_path / "digits.html").read_text(encoding="utf-8")
 
 
 def test_cifar_quickstart(tmp_path):
