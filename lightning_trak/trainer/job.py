@@ -95,7 +95,6 @@ class Job:
         options: of the estimator.
         memory_limit: scores that take more bytes stay on disk.
         whole_store: whether all checkpoints of the store are meant, whichever they are.
-        tried: the loop over the train set, if it has tried a few examples already.
     """
 
     trainer: Trainer
@@ -108,7 +107,6 @@ class Job:
     options: Options
     memory_limit: float
     whole_store: bool
-    tried: FeaturizationLoop | None
 
     def featurized(self, compute: Callable[[], T]) -> T:
         """Featurize the train set where features are missing, then call ``compute``, which reads them.
@@ -153,10 +151,8 @@ class Job:
         loader = self.loaders.train() if missing else self.loaders.train_if_defined()
         if loader is None:
             return
-        loop, first = self.tried, self.entries[0]
-        if loop is None:
-            loop = self.loop("train")
-            loop.preflight(load_weights(first.weights_path, first.digest), first.digest)
+        loop, first = self.loop("train"), self.entries[0]
+        loop.preflight(load_weights(first.weights_path, first.digest), first.digest)
         check_some(loop, [(entry, entry.train) for entry in complete])
         rows = sum(len(chunk) for entry in missing for chunk in entry.train.missing())
         check_space(self.store.dirpath, rows * loop.form.row_bytes)
@@ -264,12 +260,10 @@ def prepared_job(
 ) -> Iterator[Job]:
     """Open the store and choose its checkpoints; `Job.featurized` featurizes the train set at them."""
     with ready(trainer, model, dataloaders, datamodule, ckpt_path) as (callback, model, datamodule, loaders):
-        path, files, tried = callback.store_path(trainer), files_of(trainer, ckpt_path), None
+        path, files = callback.store_path(trainer), files_of(trainer, ckpt_path)
         if ckpt_path is not None and not (path / "manifest.json").exists():
             plan = Plan.choose(callback.settings, callback.reports, trainer, model, loaders.train())
-            if files is not None:
-                tried = _tried(plan, trainer, model, loaders, files[0])
-            store = fitting_store(path, plan, loaders.train(), 0.0 if tried is None else tried.seconds)
+            store = fitting_store(path, plan, loaders.train())
         else:
             store, plan = open_store(trainer, model, callback, loaders)
         digests = of_store(trainer, store, ckpt_path) if files is None else _added(trainer, store, files)
@@ -277,17 +271,7 @@ def prepared_job(
         entries = store.entries(trainer.strategy.broadcast(digests))
         options = Options(callback.damping, callback.temperature, callback.curvature, callback.estimator)
         limit, whole = callback.memory_limit, ckpt_path is None
-        yield Job(trainer, model, store, plan, entries, loaders, datamodule, options, limit, whole, tried)
-
-
-def _tried(
-    plan: Plan, trainer: Trainer, model: LightningModule, loaders: Loaders, file: str | os.PathLike[str]
-) -> FeaturizationLoop:
-    """Return the loop over the train set, after it has tried a few examples at a checkpoint: how long do they take?"""
-    loop, weights = plan.loop(trainer, model, loaders.train(), loaders.train, "train"), read_weights(file)
-    check_fit(model, weights)
-    loop.preflight(weights, weights_digest(weights))
-    return loop
+        yield Job(trainer, model, store, plan, entries, loaders, datamodule, options, limit, whole)
 
 
 @contextmanager

@@ -162,12 +162,3 @@ def test_scores_that_cannot_be_saved_are_returned(run, tmp_path):
     with pytest.warns(UserWarning, match="The scores are returned, but could not be saved as 'mine'"):
         attribution = fresh(tmp_path).attribute(Classifier(), datamodule=Blobs(), name="mine")
     assert attribution.scores.shape == (40, 7)
-
-
-def test_a_store_that_attribute_makes_has_chunks_of_megabytes(tmp_path, run):
-    """As one that `fit` makes: of a model that is fast, not of 64 rows."""
-    root, *_ = run
-    data = Blobs(300)
-    fresh(tmp_path).attribute(Classifier(), datamodule=data, ckpt_path=next((root / "files").iterdir()))
-    (entry,) = FeatureStore(tmp_path / "store")
-    assert len(entry.train.all()) == 1
