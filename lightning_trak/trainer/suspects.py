@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_trak.features.sparse_matrix import SparseMatrix
 from lightning_trak.influence import Estimator, Sketch, findings, nearest
 from lightning_trak.results.suspects import Suspects
 from lightning_trak.store.weights import load_weights
@@ -90,7 +91,7 @@ def _found(job: Job, with_targets: bool) -> Suspects:
     targets = job.target_features() if with_targets else None
     own, theirs = Sketch(loop.size), None if targets is None else Sketch(len(targets.outputs))
     influence = _compare(job, estimator, targets, own, theirs)
-    loss, train = _losses(job, loop, estimator), described_train(job, loop)
+    loss, train = _losses(job, loop), described_train(job, loop)
     harm, described, near_targets = None, None, None
     rows = own.rows()
     with progress(job.trainer, "Looking for near-duplicates", loop.size) as advance:
@@ -122,31 +123,38 @@ def _compare(
                         total[rows] += (loss_grad.square() * whitened.square().sum(1)).cpu()
                 if targets is not None and theirs is not None:
                     phi = targets.features[number]
-                    phi = phi if isinstance(phi, Tensor) else phi.largest(width)  # as many as a training example has
+                    phi = phi if isinstance(phi, Tensor) else _shortened(phi, width, scales)
                     theirs.add(slice(0, len(phi)), whiten(phi), number)
             advance(1)
     return total / len(job.entries)
 
 
-def _losses(job: Job, loop: FeaturizationLoop, estimator: Estimator) -> Tensor:
+def _shortened(targets: SparseMatrix, width: int, scales: Tensor | None) -> SparseMatrix:
+    """Return as many entries of each target as are stored of a training example: the largest ones before scaling."""
+    if scales is None:
+        return targets.largest(width)
+    return targets.scaled(1 / scales).largest(width).scaled(scales)
+
+
+def _losses(job: Job, loop: FeaturizationLoop) -> Tensor:
     """Return half of the last checkpoint's loss of each training example, and half of the average, (n,).
 
     Of several runs, the last checkpoints are averaged.
     """
-    losses = _losses_at_checkpoints(job, loop, estimator)
+    losses = _losses_at_checkpoints(job, loop)
     runs = {entry.meta.get("run") or entry.digest: number for number, entry in enumerate(job.entries)}
     return (losses.mean(0) + losses[list(runs.values())].mean(0)) / 2
 
 
-def _losses_at_checkpoints(job: Job, loop: FeaturizationLoop, estimator: Estimator) -> Tensor:
+def _losses_at_checkpoints(job: Job, loop: FeaturizationLoop) -> Tensor:
     """Return the losses at each checkpoint, (c, n).
 
     They follow from the stored outputs, so the model runs only if it defines a loss that is no function of its output.
     Where it defines Q alone, and no loss, the square of Q stands in.
     """
     if not loop.loss_known:
-        return torch.stack([torch.from_numpy(train.loss_grad).square() for train in estimator.trains])
-    outputs = torch.stack([torch.from_numpy(entry.train.column("outputs")).float() for entry in job.entries])
+        return _stored(job, "loss_grad").square()
+    outputs = _stored(job, "outputs")
     if not loop.loss_needs_model:
         last = job.entries[-1]
         return loop.losses(load_weights(last.weights_path, last.digest), outputs, "Computing losses")
@@ -155,6 +163,11 @@ def _losses_at_checkpoints(job: Job, loop: FeaturizationLoop, estimator: Estimat
         weights, description = load_weights(entry.weights_path, entry.digest), f"Losses at checkpoint {number}/{count}"
         found.append(loop.losses(weights, known[None], description))
     return torch.cat(found)
+
+
+def _stored(job: Job, name: str) -> Tensor:
+    """Return what is stored of each training example at each checkpoint, (c, n)."""
+    return torch.stack([torch.from_numpy(entry.train.column(name)).float() for entry in job.entries])
 
 
 def _harm(job: Job, estimator: Estimator, targets: TargetFeatures) -> Tensor:

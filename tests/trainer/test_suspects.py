@@ -110,11 +110,11 @@ class Numbers(L.LightningDataModule):
         return DataLoader(self.test_set, 4)
 
 
-def fitted(root, module, data, epochs=20, **kwargs):
+def fitted(root, kind, data, epochs=20, **kwargs):
     L.seed_everything(0, verbose=False)
     saving = L.pytorch.callbacks.ModelCheckpoint(root / "files", save_top_k=-1, filename="{epoch}")
     trainer = make_trainer(root, TRAKCallback(root / "store", **kwargs), saving, max_epochs=epochs)
-    trainer.fit(module, datamodule=data)
+    trainer.fit(kind(), datamodule=data)
     return trainer
 
 
@@ -122,7 +122,7 @@ def fitted(root, module, data, epochs=20, **kwargs):
 def numbers(tmp_path_factory):
     root = tmp_path_factory.mktemp("numbers")
     data = Numbers()
-    return root, fitted(root, Line(), data), data
+    return root, fitted(root, Line, data), data
 
 
 def test_planted_faults_are_found_and_nothing_else(numbers):
@@ -136,7 +136,7 @@ def test_planted_faults_are_found_and_nothing_else(numbers):
 
 
 def test_nothing_is_wrong_where_nothing_was_planted(tmp_path):
-    suspects = fitted(tmp_path, Line(), Numbers(faults=False)).suspects(targets=True)
+    suspects = fitted(tmp_path, Line, Numbers(faults=False)).suspects(targets=True)
     assert len(suspects.mislabelled) + len(suspects.duplicates) + len(suspects.leaks) == 0
     assert len(suspects) == N
 
@@ -185,6 +185,19 @@ def test_targets_may_be_any_loader(numbers):
     assert trainer.suspects()[0].harm is None
 
 
+def test_equal_examples_are_equal_though_more_is_stored_of_a_target(tmp_path):
+    """Of whitened gradients a training example has fewer entries than a target: its largest, before any rescaling.
+
+    They are rescaled because the damping follows from the training time, which was shorter at the first checkpoint.
+    """
+    data = Blobs()
+    trainer = fitted(tmp_path, WithSGD, data, epochs=6, proj_dim=40)
+    digests = trainer.attribute().info.checkpoints
+    assert len({str(FeatureStore(tmp_path / "store")[one].whitening_notes["damping"]) for one in digests}) > 1
+    found = trainer.suspects(targets=DataLoader(data.train_set, 8)).findings
+    torch.testing.assert_close(found.leak_similarity, torch.ones(40), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("targets", [None, "test", [1, 2]])
 def test_other_targets_are_refused(numbers, targets):
     _, trainer, _ = numbers
@@ -203,6 +216,11 @@ class OwnLoss(Line):
         return self.per_sample_loss(batch).mean()
 
 
+class WithSGD(Classifier):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
 class OnlyQ(Classifier):
     """Defines Q and w, and no loss of the mixin."""
 
@@ -218,7 +236,7 @@ class OnlyQ(Classifier):
 
 def test_a_loss_that_needs_the_model(tmp_path):
     data = Numbers()
-    suspects = fitted(tmp_path, OwnLoss(), data, epochs=2).suspects(targets=True)
+    suspects = fitted(tmp_path, OwnLoss, data, epochs=2).suspects(targets=True)
     expected = []
     for weights in weights_of(tmp_path):
         model = OwnLoss()
@@ -229,8 +247,10 @@ def test_a_loss_that_needs_the_model(tmp_path):
 
 
 def test_without_a_loss_the_square_of_q_stands_in(tmp_path):
-    suspects = fitted(tmp_path, OnlyQ(), Blobs(), epochs=2).suspects()
-    squares = torch.stack([torch.tensor(entry.loss_grad).square() for entry in FeatureStore(tmp_path / "store")])
+    suspects = fitted(tmp_path, OnlyQ, Blobs(), epochs=2).suspects()
+    squares = torch.stack(
+        [torch.tensor(entry.loss_grad).square() for entry in FeatureStore(tmp_path / "store").entries()]
+    )
     torch.testing.assert_close(suspects.findings.loss, (squares.mean(0) + squares[-1]) / 2)
 
 
