@@ -26,6 +26,7 @@ from tests.benchmarks import (
     scale,
     scoring,
     sizes,
+    suspects,
     tasks,
 )
 from tests.benchmarks.measuring import silence
@@ -280,6 +281,29 @@ def test_tasks(table):
     cases = tuple(features.Case(key, n_train=8, n_targets=4) for key in ("regressor", "digits"))
     found = table(tasks.run, cases)
     assert [(row[0], row[2]) for row in found] == [("`RegressionMixin`", "hooks"), ("`ClassificationMixin`", "hooks")]
+
+
+def test_suspects(capsys):
+    with silence():
+        suspects.run((suspects.Case("diabetes", 2), suspects.Case("noisy", 2)), (0,), epochs=2)
+    labels, copies, accuracy = capsys.readouterr().out.split("###")[1:]
+    assert [row[0] for row in rows(labels)] == ["diabetes, MLP regression", "digits, MLP"]
+    assert all(0 <= float(cell) <= 1 for row in rows(labels) for cell in row[1:5])
+    assert [row[1] for row in rows(copies)] == ["exact copies", "noisy copies", "exact leaks", "noisy leaks"] * 2
+    assert all(row[2] == "1.000" for row in rows(copies) if row[1].startswith("exact"))
+    assert rows(accuracy)[-1][:3] == ["all wrong labels", "40", "40"]
+
+
+def test_planted_faults_are_what_they_are_said_to_be():
+    planted = suspects.plant("digits", 3)
+    x, y = planted.data.train_set.tensors
+    right = suspects.plant("digits", 3, wrong_labels=False)
+    assert torch.equal((y != right.data.train_set.tensors[1]) & (planted.copy_of < 0), planted.wrong)
+    for row in (planted.copy_of >= 0).nonzero()[:, 0].tolist():
+        same = torch.equal(x[row], x[planted.copy_of[row]])
+        assert same == bool(planted.exact[row])
+    for row in (planted.leaks >= 0).nonzero()[:, 0].tolist():
+        assert torch.equal(x[row], planted.data.targets.tensors[0][planted.leaks[row]]) == bool(planted.exact[row])
 
 
 def test_diffusion(table, tmp_path):

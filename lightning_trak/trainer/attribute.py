@@ -187,9 +187,9 @@ def attribute_self(
     """Return how much training on each example lowered its own loss: its self-influence, never negative.
 
     It is high for memorised examples, which nothing else in the train set supports: mislabelled and unusual ones
-    (Feldman and Zhang, "What neural networks memorize and why", NeurIPS 2020, arXiv 2008.03703). The likeliest
-    mislabels come first in ``attribute_self().argsort(descending=True)``. In regression, labels that are too high and
-    too low count alike.
+    (Feldman and Zhang, "What neural networks memorize and why", NeurIPS 2020, arXiv 2008.03703). In
+    regression, labels that are too high and too low count alike. To look for mislabels, call `suspects`, which finds
+    more of them.
 
     It is ∇Lᵀ H⁻¹ ∇L = qᵢ² φ(zᵢ)ᵀ H⁻¹ φ(zᵢ), averaged over checkpoints. At one checkpoint this is qᵢ times the score of
     `attribute` for the example as its own target. No n × n matrix is made.

@@ -87,9 +87,10 @@ def plant(key: str, seed: int, *, wrong_labels: bool = True) -> Planted:
     y = _right_tags(x) if key == "tags" else y.clone()
     n, order = len(x), torch.randperm(len(x), generator=generator)
     bad, sources = order[: int(MISLABELLED * n)], order[int(MISLABELLED * n) :][:COPIES]
-    x = x.clone()
+    wrong_x, wrong_y = x.clone(), y.clone()
+    _mislabel(key, wrong_x, wrong_y, bad, generator)
     if wrong_labels:
-        _mislabel(key, x, y, bad, generator)
+        x, y = wrong_x, wrong_y
     leaked = torch.randperm(len(target_x), generator=generator)[:LEAKS]
     half = COPIES // 2, LEAKS // 2
     copies = [x[sources[: half[0]]], _noisy(x[sources[half[0] :]], x, generator)]
@@ -212,9 +213,7 @@ COSINES = ("suspects", "embeddings", "raw inputs")
 
 def run(cases: tuple[Case, ...] = CASES, seeds: tuple[int, ...] = (10, 11), epochs: int | None = None) -> None:
     """Print the tables."""
-    found = [
-        [_with_store(case, seed, epochs, wrong_labels=True) for seed in seeds] for case in cases
-    ]  # each (Planted, Found)
+    found = [[_with_store(case, seed, epochs, wrong_labels=True) for seed in seeds] for case in cases]
     clean = [[_with_store(case, seed, epochs, wrong_labels=False) for seed in seeds[:1]] for case in cases]
     named = "named: precision / recall"
     header = ["task", *RANKINGS, named, "named where all labels are right"]
