@@ -134,7 +134,11 @@ class Suspects:
             import pandas as pd  # type: ignore[import-untyped, unused-ignore]
         except ImportError as error:
             raise ImportError("to_pandas() needs pandas: pip install pandas. to_rows() does without.") from error
-        return pd.DataFrame(self.to_rows(), columns=None if len(self) else list(Suspect.__dataclass_fields__))
+        rows = self.to_rows()
+        frame = pd.DataFrame(rows, columns=list(rows[0] if rows else Suspect.__dataclass_fields__))
+        for name in ("id", "duplicate_of", "leaks"):  # pandas would make floats of integers beside None
+            frame[name] = pd.Series([row[name] for row in rows], dtype=object)
+        return frame
 
     def __len__(self) -> int:
         return len(self._order)

@@ -45,11 +45,12 @@ def suspects(
       This harm is positive, and more than 6 σ above the median. An output is worse if its loss is higher.
 
     Where nothing stands out, nothing is named wrong, and the ranking is by the loss. The limits were measured on
-    planted faults: see "Suspects" in ``tests/benchmarks/README.md``. One or two in a hundred correct examples, the most
-    difficult ones, are named as well. So look before you delete.
+    planted faults: see "Suspects" in ``tests/benchmarks/README.md``. Up to three in a hundred correct examples, the
+    most difficult ones, are named as mislabelled too. So look before you delete.
 
-    The gradients are those of the model output. For classes it depends on the label, so a copy with another label is
-    no near-duplicate here. Most of those are mislabelled.
+    Gradients are those of the model output. For classes it depends on the label, so a copy with another label is no
+    near-duplicate. Exact copies are found for certain; of copies with noise or with some words replaced, few are. Rows
+    of a table with few columns may be near-duplicates without being copies.
 
     Averages over checkpoints need some: save one after each epoch. The train set is read twice more, to learn labels,
     predictions and losses.

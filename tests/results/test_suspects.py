@@ -97,6 +97,9 @@ def test_data_frame():
     assert isinstance(frame, pandas.DataFrame)
     assert frame["row"].tolist() == SUSPECTS.indices.tolist()
     assert "wrong" in SUSPECTS[:0].to_pandas().columns
+    numbered = Suspects(FINDINGS, Examples(N)).to_pandas()
+    assert [type(one) for one in numbered["duplicate_of"][:3]] == [type(None), int, type(None)]
+    assert type(numbered["id"][0]) is int
 
 
 def test_without_pandas_the_remedy_is_named(monkeypatch):
