@@ -151,9 +151,10 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _as_parts(leaves: Iterable[tuple[str, Any]]) -> list[tuple[str, Part]]:
-    """Return leaves as parts; a class map goes to the image of its size."""
+    """Return leaves as parts; a class map goes to the image of its size. What is empty is left out, unless alone."""
     found: list[tuple[str, Part]] = []
-    for name, leaf in leaves:
+    known = list(leaves)
+    for name, leaf in [one for one in known if not _is_empty(one[1])] or known:
         classes = _class_map(leaf)
         free = (place for place, (_, part) in enumerate(found) if _is_free(part, classes))
         place = None if classes is None else next(free, None)
@@ -250,6 +251,11 @@ def _class_map(leaf: Any) -> Array | None:
         return None
     few = array.dtype != np.uint8 or len(np.unique(array)) <= _CLASSES
     return array.astype(np.int64) if few else None
+
+
+def _is_empty(leaf: Any) -> bool:
+    array = None if isinstance(leaf, (str, Table)) else as_array(leaf)
+    return array is not None and not array.size
 
 
 def _is_free(part: Part, classes: Array | None) -> bool:

@@ -77,6 +77,8 @@ FORMS = {
     "bytes": (b"abc", [Unknown], None),
     "an object": (object(), [Unknown], None),
     "nothing": ((), [Unknown], None),
+    "nothing but an empty array": (torch.zeros(3, 0), [Unknown], None),
+    "an array that is empty": ({"x_cat": torch.zeros(11, 0), "x_cont": torch.rand(11, 1)}, [Series], None),
     "ragged": (([torch.rand(3), torch.rand(4)], 1), [Table, Table], 1),
 }
 

@@ -63,8 +63,8 @@ class Drawings:
         """Draw an example; return its place among all, and its label."""
         found = described(example)
         drawn = found.parts if self._render is None else self._rendered(self._render(example))
-        place = len(self.drawn)
-        self.drawn.append([self._drawing(place, name, part) for name, part in drawn])
+        place, several = len(self.drawn), len(drawn) > 1
+        self.drawn.append([self._drawing(place, name if several else "", part) for name, part in drawn])
         return place, found.label
 
     def _rendered(self, value: Any) -> list[tuple[str, Part | bytes]]:

@@ -65,6 +65,7 @@ def page_of(known: Known, shown: Mapping[str, Any], evaluation: Any, title: str)
         data=in_script({**{name: value for name, value in shown.items() if name != "drawn"}, "firsts": firsts}),
         drawn=[text for _, text in drawn],
         suspects=shown["suspects"] is not None,
+        self_influence=shown["suspects"] is not None and shown["suspects"]["self_influence"],
         facts=facts(known.info),
         checkpoint_titles=titles,
         checkpoint_rows=rows,

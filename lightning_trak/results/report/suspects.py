@@ -51,6 +51,7 @@ class Suspects:
         names = dict.fromkeys(name for suspect in self._shown for name in suspect if name not in (_ROW, _ID))
         return {
             "count": self.count,
+            "self_influence": _SELF_INFLUENCE in names,
             "places": [train.shown(row) for row in self.rows],
             "columns": [_column(str(name), [suspect.get(name) for suspect in self._shown]) for name in names],
         }

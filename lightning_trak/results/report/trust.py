@@ -107,7 +107,7 @@ _WHITENING = (
         "Gradients are divided by the curvature before they are compressed (EK-FAC).",
     ),
 )
-_DAMPING = "What is added to the Gauss–Newton matrix before it is inverted. More damping makes scores smaller."
+_DAMPING = "What is added to the curvature before it is inverted. More damping makes scores smaller."
 _CURVATURE = (
     ("not used", "The Gauss–Newton matrix weighs all examples alike. Ranks can be compared, sizes cannot."),
     ("used", "A score predicts by how much the output falls if the example is left out of training."),
@@ -128,11 +128,11 @@ def checkpoints(info: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return the table of checkpoints: its titles and its rows.
 
     >>> checkpoints({"checkpoints": ("a1b2",), "dampings": (0.3,), "damping_rules": ("as given",)})
-    (['', 'Checkpoint', 'Damping λ', 'Chosen by'], [['1', 'a1b2', '0.300', 'as given']])
+    (['Number', 'Checkpoint', 'Damping λ', 'Chosen by'], [['1', 'a1b2', '0.300', 'as given']])
     """
     digests = [digest[:_DIGITS] for digest in info["checkpoints"]]
     columns = {
-        "": [str(number) for number in range(1, len(digests) + 1)],
+        "Number": [str(number) for number in range(1, len(digests) + 1)],
         "Checkpoint": digests,
         "Damping λ": [number_text(value) for value in info.get("dampings", ())],
         "Chosen by": list(info.get("damping_rules", ())),

@@ -62,6 +62,7 @@ def test_text_and_tokens_are_cut_and_say_so():
 def test_names_of_parts():
     drawings = drawn({"premise": "a cat sleeps on it", "hypothesis": "an animal is asleep"})
     assert [drawing["name"] for drawing in drawings] == ["premise", "hypothesis"]
+    assert "name" not in drawn({"image": np.ones((9, 9)), "label": 1})[0]  # of a part alone it says nothing
 
 
 def test_short_series_is_drawn_point_by_point():

@@ -67,3 +67,12 @@ def test_classes_are_the_only_colours():
             colour = [int(PALETTE[(number - 1) % 8][start : start + 2], 16) for start in (1, 3, 5)]
             shades = (pixel - 0.55 * np.array(colour)) / 0.45
             assert np.ptp(shades) < 3  # the same gray in each channel, up to rounding
+
+
+def test_a_class_map_is_taken_in_the_middle_of_areas():
+    classes = np.zeros((10, 10), dtype=int)
+    classes[2::5, 2::5] = [[1, 2], [3, 4]]
+    found = thumbnail(Image(np.zeros((10, 10)), classes), 2)
+    for number, pixel in zip((1, 2, 3, 4), found.reshape(-1, 3), strict=True):
+        colour = [int(PALETTE[number - 1][start : start + 2], 16) for start in (1, 3, 5)]
+        np.testing.assert_allclose(pixel, 0.55 * np.array(colour), atol=1)

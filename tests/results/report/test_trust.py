@@ -39,10 +39,10 @@ def test_settings_change_what_is_said(change):
 
 def test_checkpoints():
     titles, rows = checkpoints(asdict(replace(INFO, loss_explained=(0.9, 1.0))))
-    assert titles == ["", "Checkpoint", "Damping λ", "Chosen by", "Loss explained"]
+    assert titles == ["Number", "Checkpoint", "Damping λ", "Chosen by", "Loss explained"]
     assert rows[1] == ["2", "bb", "0.500", "as given", "1.00"]
     titles, _ = checkpoints(asdict(replace(INFO, dampings=())))
-    assert titles == ["", "Checkpoint", "Chosen by"]
+    assert titles == ["Number", "Checkpoint", "Chosen by"]
 
 
 def test_curve():

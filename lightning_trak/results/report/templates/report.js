@@ -55,7 +55,8 @@
 
   function drawn(place, context) {
     const found = drawingsOf(place);
-    const beside = found.length > 1 && found[0].width && !context.isTarget; // an image and its caption, for example
+    const texts = found.slice(1).filter(({ kind }) => kind === "text" || kind === "tokens").length;
+    const beside = found.length === 2 && found[0].width && texts && !context.isTarget; // an image and its caption
     return make("div", { class: beside ? "beside" : null }, ...found.map((drawing) => {
       const name = drawing.name ? make("p", { class: "part-name", dir: "auto" }, drawing.name) : null;
       return make("div", {}, name, ...DRAW[drawing.kind](drawing, context));
