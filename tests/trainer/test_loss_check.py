@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_trak import ClassificationMixin, RegressionMixin, TRAKCallback
+from lightning_trak import Attribution, ClassificationMixin, RegressionMixin, TRAKCallback
 
 DATA = TensorDataset(torch.randn(24, 3, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3)
 
@@ -293,3 +293,18 @@ def test_a_model_output_that_changes_its_batch_is_named(tmp_path):
         ValueError, match=r"changes its batch in place \(list\(Tensor\(8, 3\), Tensor\(8,\)\), tensor 1\)"
     ):
         fit(tmp_path, Spoils())
+
+
+def test_scores_know_what_was_warned_of(tmp_path):
+    module = Squared()
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False, max_epochs=2,
+        enable_model_summary=False, callbacks=[TRAKCallback(tmp_path / "trak")],
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="returned a loss of") as caught:
+        trainer.fit(module, DataLoader(DATA, 8))
+    (said,) = {str(one.message) for one in caught if "returned a loss of" in str(one.message)}
+    attribution = trainer.attribute(dataloaders=DataLoader(DATA, 8))
+    assert attribution.info.warnings == (said,)
+    attribution.save(tmp_path / "saved")
+    assert Attribution.load(tmp_path / "saved").info == attribution.info
