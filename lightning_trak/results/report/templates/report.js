@@ -84,7 +84,7 @@
     tokens(drawing) {
       return unfolding(drawing.tokens.length, LONG.tokens, "tokens", drawing.more, (length) => {
         const line = make("p", { class: "tokens", dir: "auto" });
-        for (const token of drawing.tokens.slice(0, length)) line.append(make("span", { class: "token" }, isolated(token)), " ");
+        for (const token of drawing.tokens.slice(0, length)) line.append(make("span", { class: "token" }, token), " ");
         return line;
       });
     },
