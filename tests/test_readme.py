@@ -71,7 +71,7 @@ def test_python_blocks_of_the_readme_run(readme, tmp_path):
     names, _ = readme
     assert len(blocks(README, "python")) == 4
     assert names["attribution"].top(10).indices.shape == (50, 10)
-    assert sorted(names["suspects"].tolist()) == list(range(250))
+    assert sorted(names["suspects"].indices.tolist()) == list(range(250))
     check_someone_elses_module(names, tmp_path)
     check_vae(names["VAE"]())
 
