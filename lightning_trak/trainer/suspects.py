@@ -49,7 +49,7 @@ def suspects(
     most difficult ones, are named as mislabelled too. So look before you delete.
 
     Gradients are those of the model output. For classes it depends on the label, so a copy with another label is no
-    near-duplicate. Exact copies are found for certain; of copies with noise or with some words replaced, few are. Rows
+    near-duplicate. All exact copies were found; of copies with noise or with some words replaced, few are. Rows
     of a table with few columns may be near-duplicates without being copies.
 
     Averages over checkpoints need some: save one after each epoch. The train set is read twice more, to learn labels,
