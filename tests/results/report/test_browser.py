@@ -87,6 +87,20 @@ def test_nothing_is_wider_than_a_phone(browser, reports, kind, page):
     assert browser.run("const page = document.documentElement; return page.scrollWidth - page.clientWidth") == 0
 
 
+def test_long_words_are_no_wider_than_a_phone(browser, tmp_path):
+    word = "x" * 190
+    own = attribution(m=3).with_columns(
+        train={"id": [f"{word}{row}" for row in range(30)], word: [word] * 30},
+        targets={"id": [f"{word}{row}" for row in range(3)], "label": [word] * 3, word: [word] * 3},
+    )
+    train = [{"text": word * 9, "tokens": [word, word], "table": {word: 1.0, "b": word}}] * 30
+    path = own.report(tmp_path / "report.html", train, train[:3], title=word, suspects=[{"row": 0, word: word}])
+    browser.emulate("narrow")
+    for page in ("", "#suspects", "#trust"):
+        browser.open(path, page)
+        assert browser.run("const page = document.documentElement; return page.scrollWidth - page.clientWidth") == 0
+
+
 @pytest.fixture(scope="module")
 def violations():
     """A function that returns what axe finds at a page; of many targets, the first two are looked at."""
@@ -263,6 +277,7 @@ def test_keyboard(images):
     assert images.focused == images.all("#feed article")[9]
     images.keys(Keys.ARROW_RIGHT)
     assert shown(images)[0] == 10
+    assert images.focused == images.all("#feed article")[9]  # the focus is not lost with the card that had it
     images.keys(Keys.ARROW_LEFT)
     assert shown(images)[0] == 0
     images.one("summary").click()
@@ -336,6 +351,7 @@ def test_unfolding(browser, reports, kind, selector, places):
 
 def test_values_that_differ_are_said_in_words(browser, reports):
     browser.open(reports("tables"))
+    assert len(browser.all("#feed article:first-child li .marked th[scope=row]")) == 12
     rows = browser.texts("#feed article:first-child li .marked td")
     assert len(rows) == 12  # of two helpful and two harmful examples
     for row in rows:
