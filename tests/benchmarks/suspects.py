@@ -224,7 +224,8 @@ def run(cases: tuple[Case, ...] = CASES, seeds: tuple[int, ...] = (10, 11), epoc
     print_table("Near-duplicates and leaks: average precision of rankings", header, rows)
     if any(case.key == "noisy" for case in cases):
         header = ["removed", "number", "of them mislabelled", "accuracy"]
-        rows = _retrained(next(several for case, several in zip(cases, found, strict=True) if case.key == "noisy"))
+        noisy = next(several for case, several in zip(cases, found, strict=True) if case.key == "noisy")
+        rows = _retrained(noisy, TASKS["noisy"].epochs if epochs is None else epochs)
         print_table("Accuracy for the targets after removing suspects: digits, MLP, 4 % of labels wrong", header, rows)
 
 
@@ -286,7 +287,7 @@ def _natural(planted: Planted) -> Tensor:
     return (counts[groups] > 1)[: len(planted.wrong)]
 
 
-def _retrained(found: list[tuple[Planted, Found]]) -> Iterator[list[str]]:
+def _retrained(found: list[tuple[Planted, Found]], epochs: int) -> Iterator[list[str]]:
     """Train without suspects, and as many examples of other kinds; the targets' labels are right."""
     ways: dict[str, Callable[[Planted, Found, int], Tensor]] = {
         "none": lambda planted, one, k: torch.zeros(0, dtype=torch.long),
@@ -303,7 +304,7 @@ def _retrained(found: list[tuple[Planted, Found]]) -> Iterator[list[str]]:
         for planted, one in found:
             rows = choose(planted, one, len(one.suspects.mislabelled))
             removed, wrong = removed + len(rows), wrong + int(planted.wrong[rows].sum())
-            accuracies += [_accuracy(planted.data, rows, seed) for seed in range(3)]
+            accuracies += [_accuracy(planted.data, rows, seed, epochs) for seed in range(3)]
         yield [name, f"{removed / len(found):.0f}", f"{wrong / len(found):.0f}", f"{_average(accuracies):.2%}"]
 
 
@@ -311,13 +312,13 @@ def _either(suspects: Suspects) -> Tensor:
     return (suspects.findings.mislabelled | suspects.findings.harmful).nonzero()[:, 0]
 
 
-def _accuracy(data: Data, without: Tensor, seed: int) -> float:
+def _accuracy(data: Data, without: Tensor, seed: int, epochs: int) -> float:
     L.seed_everything(100 + seed, verbose=False)
     module, kept = TASKS["noisy"].make_module(), torch.ones(len(data.train_set), dtype=torch.bool)
     kept[without] = False
     rest = TensorDataset(*(one[kept] for one in data.train_set.tensors))
     with TemporaryDirectory() as root:
-        own = trainer(root, accelerator="cpu", max_epochs=TASKS["noisy"].epochs, enable_checkpointing=False)
+        own = trainer(root, accelerator="cpu", max_epochs=epochs, enable_checkpointing=False)
         own.fit(module, DataLoader(rest, data.batch_size, shuffle=True, drop_last=True))
     x, y = data.targets.tensors
     with torch.no_grad():
