@@ -72,13 +72,12 @@ def digests_of_rows(batch: Any, size: int) -> list[bytes] | None:
     >>> digests_of_rows({"x": one}, 2)[1] == digests_of_rows({"x": other}, 2)[0]
     True
     """
-    if any(isinstance(part, _Opaque) for part in _parts(batch)):
-        return None
     if check_rows(batch, size) is not None or not _only_tensors(batch):
-        whole = hashlib.blake2b(digest_size=16)
-        for part in _parts(batch):
-            whole.update(hashlib.blake2b(part, digest_size=16).digest())
-        return [_digest([whole.digest(), str(place).encode()]) for place in range(size)]
+        parts = list(_parts(batch))
+        if any(isinstance(part, _Opaque) for part in parts):
+            return None
+        whole = _digest(parts)
+        return [_digest([whole, str(place).encode()]) for place in range(size)]
     tensors = tensors_of(batch)
     form = [*_parts(map_tensors(batch, lambda _: None))]
     form += [f"{tensor.dtype}{tuple(tensor.shape[1:])}".encode() for tensor in tensors]
@@ -94,14 +93,14 @@ def digests_of_rows(batch: Any, size: int) -> list[bytes] | None:
 
 
 def _only_tensors(batch: Any) -> bool:
-    """Say whether a batch holds nothing but tensors, and None."""
+    """Say whether a batch holds nothing but dense tensors, and None."""
     if isinstance(batch, Mapping):
         return all(map(_only_tensors, batch.values()))
     if isinstance(batch, (list, tuple)):
         return all(map(_only_tensors, batch))
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         return all(_only_tensors(getattr(batch, field.name, None)) for field in dataclasses.fields(batch))
-    return batch is None or isinstance(batch, Tensor)
+    return batch is None or (isinstance(batch, Tensor) and batch.layout == torch.strided)
 
 
 def _digest(parts: Iterable[bytes | memoryview]) -> bytes:

@@ -444,10 +444,7 @@ class Attribution:
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ValueError(f"k must be a positive integer, got {k!r}.")
         k = min(k, self._most())
-        if isinstance(self._scores, StoredScores):
-            extremes = extremes_of(self._scores.blocks(), k)
-        else:
-            extremes = Extremes(self.top(k), self.bottom(k))
+        extremes = self._extremes(k)
         errors = None if self._spread is None else self._spread.standard_error
         return long_table(extremes, self._train, self._targets, self._outputs, errors)
 
@@ -561,8 +558,7 @@ class Attribution:
         outside = [column for column in shown if not 0 <= column < self.info.n_targets]
         if outside or not shown:
             raise ValueError(f"columns must name some of the {self.info.n_targets} targets, got {columns!r}.")
-        extremes = Extremes(self.top(k), self.bottom(k))
-        return plot_extremes(extremes, shown, train, targets)
+        return plot_extremes(self._extremes(k), shown, train, targets)
 
     def report(
         self,
@@ -648,7 +644,8 @@ class Attribution:
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ValueError(f"k must be a positive integer, got {k!r}.")
         k = min(k, self._most())
-        top, bottom, spread = self.top(k), self.bottom(k), self._spread  # not one that would have to be computed
+        extremes, spread = self._extremes(k), self._spread  # not one that would have to be computed
+        top, bottom = extremes.top, extremes.bottom
         error = None if spread is None else spread.standard_error
         return Known(
             asdict(self.info),
@@ -720,17 +717,27 @@ class Attribution:
         return {name: part for name, part in parts.items() if isinstance(part, StoredScores)}
 
     def _ranked(self, k: int, *, largest: bool) -> Ranked:
+        self._check_ranks(k)
+        if isinstance(self._scores, Tensor):
+            return rank(self._scores.T, k, largest)
+        extremes = self._extremes(k)
+        return extremes.top if largest else extremes.bottom
+
+    def _extremes(self, k: int) -> Extremes:
+        """Return the highest and the lowest k scores of each target; scores on disk are read once."""
+        self._check_ranks(k)
+        if isinstance(self._scores, Extremes):
+            sides = self._scores.top, self._scores.bottom
+            return Extremes(*(Ranked(side.indices[:, :k], side.values[:, :k]) for side in sides))
+        if isinstance(self._scores, StoredScores):
+            return extremes_of(self._scores.blocks(), k)
+        return Extremes(*(rank(self._scores.T, k, largest) for largest in (True, False)))
+
+    def _check_ranks(self, k: int) -> None:
         if not 1 <= k <= self._most():
             few = isinstance(self._scores, Extremes)
             why = "kept by trainer.attribute(top_k=...)" if few else "in the train set"
             raise ValueError(f"k must be between 1 and {self._most()}, the number of examples {why}; got {k}.")
-        if isinstance(self._scores, Extremes):
-            kept = self._scores.top if largest else self._scores.bottom
-            return Ranked(kept.indices[:, :k], kept.values[:, :k])
-        if isinstance(self._scores, StoredScores):
-            extremes = extremes_of(self._scores.blocks(), k)
-            return extremes.top if largest else extremes.bottom
-        return rank(self._scores.T, k, largest)
 
     def _most(self) -> int:
         """Return how many training examples can be ranked for each target."""

@@ -21,10 +21,8 @@ _TOKENS, _MASK = "input_ids", "attention_mask"
 _OF_TOKENS = (_MASK, "token_type_ids", "special_tokens_mask", "output_mask", "labels")  # keys that go with them
 _LONG = 64  # values: a longer vector of real numbers is a series, a shorter one is a row of a table
 _SIDE = 8  # pixels: a matrix with a shorter side is no image
-_CHANNELS, _ELONGATED = (
-    16,
-    4,
-)  # nor is one whose shorter side has at most so many, and whose longer is so many times that
+_CHANNELS = 16  # nor is one whose shorter side has at most so many,
+_ELONGATED = 4  # and whose longer side is so many times that
 _CLASSES = 64  # bytes with more values than that are an image, not a class map
 _NAME_WORDS, _NAME_CHARACTERS = 3, 40  # a longer text is no name of a class
 _FEW = 4  # numbers that are written as one label

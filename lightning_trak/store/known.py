@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class KnownRows:
 
     def __init__(self, places: Mapping[int, tuple[Chunks, int]]) -> None:
         self._places = {}
-        there = {chunks: {rows.start for rows in chunks.present()} for chunks, _ in {*places.values()}}
+        there = {chunks: {rows.start for rows in chunks.present()} for chunks in {one for one, _ in places.values()}}
         for row, (chunks, source) in places.items():
             if source - source % chunks.size in there[chunks]:
                 self._places[row] = chunks, source
@@ -59,30 +60,40 @@ def known_of_train(entry: CheckpointEntry) -> KnownRows:
     return KnownRows({row: (chunks, row) for chunks in entry.former() for row in chunks.all()[-1]})
 
 
-def known_targets(
-    store: FeatureStore, entry: CheckpointEntry, digests: Sequence[bytes], chunks_of: TargetChunks
-) -> KnownRows:
-    """Return which targets are stored in other sets, at a checkpoint.
+class OtherSets:
+    """The sets of targets that are stored beside a set; their digests are read when rows are first asked for.
 
     Args:
         store: the store.
-        entry: the checkpoint.
-        digests: of the targets.
+        digests: of the targets of the set.
         chunks_of: returns the chunks of a set of targets at a checkpoint.
     """
-    rows: dict[bytes, list[int]] = {}
-    for row, digest in enumerate(digests):
-        rows.setdefault(digest, []).append(row)
-    places: dict[int, tuple[Chunks, int]] = {}
-    own = digest_of_set(digests)
-    for folder in sorted(store.targets_folder(own).parent.glob("*")):
-        if folder.name == own or not (folder / entry.digest).is_dir():
-            continue
-        with suppress(FileNotFoundError, Damaged):  # a set of random targets, or one that is being deleted
-            there = read_examples(store, folder.name)
-            chunks = chunks_of(entry, folder.name, len(there))
-            places |= {row: (chunks, source) for source, digest in enumerate(there) for row in rows.get(digest, ())}
-    return KnownRows(places)
+
+    def __init__(self, store: FeatureStore, digests: Sequence[bytes], chunks_of: TargetChunks) -> None:
+        self._store, self._digests, self._chunks_of = store, digests, chunks_of
+
+    def known(self, entry: CheckpointEntry) -> KnownRows:
+        """Return which targets are stored in other sets, at a checkpoint."""
+        places: dict[int, tuple[Chunks, int]] = {}
+        for digest, (size, pairs) in self._shared.items():
+            chunks = self._chunks_of(entry, digest, size)
+            places |= {row: (chunks, source) for row, source in pairs}
+        return KnownRows(places)
+
+    @cached_property
+    def _shared(self) -> dict[str, tuple[int, list[tuple[int, int]]]]:
+        """The size of each other set by its digest, and the rows that both have: (here, there)."""
+        rows: dict[bytes, list[int]] = {}
+        for row, digest in enumerate(self._digests):
+            rows.setdefault(digest, []).append(row)
+        own, shared = digest_of_set(self._digests), {}
+        for name in sorted(path.name for path in self._store.targets_folder(own).parent.glob("*")):
+            if name != own:
+                with suppress(FileNotFoundError, Damaged):  # a set of random targets, or one that is being deleted
+                    there = read_examples(self._store, name)
+                    pairs = [(row, source) for source, one in enumerate(there) for row in rows.get(one, ())]
+                    shared[name] = len(there), pairs
+        return shared
 
 
 def digest_of_set(digests: Iterable[bytes]) -> str:

@@ -270,7 +270,11 @@ def sums_of(entry: CheckpointEntry, estimator: Estimator, train: TrainFeatures) 
 
 
 def featurize_targets(
-    loop: FeaturizationLoop, entry: CheckpointEntry, number: str, digest: str, known: KnownRows
+    loop: FeaturizationLoop,
+    entry: CheckpointEntry,
+    number: str,
+    digest: str,
+    known: Callable[[CheckpointEntry], KnownRows],
 ) -> tuple[Tensor | SparseMatrix, Tensor]:
     """Return the features of the targets at a checkpoint; the store keeps them, and processes share the work.
 
@@ -279,7 +283,7 @@ def featurize_targets(
         entry: the checkpoint.
         number: of the checkpoint, for the progress bar.
         digest: of the targets.
-        known: those that are stored in other sets.
+        known: returns those that are stored in other sets, at a checkpoint.
 
     Returns:
         φ(z), (m, k), of whitened gradients the largest entries; and f(z), (m,).
@@ -292,7 +296,7 @@ def featurize_targets(
             whitening = whitening_at(loop, entry, weights)
             try:
                 chunks.folder.parent.mkdir(parents=True, exist_ok=True)
-                _fill(loop, entry, chunks, weights, description, whitening, known)
+                _fill(loop, entry, chunks, weights, description, whitening, known(entry))
             except OSError as error:  # a full disk, or a read-only store
                 rank_zero_warn(f"Features of targets could not be stored and will be computed again: {error}")
                 return _of_targets(loop, _collected(loop, weights, entry.digest, description, whitening))

@@ -26,13 +26,8 @@ def described_examples(job: Job, loop: FeaturizationLoop) -> tuple[Examples, Exa
     """
     loader = job.loaders.train_if_defined()
     own, told = Annotations() if loader is None else annotations_of(loader.dataset), annotations_of(loop.dataset)
-    train, targets = _examples(job.store.n_train, own), _examples(loop.size, told)
-    if loop.describes:
-        if job.trainer.is_global_zero:
-            names = {"label": told.classes or own.classes, "prediction": own.classes or told.classes}
-            targets = _said_by_module(job, loop, targets, names)
-        targets = job.trainer.strategy.broadcast(targets)
-    return train, targets
+    names = {"label": told.classes or own.classes, "prediction": own.classes or told.classes}
+    return _examples(job.store.n_train, own), _described(job, loop, told, names)
 
 
 def described_train(job: Job, loop: FeaturizationLoop) -> Examples:
@@ -43,12 +38,18 @@ def described_train(job: Job, loop: FeaturizationLoop) -> Examples:
         loop: reads the train set.
     """
     told = annotations_of(loop.dataset)
-    train = _examples(loop.size, told)
-    if loop.describes:
-        if job.trainer.is_global_zero:
-            train = _said_by_module(job, loop, train, dict.fromkeys(("label", "prediction"), told.classes))
-        train = job.trainer.strategy.broadcast(train)
-    return train
+    return _described(job, loop, told, dict.fromkeys(("label", "prediction"), told.classes))
+
+
+def _described(job: Job, loop: FeaturizationLoop, told: Annotations, names: Mapping[str, Any]) -> Examples:
+    """Return what a data set tells of its examples, and what the module says of them, in every process."""
+    examples = _examples(loop.size, told)
+    if not loop.describes:
+        return examples
+    if job.trainer.is_global_zero:
+        examples = _said_by_module(job, loop, examples, names)
+    described: Examples = job.trainer.strategy.broadcast(examples)
+    return described
 
 
 def _said_by_module(job: Job, loop: FeaturizationLoop, examples: Examples, names: Mapping[str, Any]) -> Examples:

@@ -7,7 +7,7 @@ It does not call ``trainer.predict``, which would overwrite the state of a runni
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -244,13 +244,7 @@ class FeaturizationLoop:
         """
         if not self.repeatable:
             return None
-        with (
-            self._undisturbed(),
-            progress(self._trainer, "Reading targets", self.size) as advance,
-            ExitStack() as stack,
-        ):
-            stack.enter_context(prepared(self._module, self._function(weights).prepare, self._find_train_loader))
-
+        with self._at(weights, "Reading targets", self.size) as (_, advance):
             seed_all(0)
             found: list[bytes] = []
             for rows, batch in self._read(range(self.size), self._largest):
@@ -338,13 +332,7 @@ class FeaturizationLoop:
         labelled: bool = True,
     ) -> None:
         """Call ``work`` with (function, rows, batch) for each batch of all examples, at one checkpoint."""
-        with (
-            self._undisturbed(),
-            progress(self._trainer, description, self.size) as advance,
-            ExitStack() as stack,
-        ):
-            function = self._function(weights)
-            stack.enter_context(prepared(self._module, function.prepare, self._find_train_loader))
+        with self._at(weights, description, self.size) as (function, advance):
             seed_all(0)
             size = 1 if self._selector.gradients == "loop" else self._selector.batch_size(self._largest)
             for rows, batch in self._read(range(self.size), size, labelled=labelled):
@@ -498,9 +486,8 @@ class FeaturizationLoop:
         After a failure of an engine or a shortage of memory, ``work`` is called again with the batch, or a part of it.
         """
         count = len(rows) if isinstance(rows, Sized) else total or 0
-        with self._undisturbed(), progress(self._trainer, description, count) as advance, ExitStack() as stack:
-            function, key = self._function(weights), projection_key(self._seed, digest)
-            stack.enter_context(prepared(self._module, function.prepare, self._find_train_loader))
+        with self._at(weights, description, count) as (function, advance):
+            key = projection_key(self._seed, digest)
 
             def advancing(engine: Engine, batch_rows: Sequence[int], batch: Any) -> None:
                 work(function, engine, batch_rows, batch)
@@ -546,6 +533,16 @@ class FeaturizationLoop:
         first = self._read_once([0], seed=0)
         rehearsal = Featurizer(function, LoopEngine(), self._projector, key).rehearsal
         return Trial(function, batch, size, first, rehearsal)
+
+    @contextmanager
+    def _at(
+        self, weights: Weights, description: str, total: int
+    ) -> Iterator[tuple[ModelFunction, Callable[[int], object]]]:
+        """Yield the module at a checkpoint's weights, prepared, and what advances a progress bar."""
+        with self._undisturbed(), progress(self._trainer, description, total) as advance:
+            function = self._function(weights)
+            with prepared(self._module, function.prepare, self._find_train_loader):
+                yield function, advance
 
     def _undisturbed(self) -> AbstractContextManager[None]:
         return undisturbed(self._trainer, self._module, self._loader.dataset, self._loader.collate_fn)

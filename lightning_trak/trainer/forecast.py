@@ -195,8 +195,9 @@ def _featurizing(name: str, loop: FeaturizationLoop, measured: Measured, rows: i
 def _missing_targets(loop: FeaturizationLoop, pending: Sequence[Pending]) -> int:
     """Return how many targets are to be featurized, at all checkpoints together."""
     digests = loop.digests(pending[0].weights())
-    known = [one.entry for one in pending if one.entry is not None and digests is not None]
-    own = digest_of_set(digests or [])
+    if digests is None:
+        return loop.size * len(pending)
+    own, known = digest_of_set(digests), [one.entry for one in pending if one.entry is not None]
     there = sum(len(rows) for entry in known for rows in target_chunks(loop, entry, own).present())
     return loop.size * len(pending) - there
 

@@ -22,7 +22,7 @@ from lightning_trak.gradients.function import check_fit
 from lightning_trak.influence import Estimator, Options, TrainingTime
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.files import check_space
-from lightning_trak.store.known import KnownRows, digest_of_set, known_targets, write_examples
+from lightning_trak.store.known import KnownRows, OtherSets, digest_of_set, write_examples
 from lightning_trak.store.remote import AnyPath
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import (
@@ -169,7 +169,7 @@ class Job:
         known = self._known_targets(loop, digests)
         features, latest = [], {}
         for number, (entry, scales) in enumerate(zip(self.entries, self.scales, strict=True), 1):
-            found, outputs = featurize_targets(loop, entry, f"{number}/{total}", kept_as, known(entry))
+            found, outputs = featurize_targets(loop, entry, f"{number}/{total}", kept_as, known)
             features.append(found.scaled(scales) if isinstance(found, SparseMatrix) else found)
             latest[entry.meta.get("run") or entry.digest] = outputs
         if digests is None:  # random targets, or such as cannot be compared: of no use later
@@ -185,8 +185,7 @@ class Job:
             return lambda _: KnownRows({})
         with suppress(OSError):  # a full disk, or a read-only store: `featurize_targets` says so
             write_examples(self.store, digests)
-        chunks_of = partial(target_chunks, loop)
-        return lambda entry: known_targets(self.store, entry, digests, chunks_of)
+        return OtherSets(self.store, digests, partial(target_chunks, loop)).known
 
     @cached_property  # each needs the curvature's file
     def scales(self) -> list[Tensor | None]:

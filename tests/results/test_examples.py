@@ -8,6 +8,7 @@ import math
 import pickle
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -54,7 +55,6 @@ def test_values_are_pythons_own_whatever_holds_them():
 
 
 def test_series_of_pandas():
-    pd = pytest.importorskip("pandas")
     examples = Examples(pd.Series(["a", "b"]), {"label": pd.Series([1, 2])})
     assert (examples.ids, examples.columns["label"]) == (("a", "b"), (1, 2))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -46,7 +47,6 @@ def test_rows_and_masks(attribution, case):
 
 
 def test_rows_of_a_filtered_table(attribution):
-    pd = pytest.importorskip("pandas")
     frame = pd.DataFrame({"train_row": [0, 4, 1], "score": [1.0, -1.0, -2.0]})
     assert attribution.remove(TRAIN, frame.train_row[frame.score < 0]).indices == [0, 2, 3, 5]
 

@@ -6,6 +6,7 @@ import json
 import pickle
 import sys
 
+import pandas
 import pytest
 import torch
 
@@ -92,7 +93,6 @@ def test_without_targets_there_is_nothing_about_them():
 
 
 def test_data_frame():
-    pandas = pytest.importorskip("pandas")
     frame = SUSPECTS.to_pandas()
     assert isinstance(frame, pandas.DataFrame)
     assert frame["row"].tolist() == SUSPECTS.indices.tolist()

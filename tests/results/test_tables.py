@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
+import pyarrow.parquet as parquet
 import pytest
 import torch
 
@@ -65,7 +67,6 @@ def expected_rows(k):
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_long_form(attribution, k):
-    pytest.importorskip("pandas")
     frame = attribution.to_pandas(k=k)
     expected = list(expected_rows(k))
     assert list(frame.columns) == list(expected[0])
@@ -75,7 +76,6 @@ def test_the_long_form(attribution, k):
 
 
 def test_a_positive_score_is_never_harmful(attribution):
-    pytest.importorskip("pandas")
     frame = attribution.to_pandas(k=100)
     assert (frame.score[frame.side == "helpful"] > 0).all()
     assert (frame.score[frame.side == "harmful"] < 0).all()
@@ -84,14 +84,12 @@ def test_a_positive_score_is_never_harmful(attribution):
 
 
 def test_columns_that_are_not_known_are_left_out():
-    pytest.importorskip("pandas")
     frame = Attribution(SCORES, INFO).to_pandas()
     assert list(frame.columns) == ["target_id", "target_row", "side", "rank", "train_id", "train_row", "score"]
     assert (frame.train_id == frame.train_row).all()
 
 
 def test_standard_errors_on_disk(tmp_path):
-    pytest.importorskip("pandas")
     errors = stored(tmp_path, 2, ERRORS)
     attribution = Attribution(SCORES, INFO, Spread(errors, torch.stack([SCORES, SCORES])))
     frame = attribution.to_pandas(k=3)
@@ -112,7 +110,6 @@ def test_k_must_be_positive(k):
 
 
 def test_the_wide_form(attribution):
-    pytest.importorskip("pandas")
     if isinstance(attribution._scores, Extremes):
         with pytest.raises(AttributeError, match="Only the 3 highest"):
             attribution.to_pandas(wide=True)
@@ -232,7 +229,6 @@ def test_text_in_csv_stays_inert(tmp_path):
 
 
 def test_csv_is_read_by_pandas(tmp_path):
-    pd = pytest.importorskip("pandas")
     attribution = Attribution(SCORES, INFO, outputs=OUTPUTS).with_columns(train=TRAIN, targets=TARGETS)
     attribution.to_csv(tmp_path / "table.csv", k=3)
     found, frame = pd.read_csv(tmp_path / "table.csv"), attribution.to_pandas(k=3)
@@ -242,13 +238,11 @@ def test_csv_is_read_by_pandas(tmp_path):
 
 
 def test_parquet(attribution, tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
     attribution.to_parquet(tmp_path / "new" / "table.parquet", k=3)
     assert parquet.read_table(tmp_path / "new" / "table.parquet").to_pylist() == list(expected_rows(3))
 
 
 def test_parquet_takes_any_column(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
     mixed = {
         "kinds": [1, "1", None, True, 0.5] + [0] * 6,
         "numbers": [1, 0.5, None] + [0] * 8,

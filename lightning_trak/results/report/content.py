@@ -18,7 +18,7 @@ from lightning_trak.results.numbers import number_text
 from lightning_trak.results.report.data_set import PREDICTION, DataSet, texts
 from lightning_trak.results.report.drawing import Drawings, Render, class_of, label_text
 from lightning_trak.results.report.png import PALETTE
-from lightning_trak.results.report.suspects import Suspects
+from lightning_trak.results.report.suspects import ListedSuspects
 
 _CLASSES = 200  # with more labels than that, there is nothing to choose from
 _WHOLE = 20  # with more whole numbers than that among real ones, they are no classes
@@ -51,7 +51,9 @@ class Known:
     partial: bool = False
 
 
-def content(known: Known, train: Any, targets: Any, render: Render | None, suspects: Suspects | None) -> dict[str, Any]:
+def content(
+    known: Known, train: Any, targets: Any, render: Render | None, suspects: ListedSuspects | None
+) -> dict[str, Any]:
     """Return what is shown, and as ``"drawn"`` how each example is drawn.
 
     Args:
@@ -66,11 +68,8 @@ def content(known: Known, train: Any, targets: Any, render: Render | None, suspe
         TypeError: if ``render`` returns what cannot be drawn.
     """
     _check_finite(known)
-    m, rows = (
-        len(known.targets),
-        set(known.top.indices.flatten().tolist()) | set(known.bottom.indices.flatten().tolist()),
-    )
-    rows |= set(suspects.rows if suspects else ())
+    m, rows = len(known.targets), set(suspects.rows if suspects else ())
+    rows |= {row for ranked in (known.top, known.bottom) for row in ranked.indices.flatten().tolist()}
     drawings = Drawings((m if targets is not None else 0) + (len(rows) if train is not None else 0), render)
     own = DataSet("targets", known.targets, targets, drawings)
     others = DataSet("train", known.train, train, drawings)

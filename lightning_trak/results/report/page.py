@@ -17,7 +17,7 @@ from lightning_trak.results.numbers import number_text
 from lightning_trak.results.report.content import Known, Side, content
 from lightning_trak.results.report.data_set import LABEL, PREDICTION, texts
 from lightning_trak.results.report.drawing import Drawing, Render, label_text, value_text
-from lightning_trak.results.report.suspects import Suspects
+from lightning_trak.results.report.suspects import ListedSuspects
 from lightning_trak.results.report.trust import bars, cautions, checkpoints, curve, facts, headline
 from lightning_trak.store.files import atomically
 from lightning_trak.store.remote import RemotePath, path_of, writable
@@ -41,7 +41,7 @@ def write_report(
     file = writable(path_of(path))
     if file.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"path must end in .html, so that browsers open it; got '{file}'.")
-    found = None if suspects is None else Suspects(suspects, known.train)
+    found = None if suspects is None else ListedSuspects(suspects, known.train)
     page = page_of(known, content(known, train, targets, render, found), evaluation, title or _TITLE)
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomically(file) as partial:

@@ -18,7 +18,7 @@ _ROW, _ID = "row", "id"
 _SELF_INFLUENCE = "self-influence"
 
 
-class Suspects:
+class ListedSuspects:
     """Training examples, the most suspicious first.
 
     Args:
@@ -36,7 +36,7 @@ class Suspects:
         count: how many there are.
 
     >>> import torch
-    >>> Suspects(torch.tensor([0.1, 0.7, 0.2]), Examples(3)).rows
+    >>> ListedSuspects(torch.tensor([0.1, 0.7, 0.2]), Examples(3)).rows
     [1, 2, 0]
     """
 
