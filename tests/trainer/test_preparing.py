@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lightning as L
+import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,12 +48,18 @@ def loader(n):
     return DataLoader(TensorDataset(torch.randn(n, 3, 32, 32), torch.arange(n) % 10), batch_size=32)
 
 
-def operations_of_attribute(root, n, m):
+class Silent(Pictures):
+    """Names no predictions, which would cost a forward pass."""
+
+    describe = None
+
+
+def operations_of_attribute(root, n, m, model=Silent):
     torch.manual_seed(0)
-    model = Pictures()
+    model = model()
     model.loaders["train"] = loader(n)
     torch.save(model.state_dict(), root / f"{n}.pt")
-    trak = TRAKCallback(root / f"store{n}", proj_dim=64, projector="factored", damping=0.1)
+    trak = TRAKCallback(root / f"store{type(model).__name__}{n}", proj_dim=64, projector="factored", damping=0.1)
     trainer = make_trainer(root, trak)
     with Operations() as operations:
         trainer.attribute(model, loader(m), ckpt_path=root / f"{n}.pt")
@@ -67,3 +74,10 @@ def test_preparing_costs_less_than_sixteen_examples(tmp_path):
     each = (more - few) / 96
     assert each < 1.1 * plain.count / 32
     assert 0 < (few - 96 * each) * 32 / plain.count < 16
+
+
+def test_predictions_cost_a_forward_pass_over_the_targets(tmp_path):
+    with Operations() as plain:
+        Pictures()(torch.randn(64, 3, 32, 32))
+    said, silent = (operations_of_attribute(tmp_path, 64, 64, model) for model in (Pictures, Silent))
+    assert said - silent == pytest.approx(plain.count, rel=0.05)

@@ -161,11 +161,11 @@ def test_render_draws_figures_and_closes_them():
         axis.plot(example)
         return figure
 
-    drawings = Drawings(30, render)
+    drawings, open_before = Drawings(30, render), mpl.pyplot.get_fignums()
     for _ in range(30):  # of more than 20 open figures, matplotlib warns
         drawings.add(np.arange(5.0))
     assert pixels_of(drawings.drawn[29][0]).shape[2] == 4
-    assert not mpl.pyplot.get_fignums()
+    assert mpl.pyplot.get_fignums() == open_before
 
 
 @pytest.mark.parametrize("value", [None, object(), b"abc", torch.zeros(2, 8, 8, 8), ()])
