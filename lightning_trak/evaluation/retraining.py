@@ -32,6 +32,8 @@ from lightning_trak.evaluation.outputs import model_outputs
 from lightning_trak.isolation.random_states import kept_generators, kept_random_states, seed_all
 from lightning_trak.store.files import read_json, write_json
 
+_OTHERWISE = "Use another dirpath, or delete it: the runs there stay, and are taken for these."  # than what is damaged
+
 
 def retrain_subsets(
     make_module: Callable[[], Any],
@@ -237,7 +239,9 @@ def _agree(path: Path, manifest: dict[str, Any]) -> None:
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             write_json(path, manifest)
-        stored = read_json(path, "Use another dirpath, or delete it: the runs there stay, and are taken for these.")
+        stored = read_json(path, _OTHERWISE)
+    if "n_train" not in stored:
+        raise ValueError(f"'{path}' is damaged: it names no train set. {_OTHERWISE}")
     if (stored.get("n_train"), stored.get("data")) != (manifest["n_train"], manifest["data"]):
         raise ValueError(
             f"'{path.parent}' holds runs on another train set: {difference(stored, manifest)}. Use another dirpath."

@@ -217,6 +217,11 @@ class Selector:
         """Return the current batch size."""
         return max(1, min(size for size in (largest, self.given, self._fits) if size is not None))
 
+    @property
+    def engine(self) -> str:
+        """The engine in use, with what it leaves to another; empty without one."""
+        return "" if self._engine is None else str(self._engine)
+
     def __str__(self) -> str:
         return "; ".join([f"gradients by {self._engine}", *self._rejected, *self._unprepared])
 

@@ -71,6 +71,7 @@ class AttributionInfo:
         n_attributed: p, the number of attributed parameters; 0 if unknown, as are the next in attributions of earlier
             versions.
         n_params: the number of all parameters of the model.
+        gradients: what computed per-sample gradients; empty if unknown, or if all features were stored.
         warnings: what this process warned of, in training or attribution.
     """
 
@@ -91,6 +92,7 @@ class AttributionInfo:
     runs: int = 0
     n_attributed: int = 0
     n_params: int = 0
+    gradients: str = ""
     warnings: tuple[str, ...] = ()
 
 
@@ -747,19 +749,27 @@ class Attribution:
         """Leave out what cannot be pickled: the way to the features."""
         return {**vars(self), "_kept": None}
 
-    def __repr__(self) -> str:
-        """Say in one line what was averaged over and, where it is known without work, whether that was enough."""
+    @property
+    def status(self) -> str:
+        """What was averaged over and, where it is known without work, whether that was enough: one line."""
         info = self.info
-        status = status_of(
+        return status_of(
             len(info.checkpoints),
             info.runs,
             (info.n_attributed, info.n_params),
+            info.gradients,
             info.dampings,
             info.damping_rules,
             agreement_of_all(None if self._spread is None else self._spread.sample),
+            whitened=info.preconditioner is not None,
         )
+
+    def __repr__(self) -> str:
+        """Say in one line what it is of, and its `status`."""
+        info = self.info
         of = "training example" if info.n_train == 1 else "training examples"
-        return f"Attribution of {info.n_train} {of} for {info.n_targets} target{'s' * (info.n_targets != 1)}: {status}"
+        targets = f"{info.n_targets} target{'s' * (info.n_targets != 1)}"
+        return f"Attribution of {info.n_train} {of} for {targets}: {self.status}"
 
 
 def _described(side: str, examples: Examples | None, size: int) -> Examples:

@@ -50,9 +50,12 @@ def status_of(
     checkpoints: int,
     runs: int,
     parameters: tuple[int, int],
-    dampings: Sequence[float],
-    rules: Sequence[str],
-    agreement: float | None,
+    gradients: str = "",
+    dampings: Sequence[float] = (),
+    rules: Sequence[str] = (),
+    agreement: float | None = None,
+    *,
+    whitened: bool = False,
 ) -> str:
     """Return one line about what scores were averaged over.
 
@@ -60,19 +63,23 @@ def status_of(
         checkpoints: their number.
         runs: the number of runs that they are from; 0 if unknown.
         parameters: the numbers of attributed parameters and of all; 0 if unknown.
+        gradients: what computed them; empty if unknown.
         dampings: λ at every checkpoint.
         rules: how they were chosen.
         agreement: of two halves of the checkpoints; None if unknown.
+        whitened: whether gradients are whitened by the curvature.
 
-    >>> status_of(8, 2, (66, 66), [3.1] * 8, ["from the training time"] * 8, 0.93)
-    '8 checkpoints of 2 runs, 66 of 66 parameters, damping 3.1 from the training time, halves agree 0.93'
-    >>> status_of(2, 1, (1200, 34000), [0.1, 0.2], ["by cross-validation"] * 2, 0.4).partition(": ")[0]
+    >>> status_of(8, 2, (66, 66), "hooks", [3.1] * 8, ["from the training time"] * 8, 0.93)
+    '8 checkpoints of 2 runs, 66 of 66 parameters by hooks, damping 3.1 from the training time, halves agree 0.93'
+    >>> status_of(2, 1, (1200, 34000), "", [0.1, 0.2], ["by cross-validation"] * 2, 0.4).partition(": ")[0]
     '2 checkpoints of 1 run, 1 200 of 34 000 parameters, damping 0.1 to 0.2 by cross-validation, halves agree 0.40 only'
     """
     parts = [_counted(checkpoints, "checkpoint") + (f" of {_counted(runs, 'run')}" if runs else "")]
     if all(parameters):
         own, whole = (f"{number:,}".replace(",", " ") for number in parameters)
-        parts.append(f"{own} of {whole} parameters")
+        parts.append(f"{own} of {whole} parameters" + (f" by {gradients}" if gradients else ""))
+    if whitened:
+        parts.append("whitened")
     if dampings:
         values = " to ".join(f"{value:.2g}" for value in sorted({min(dampings), max(dampings)}))
         rule = " or ".join(sorted(set(rules)))

@@ -138,7 +138,7 @@ def _scored(job: Job, top_k: int | None) -> Attribution:
         with progress(job.trainer, "Scoring", len(estimator.trains[0].slices(m))) as advance:
             scores = estimator.extremes(solved, top_k, lambda: advance(1))
     examples, described = described_examples(job, targets.loop)
-    return Attribution(
+    attribution = Attribution(
         scores,
         _info(job, estimator, solved, m),
         spread,
@@ -147,15 +147,14 @@ def _scored(job: Job, top_k: int | None) -> Attribution:
         train=examples,
         targets=described,
     )
+    rank_zero_info(f"TRAKCallback: {attribution.status}.")
+    return attribution
 
 
 def _info(job: Job, estimator: Estimator, solved: Sequence[Solved], n_targets: int) -> AttributionInfo:
-    """Describe how the scores were computed, and report the damping."""
+    """Describe how the scores were computed."""
     dampings = [one.damping for one in solved]
-    values = " to ".join(f"{value:.2g}" for value in sorted({min(dampings).value, max(dampings).value}))
-    rank_zero_info(f"TRAKCallback: damping {values}, {' or '.join(sorted({damping.rule for damping in dampings}))}.")
     options, metas = estimator.options, [entry.meta for entry in job.entries]
-    runs = {meta.get("run") for meta in metas}
     return AttributionInfo(
         n_train=job.store.n_train,
         n_targets=n_targets,
@@ -169,9 +168,10 @@ def _info(job: Job, estimator: Estimator, solved: Sequence[Solved], n_targets: i
         damping_rules=tuple(damping.rule for damping in dampings),
         temperature=estimator.temperature,
         preconditioner=None if job.plan.preconditioner is None else "kronecker",
-        runs=0 if None in runs else len(runs),
+        runs=job.runs,
         n_attributed=job.plan.n_params,
-        n_params=sum(value.numel() for value in job.model.parameters()),
+        n_params=job.n_params,
+        gradients=job.plan.engine,
         loss_explained=tuple(meta["loss_explained"] for meta in metas if "loss_explained" in meta),
         warnings=tuple(find_callback(job.trainer).reports.warned),
     )
@@ -217,6 +217,7 @@ def _self_influence(job: Job) -> Tensor:
                 train = with_own_squares(entry, train, scales)
                 total += estimator.self_influence(train, sums_of(entry, estimator, train))
             advance(1)
+    job.say_what_was_averaged()
     return total / len(job.entries)
 
 

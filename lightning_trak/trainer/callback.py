@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 from uuid import uuid4
@@ -15,17 +14,16 @@ from lightning_trak.features.stored import DTYPES
 from lightning_trak.gradients import ENGINES
 from lightning_trak.gradients.memory import is_out_of_memory
 from lightning_trak.influence.training_time import CHECKPOINT_KEY, TrainingTime
-from lightning_trak.isolation.module_state import ModuleChanged
 from lightning_trak.isolation.random_states import kept_generators
 from lightning_trak.projection import Projector, check_projector
-from lightning_trak.store.files import check_space, free_space
+from lightning_trak.store.files import check_space
 from lightning_trak.store.remote import AnyPath, path_of, writable
 from lightning_trak.store.store import FeatureStore
-from lightning_trak.store.weights import Weights, copy_of_weights, tensors_in, weights_digest, weights_in
+from lightning_trak.store.weights import copy_of_weights
 from lightning_trak.trainer import arguments
 from lightning_trak.trainer.attachment import attached, undisturbed
 from lightning_trak.trainer.checkpoint_io import watch
-from lightning_trak.trainer.checkpoints import featurize_checkpoint, pool_of
+from lightning_trak.trainer.checkpoints import pool_of
 from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import (
     Callback,
@@ -37,12 +35,12 @@ from lightning_trak.trainer.framework import (
     rank_zero_info,
 )
 from lightning_trak.trainer.loaders import train_loader_of_fit
+from lightning_trak.trainer.logs import log_numbers, log_suspects
 from lightning_trak.trainer.loss_check import LossCheck
+from lightning_trak.trainer.pace import Coming, Pace
 from lightning_trak.trainer.plan import DTYPE, PROJ_DIM, SEED, Plan, Settings, fitting_store, parameters_to_be
-from lightning_trak.trainer.reports import Reports, bytes_text, time_text
-from lightning_trak.trainer.resumed import checkpoint_files, whole_path
-
-_FINISH_LATER = "trainer.attribute(...) computes what is missing, once the cause is fixed."
+from lightning_trak.trainer.queue import FINISH_LATER, CheckpointQueue
+from lightning_trak.trainer.reports import Reports, time_text
 
 
 class TRAKCallback(Callback):
@@ -91,6 +89,9 @@ class TRAKCallback(Callback):
             number of each example. Scores change by about a thousandth, more where λ is 0, which magnifies rounding
             errors. Whitened gradients always are ``"float16"``.
         batch_size: of featurization. None: that of the loader, or less where memory is short.
+        budget: the share of the training time that featurizing may take while training goes on, e.g. 0.2. What would
+            take more waits, and is featurized after the last training step if its file is still kept. None: each
+            checkpoint is featurized as it is saved.
         memory_limit: scores that take more bytes stay in the store, and `Attribution.scores` reads parts of them.
         overwrite: True: delete what earlier runs left in the store when training begins, unless it is resumed. False:
             pool the checkpoints of several runs; ``trainer.attribute()`` averages over all.
@@ -148,6 +149,7 @@ class TRAKCallback(Callback):
         feature_dtype: str = DTYPE,
         batch_size: int | None = None,
         memory_limit: float = 4e9,
+        budget: float | None = None,
         overwrite: bool = False,
     ) -> None:
         extend_loaded()
@@ -180,23 +182,27 @@ class TRAKCallback(Callback):
         self.feature_dtype = arguments.choice("feature_dtype", feature_dtype, DTYPES)
         self.batch_size = arguments.batch_size(batch_size)
         self.memory_limit = arguments.number("memory_limit", memory_limit, 0)
+        self.budget = None if budget is None else arguments.number("budget", budget, 0)
+        if featurize_on == "fit_end":
+            arguments.left_out("featurize_on='fit_end' featurizes nothing during training", budget=(budget, None))
         self._training: TrainingTime | None = None
         self._start_anew()
 
     def _start_anew(self) -> None:
         """Forget an earlier ``fit``, except its training time: another ``fit`` may go on from there."""
         self.train_loader: DataLoader[Any] | None = None
-        self.last_saved: str | None = None
         self.reports = Reports()
-        self._store: FeatureStore | None = None
-        self._loop: FeaturizationLoop | None = None
-        self._files: dict[str, str] = {}  # path of a checkpoint file → digest of its weights
-        self._pending: dict[str, bool] = {}  # digest to featurize → whether this run has added it
-        self._featurized = self._failed = 0
+        self._queue: CheckpointQueue | None = None  # of checkpoints; None before training
         self._loss_check = LossCheck(self.reports)
         self._run: str | None = None  # the identity of this training, kept when it is resumed
-        self._saved = self._unshared = False
         self._attributed: set[str] = set()
+        self._pace: Pace | None = None
+        self._coming: Coming | None = None
+
+    @property
+    def last_saved(self) -> str | None:
+        """The digest of the weights that the last ``fit`` saved last."""
+        return None if self._queue is None else self._queue.last_saved
 
     @property
     def settings(self) -> Settings:
@@ -245,10 +251,11 @@ class TRAKCallback(Callback):
                 FeatureStore.remove(path)
             trainer.strategy.barrier()
             with kept_generators(loader.dataset):
-                self._store = fitting_store(path, plan, loader, seconds)
-            self._say_what_comes(trainer, loop, seconds)
-        self._loop, self._attributed = loop, set(plan.parameters)
+                store = fitting_store(path, plan, loader, seconds)
+            self._coming = Coming.of(loop, trainer, seconds)
+            check_space(store.dirpath, self._coming.bytes)
         self._run = trainer.strategy.broadcast(self._run or uuid4().hex)
+        self._queue, self._attributed = CheckpointQueue(store, loop, self._run, self.reports), set(plan.parameters)
         if not trainer.checkpoint_callbacks:
             rank_zero_info(
                 "TRAKCallback: this Trainer has no ModelCheckpoint. If no checkpoint is saved by hand, the final"
@@ -259,9 +266,11 @@ class TRAKCallback(Callback):
         elif self._training is not None and self._training.steps != trainer.global_step:
             self._training = None  # resumed without a recorded time: discard the old one
         if trainer.global_step and trainer.is_global_zero:
-            with self._training_goes_on("The checkpoints of the resumed run could not be compared with its files"):
-                self._reconcile(trainer)
-        self.saved()
+            with self._queue.training_goes_on(
+                "The checkpoints of the resumed run could not be compared with its files"
+            ):
+                self._queue.reconcile(trainer, kept_alone=self.featurize_on == "fit_end")
+        self._pace = Pace(self.budget, self._coming.seconds)
 
     def _measured(self, loop: FeaturizationLoop, module: LightningModule) -> float:
         """Return how long an example takes; if the batch cannot be featurized, about as long as a few alone took."""
@@ -272,31 +281,22 @@ class TRAKCallback(Callback):
                 self.reports.warn(f"The first batch cannot be featurized now: {error}", about="the first batch")
             return loop.seconds
 
-    def _say_what_comes(self, trainer: Trainer, loop: FeaturizationLoop, seconds: float) -> None:
-        """Say what a checkpoint takes, and raise an OSError if the disk cannot hold one."""
-        assert self._store is not None
-        weights = sum(value.nbytes for value in tensors_in(trainer.lightning_module.state_dict()).values())
-        size, total = loop.size * loop.form.row_bytes + weights, loop.size * seconds / trainer.world_size
-        check_space(self._store.dirpath, size)
-        more = "" if loop.preconditioner is None else ", and the whitening of gradients some more"
-        self.reports.tell(
-            f"at each checkpoint, featurizing {loop.size} examples takes about {time_text(total)}{more}, and"
-            f" {bytes_text(size)} on the disk, which has room for"
-            f" {free_space(self._store.dirpath) // size} checkpoints."
-        )
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Featurize what was saved since the last training step; compute the loss of an epoch's first batch."""
-        if self.featurize_on == "save":
-            self._share_pending(trainer)
-            self._featurize_pending()
+        if self._queue is not None and self.featurize_on == "save" and self._queue.share(trainer):
+            self._featurize(trainer, self._queue, limited=True)
         self._loss_check.watch(batch)
         if batch_idx == 0 and self.train_loader is not None:
             self._check_trained(pl_module)
             self._loss_check.before_step(trainer, pl_module, batch, self.train_loader)
+        if self._pace is not None:
+            self._pace.step_began()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         """Check that the batch is unchanged; compare the loss of the first batch of the first two epochs."""
+        epoch = None if self._pace is None else self._pace.step_ended(trainer.num_training_batches)
+        if epoch is not None and self._queue is not None and self._coming is not None:
+            self.reports.tell(self._coming.text(epoch, self._queue.store))
         self._loss_check.after_step(trainer, pl_module, batch, outputs)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -317,32 +317,53 @@ class TRAKCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Featurize what is left; with ``featurize_on="fit_end"``, all that the run kept."""
-        if self._store is None and trainer.global_step and not trainer.fast_dev_run:  # resumed after the last step
+        if self._queue is None and trainer.global_step and not trainer.fast_dev_run:  # resumed after the last step
             with attached(trainer, pl_module, trainer.datamodule):
                 self.on_train_start(trainer, pl_module)
-        if self._store is None:
+        if self._queue is None:
             return
+        queue = self._queue
         self._check_trained(pl_module)
-        self._saved = trainer.strategy.broadcast(self._saved)
-        if not self._saved and trainer.global_step:
-            weights = copy_of_weights(pl_module)
-            epoch, step = trainer.current_epoch, trainer.global_step
-            self._add(weights, weights_digest(weights), epoch, step, None, self._training)
-            self.saved()
-        self._share_pending(trainer)
-        if self._pending:
+        if not trainer.strategy.broadcast(queue.anything_saved) and trainer.global_step:
+            queue.add_weights_of(pl_module, trainer, self._training)
+        queue.share(trainer)
+        if len(queue):
+            self._say_what_is_left(trainer, len(queue))
             with attached(trainer, pl_module, trainer.datamodule):
-                self._featurize_pending()
-        with self._training_goes_on("The feature store could not be read"):
-            if len(self._store):
-                alone = {entry.meta.get("run") for entry in self._store} <= {self._run}
+                self._featurize(trainer, queue, limited=False)
+        with queue.training_goes_on("The feature store could not be read"):
+            own = [entry for entry in queue.store if entry.meta.get("run") == self._run and entry.complete]
+            if own and self.train_loader is not None:
+                log_suspects(trainer, self.reports, own, self.train_loader.dataset)
+            if len(queue.store):
+                alone = {entry.meta.get("run") for entry in queue.store} <= {self._run}
                 others = "" if alone else " (with those of earlier runs; TRAKCallback(overwrite=True) deletes them)"
                 rank_zero_info(
-                    f"TRAKCallback: {self._featurized} checkpoints featurized. trainer.attribute() will average over"
-                    f" {pool_of(self._store)}{others}."
+                    f"TRAKCallback: {queue.featurized} checkpoints featurized. trainer.attribute() will average over"
+                    f" {pool_of(queue.store)}{others}."
                 )
-        if self._failed:
-            rank_zero_info(f"TRAKCallback: {self._failed} checkpoints could not be featurized. {_FINISH_LATER}")
+        if queue.failed:
+            rank_zero_info(f"TRAKCallback: {queue.failed} checkpoints could not be featurized. {FINISH_LATER}")
+
+    def _featurize(self, trainer: Trainer, queue: CheckpointQueue, *, limited: bool) -> None:
+        """Featurize what was saved, and log how far that is."""
+        assert self._pace is not None
+        for seconds in queue.featurize(trainer, self._pace, limited=limited):
+            far = {
+                "checkpoints_featurized": queue.featurized,
+                "checkpoints_waiting": len(queue),
+                "share_of_training_time": self._pace.spent,
+            }
+            log_numbers(trainer, self.reports, {**seconds, **far})
+
+    def _say_what_is_left(self, trainer: Trainer, count: int) -> None:
+        """Say how long the checkpoints will take that were put off."""
+        if self.budget is not None and self._pace is not None:
+            left = f"{count} checkpoint{'s' * (count > 1)}"
+            self.reports.tell(
+                f"{left} waited for the end of training, by budget={self.budget:g}. Featurizing takes about"
+                f" {time_text(count * self._pace.expected)}. If you stop it, trainer.attribute(...) does the rest."
+            )
 
     def store_path(self, trainer: Trainer) -> AnyPath:
         """Return the directory of the feature store."""
@@ -350,103 +371,18 @@ class TRAKCallback(Callback):
 
     def file_saved(self, path: str, checkpoint: dict[str, Any]) -> None:
         """Put the weights of a checkpoint file into the store."""
-        if self._store is None or not {"state_dict", "epoch", "global_step"} <= checkpoint.keys():
-            return  # the file is no checkpoint of Lightning
-        self._saved = True
-        self.last_saved = self._add_file(whole_path(path), checkpoint, self._training)
-
-    def _add_file(self, path: str, checkpoint: dict[str, Any], training: TrainingTime | None) -> str:
-        """Put the weights of a file into the store; return their digest."""
-        weights = tensors_in(checkpoint["state_dict"])
-        digest = weights_digest(weights)
-        if self._files.get(path) != digest:
-            self.file_removed(path)
-            self._files[path] = digest
-            self._add(weights, digest, checkpoint["epoch"], checkpoint["global_step"], path, training)
-        return digest
+        if self._queue is not None:
+            self._queue.file_saved(path, checkpoint, self._training)
 
     def file_removed(self, path: str) -> None:
-        """Forget a file that was deleted or overwritten; discard its weights if they are not featurized yet."""
-        digest = self._files.pop(whole_path(path), None)
-        if digest is None or digest in self._files.values() or self._store is None:
-            return
-        if self._pending.pop(digest, False):
-            with self._training_goes_on("The weights of a deleted checkpoint could not be removed"):
-                self._store.discard(digest)
-
-    def _add(
-        self, weights: Weights, digest: str, epoch: int, step: int, path: str | None, training: TrainingTime | None
-    ) -> None:
-        """Put weights into the store, to be featurized."""
-        assert self._store is not None
-        file = "none was saved" if path is None else os.path.basename(path)
-        with self._training_goes_on(f"The checkpoint '{file}' of step {step} could not be put into the feature store"):
-            if digest in self._store and self._store[digest].complete:
-                return
-            added = digest not in self._store or self._store[digest].meta.get("run") == self._run
-            meta = {"epoch": epoch, "global_step": step, "file": file, "path": path, "run": self._run}
-            meta["training_time"] = training and asdict(training)
-            meta["n_trainable"] = None if self._loop is None else self._loop.n_trainable
-            self._store.add(digest, meta, weights)
-            self._pending.setdefault(digest, added)
+        """Discard the weights of a file that was deleted, if they are not featurized yet."""
+        if self._queue is not None:
+            self._queue.file_removed(path)
 
     def saved(self) -> None:
         """Note, in every process, that the first may have written a checkpoint file."""
-        self._unshared = True
-
-    def _share_pending(self, trainer: Trainer) -> None:
-        """Let all processes know what is to be featurized: the first alone sees files."""
-        if self._unshared:
-            self._unshared = False
-            digests = trainer.strategy.broadcast(list(self._pending))
-            self._pending = {digest: self._pending.get(digest, False) for digest in digests}
-
-    def _reconcile(self, trainer: Trainer) -> None:
-        """Bring the store in line with the files of a resumed run: it may have been killed between the two."""
-        assert self._store is not None
-        own = {entry.digest: entry for entry in self._store if entry.meta.get("run") == self._run}
-        paths = {digest: entry.meta.get("path") for digest, entry in own.items()}
-        found: dict[str, str] = {}  # path of a file → digest of its weights
-        for path, checkpoint in checkpoint_files(trainer, filter(None, paths.values())):
-            noted = {} if checkpoint is None else checkpoint.get(CHECKPOINT_KEY, {})
-            if checkpoint is None:
-                continue
-            if noted.get("run") == self._run:
-                training = noted.get("training_time")
-                found[path] = self._add_file(path, checkpoint, training and TrainingTime(**training))
-            else:  # of another run, or a file of weights alone, which does not say
-                found[path] = weights_digest(weights_in(checkpoint, path))
-                if found[path] in own:
-                    self._files[path] = found[path]
-        for digest, entry in own.items():
-            if entry.complete:
-                continue
-            if self.featurize_on == "fit_end" and digest not in found.values() and _is_gone(paths[digest], found):
-                self._store.discard(digest)
-            else:
-                self._pending.setdefault(digest, True)
-
-    def _featurize_pending(self) -> None:
-        if self._store is None or self._loop is None:
-            return
-        for digest in list(self._pending):
-            del self._pending[digest]
-            with self._training_goes_on("A checkpoint could not be featurized"):
-                featurize_checkpoint(self._loop, self._store[digest], str(self._featurized + 1))
-                self._featurized += 1
-
-    @contextmanager
-    def _training_goes_on(self, what: str) -> Iterator[None]:
-        """Warn once of each kind of failure, and go on: features can be computed later, training cannot."""
-        try:
-            yield
-        except Exception as error:
-            if isinstance(error, ModuleChanged) and not error.restored:
-                raise
-            self._failed += 1
-            kind = type(error).__name__
-            warning = f"{what}: {kind}: {str(error).rstrip('.')}. Training goes on. {_FINISH_LATER}"
-            self.reports.warn(warning, about=f"a failure of kind {kind}")
+        if self._queue is not None:
+            self._queue.saved()
 
     def _check_trained(self, module: LightningModule) -> None:
         """Warn once of parameters that are trained but not attributed."""
@@ -461,16 +397,6 @@ class TRAKCallback(Callback):
                 " train again with TRAKCallback(parameters='*', overwrite=True), or name them in place of '*'.",
                 about="parameters that were frozen",
             )
-
-
-def _is_gone(path: str | None, found: Mapping[str, str]) -> bool:
-    """Say whether the file of a checkpoint is known to be deleted, or overwritten by other weights.
-
-    Args:
-        path: of the file; None where that is unknown.
-        found: the files that were read, none of which has these weights.
-    """
-    return path is not None and "://" not in path and (path in found or not os.path.exists(path))
 
 
 def find_callback(trainer: Any) -> TRAKCallback:

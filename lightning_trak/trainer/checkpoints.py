@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from time import perf_counter
 from typing import Any, TypeVar
 from zlib import crc32
 
@@ -79,16 +80,20 @@ def mended(entries: Sequence[CheckpointEntry], compute: Callable[[], T]) -> T:
     return compute()
 
 
-def featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> None:
-    """Compute the train features of a checkpoint that are missing. Several processes may do so: they share the work."""
-    mended([entry], partial(_featurize_checkpoint, loop, entry, number))
+def featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> Mapping[str, float]:
+    """Compute the train features of a checkpoint that are missing. Several processes may do so: they share the work.
+
+    Returns:
+        How many seconds each stage took; empty if nothing was missing.
+    """
+    return mended([entry], partial(_featurize_checkpoint, loop, entry, number))
 
 
-def _featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> None:
+def _featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, number: str) -> Mapping[str, float]:
     missing = sum(map(len, entry.train.missing()))
     if not missing:
         entry.forget_former()
-        return
+        return {}
     if missing < entry.n_train and loop.repeatable:
         check_features(loop, entry, entry.train, entry.train.present())
     weights = load_weights(entry.weights_path, entry.digest)
@@ -97,14 +102,18 @@ def _featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, numbe
     where = f" (epoch {meta.get('epoch')}, step {meta.get('global_step')})" if "epoch" in meta else ""
     with naming(entry):
         entry.supplement({"logistic": loop.logistic, "n_trainable": loop.n_trainable})
+        began = perf_counter()
         whitening = whitening_at(loop, entry, weights, f"Curvature of checkpoint {number}{where}")
         known, description = known_of_train(entry), f"Featurizing checkpoint {number}{where}"
+        whitened = perf_counter()
         projection = _fill(loop, entry, entry.train, weights, description, whitening, known)
+        seconds = {"curvature_seconds": whitened - began, "featurizing_seconds": perf_counter() - whitened}
     entry.forget_former()
     if projection is not None:
         if projection.seen == loop.size:  # else it knows a part of the rows
             entry.supplement({"loss_explained": projection.explained()})
         loop.report(projection)
+    return seconds
 
 
 def _fill(

@@ -221,10 +221,6 @@ class FeaturizationLoop:
                 return
             if self.preconditioner is not None:
                 self._check_drawn(function, batch, len(rows))
-                self._reports.tell_once(
-                    "gradients are whitened by the curvature of each parameter; of each example the"
-                    f" {self.form.entries} largest entries are stored."
-                )
             if self._loss_terms.need_projection:
                 losses = function.of(PER_SAMPLE_LOSS)
                 self._try(losses, batch, alone, len(rows))

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from lightning_trak.features.sparse_matrix import SparseMatrix
 from lightning_trak.gradients.function import check_fit
 from lightning_trak.influence import Estimator, Options, TrainingTime
+from lightning_trak.results.status import status_of
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.files import check_space
 from lightning_trak.store.known import KnownRows, OtherSets, digest_of_set, write_examples
@@ -40,7 +41,6 @@ from lightning_trak.trainer.checkpoints import (
     featurize_checkpoint,
     featurize_targets,
     mended,
-    pool_of,
     target_chunks,
     train_features,
 )
@@ -117,11 +117,27 @@ class Job:
         def run() -> T:
             self._leave_out_deleted()
             self._featurize_missing()
-            rank_zero_info(f"TRAKCallback: averaging over {pool_of(self.store, self.entries)}.")
             vars(self).pop("scales", None)  # of a curvature that was damaged
             return compute()
 
         return mended(self.entries, run)
+
+    @property
+    def runs(self) -> int:
+        """The number of runs that the checkpoints are from; 0 if that is unknown."""
+        runs = {entry.meta.get("run") for entry in self.entries}
+        return 0 if None in runs else len(runs)
+
+    @property
+    def n_params(self) -> int:
+        """The number of all parameters of the model."""
+        return sum(value.numel() for value in self.model.parameters())
+
+    def say_what_was_averaged(self) -> None:
+        """Print a line on checkpoints and parameters."""
+        whitened, plan = self.plan.preconditioner is not None, self.plan
+        status = status_of(len(self.entries), self.runs, (plan.n_params, self.n_params), plan.engine, whitened=whitened)
+        rank_zero_info(f"TRAKCallback: {status}.")
 
     def _leave_out_deleted(self) -> None:
         """Leave out checkpoints that a running ``fit`` has discarded since, with their files.

@@ -170,6 +170,11 @@ class Plan:
         return plan_with("none")
 
     @property
+    def engine(self) -> str:
+        """What computes per-sample gradients; empty before any were computed."""
+        return self._selector.engine
+
+    @property
     def dimension(self) -> int:
         """The number of features of an example; of whitened ones, the largest are stored."""
         return self.projector.dimension(self.n_params)

@@ -101,6 +101,7 @@ def _found(job: Job, with_targets: bool) -> Suspects:
         with progress(job.trainer, "Looking for leaks", loop.size) as advance:
             near_targets = nearest(rows, theirs.rows(), advance, estimator.device)
         harm, described = _harm(job, estimator, targets), described_examples(job, targets.loop)[1]
+    job.say_what_was_averaged()
     return Suspects(findings(loss, influence, neighbours, near_targets, harm), train, described)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 
 import lightning as L
 import numpy as np
@@ -446,3 +447,10 @@ def test_a_damaged_number_of_runs_is_named_and_written_anew(tmp_path, content):
 def test_a_ground_truth_that_is_not_there_is_named_with_the_remedy(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no ground truth in '.*truth.safetensors'. Make it with retrain_"):
         GroundTruth.load(tmp_path / "truth.safetensors")
+
+
+def test_a_manifest_that_another_file_took_the_place_of_is_named(tmp_path):
+    retrain(tmp_path)
+    shutil.copy(tmp_path / "runs" / "asked.json", tmp_path / "runs" / "manifest.json")
+    with pytest.raises(ValueError, match=r"manifest.json' is damaged: it names no train set. Use another dirpath, or"):
+        retrain(tmp_path)

@@ -37,7 +37,9 @@ KINDS = {  # of files, by the end of their paths
 STORES = ("plain", "plain, half", "every", "every, half")
 Operation = Callable[[Path], Outcome]
 _OURS = ("ValueError", "FileNotFoundError", "MisconfigurationException", "Damaged", "DamagedRun")
-_REMEDY = re.compile(r"\b([Dd]elete|[Uu]se|[Cc]omputes?|[Rr]estore|[Cc]all|[Mm]ake them|[Pp]ass|runs it again|Save)\b")
+_REMEDY = re.compile(
+    r"\b([Dd]elete|[Uu]se|[Cc]omputes?|[Rr]estore|[Cc]all|[Mm]ake (them|it)|[Pp]ass|runs it again|Save)\b"
+)
 _TOLD = re.compile("damaged|that retrain_subsets was asked for")
 _CURE = re.compile(r"[Dd]elete (?:the folder )?'([^']+)'")
 

@@ -108,7 +108,7 @@ def test_what_is_not_known_is_left_out():
 
 def test_dampings():
     def line(values, rules):
-        return status_of(2, 0, (0, 0), values, rules, None)
+        return status_of(2, 0, (0, 0), "", values, rules)
 
     assert line([0.3, 0.3], ["as given"] * 2) == "2 checkpoints, damping 0.3 as given"
     assert line([0.3, 0.1], ["as given", "by chance"]) == "2 checkpoints, damping 0.1 to 0.3 as given or by chance"

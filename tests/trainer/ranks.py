@@ -21,6 +21,7 @@ from lightning_trak import TRAKCallback
 from tests.conftest import Blobs, Classifier
 
 N, M = int(os.environ.get("N_TRAIN", "23")), int(os.environ.get("N_TARGETS", "5"))
+BUDGET = float(os.environ["BUDGET"]) if "BUDGET" in os.environ else None
 
 
 class OwnSampler(Blobs):
@@ -38,7 +39,7 @@ def main() -> None:
     folder, strategy, world, *files = sys.argv[1:]
     nodes, _, devices = world.rpartition("x")
     warnings.simplefilter("ignore")
-    callbacks = [TRAKCallback(Path(folder) / "store")]
+    callbacks = [TRAKCallback(Path(folder) / "store", budget=BUDGET)]
     if not files:
         callbacks.append(ModelCheckpoint(Path(folder) / "files", save_top_k=-1, save_weights_only=strategy == "ddp"))
     trainer = L.Trainer(

@@ -124,10 +124,10 @@ def test_launchers_of_clusters(tmp_path, alone, launcher):
     assert all(entry.complete for entry in store)
 
 
-@pytest.mark.parametrize("case", ["ddp 2", "ddp_notebook 2"])
-def test_training_in_two_processes_leaves_a_complete_store(tmp_path, case):
-    """Also with a sampler of the user's, which pads, and with files that hold weights alone."""
-    scores, own = run(tmp_path / "run", *case.split())
+@pytest.mark.parametrize(("case", "variables"), [("ddp 2", {}), ("ddp 2", {"BUDGET": "0"}), ("ddp_notebook 2", {})])
+def test_training_in_two_processes_leaves_a_complete_store(tmp_path, case, variables):
+    """Also with a sampler of the user's, which pads, with files that hold weights alone, and with a budget."""
+    scores, own = run(tmp_path / "run", *case.split(), **variables)
     store = FeatureStore(tmp_path / "run" / "store")
     assert len(store) == 2
     assert all(entry.complete for entry in store)

@@ -1,0 +1,96 @@
+"""What the loggers of a Trainer are told during ``fit``: times, progress, and what stands out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lightning_trak.data.annotations import annotations_of
+from lightning_trak.store.checkpoint import CheckpointEntry
+from lightning_trak.trainer.framework import Trainer
+from lightning_trak.trainer.reports import Reports
+
+_ROWS = 20  # of the table
+_TABLE = "trak/suspects"
+
+Row = list[str | int | float]
+
+
+def log_numbers(trainer: Trainer, reports: Reports, numbers: Mapping[str, float]) -> None:
+    """Log numbers under ``trak/<name>``, at the present training step.
+
+    Args:
+        trainer: has the loggers.
+        reports: takes a warning if a logger fails: training goes on.
+        numbers: by name.
+    """
+    named = {f"trak/{name}": float(number) for name, number in numbers.items()}
+    for logger in trainer.loggers:
+        try:
+            logger.log_metrics(named, step=trainer.global_step)
+        except Exception as error:  # of a logger, perhaps for want of a network
+            _warn(reports, logger, error)
+
+
+def log_suspects(trainer: Trainer, reports: Reports, entries: Sequence[CheckpointEntry], dataset: Any) -> None:
+    """Log a table of the training examples with the largest |Q|, averaged over checkpoints, where a logger takes one.
+
+    They cost nothing, for Q is stored. ``trainer.suspects()`` ranks with more, and says what is wrong.
+
+    Args:
+        trainer: has the loggers.
+        reports: takes a warning if a logger fails.
+        entries: featurized checkpoints; at least one.
+        dataset: the train set.
+    """
+    if not trainer.loggers or not trainer.is_global_zero:
+        return
+    grads = torch.stack([torch.from_numpy(entry.train.column("loss_grad")).float() for entry in entries])
+    found = grads.abs().mean(0).topk(min(_ROWS, grads.shape[1]))
+    titles, rows = _table(found.indices.tolist(), found.values.tolist(), dataset)
+    for logger in trainer.loggers:
+        try:
+            _log_table(logger, titles, rows, trainer.global_step)
+        except Exception as error:
+            _warn(reports, logger, error)
+
+
+def _table(indices: Sequence[int], values: Sequence[float], dataset: Any) -> tuple[list[str], list[Row]]:
+    """Return titles and rows: ids and labels only if the data set tells them."""
+    known = annotations_of(dataset)
+    told = {name: column for name, column in (("id", known.ids), ("label", known.labels)) if column is not None}
+    rows: list[Row] = [
+        [row, *(str(column[row]) for column in told.values()), value]
+        for row, value in zip(indices, values, strict=True)
+    ]
+    return ["row", *told, "loss gradient"], rows
+
+
+def _log_table(logger: Any, titles: list[str], rows: list[Row], step: int) -> None:
+    """Log a table to W&B and what has the same method, to TensorBoard and to MLflow; others take none."""
+    if hasattr(logger, "log_table"):
+        logger.log_table(key=_TABLE, columns=titles, data=rows, step=step)
+    elif hasattr(logger.experiment, "add_text"):
+        logger.experiment.add_text(_TABLE, _markdown(titles, rows), step)
+    elif hasattr(logger.experiment, "log_table"):
+        columns = dict(zip(titles, map(list, zip(*rows, strict=True)), strict=True))
+        logger.experiment.log_table(logger.run_id, columns, f"{_TABLE}.json")
+
+
+def _markdown(titles: list[str], rows: list[Row]) -> str:
+    """Return a table as text; whatever the data contain stays one cell."""
+    lines: list[Sequence[str | float]] = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(value: str | float) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
+def _warn(reports: Reports, logger: Any, error: Exception) -> None:
+    kind = type(logger).__name__
+    why = f"{type(error).__name__}: {str(error).rstrip('.')}"
+    reports.warn(f"TRAKCallback could not log to {kind}: {why}. Training goes on.", about=f"the logger {kind}")
