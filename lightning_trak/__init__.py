@@ -26,6 +26,8 @@ by then.
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning_trak.evaluation.calibration import calibrate
 from lightning_trak.evaluation.counterfactuals import Counterfactuals, counterfactuals
 from lightning_trak.evaluation.ground_truth import GroundTruth, evaluate
@@ -54,6 +56,7 @@ from lightning_trak.trainer.suspects import suspects
 __version__ = "0.1.0"
 
 __all__ = [
+    "TRAKCLI",
     "Attribution",
     "ClassificationMixin",
     "ContrastiveMixin",
@@ -82,3 +85,12 @@ __all__ = [
 ]
 
 _register(attribute, attribute_self, suspects)
+
+
+def __getattr__(name: str) -> Any:
+    """Import `TRAKCLI` when it is asked for: it needs ``jsonargparse[signatures]``, and few programs are command lines."""
+    if name == "TRAKCLI":
+        from lightning_trak.trainer.cli import TRAKCLI
+
+        return TRAKCLI
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,14 +12,24 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from lightning_trak.results.terminal import printable
+
 _PROGRAM = "python -m lightning_trak"
 _WHAT = {
     "info": "Show what is in a store: settings, runs, checkpoints, rows, scores, and who works at it now.",
+    "top": "Print the most helpful and the most harmful training examples of each target, from saved scores.",
+    "report": "Write saved scores as a report, one HTML file to look at in a browser.",
     "verify": "Read every file of a store, and say which are damaged and how to mend them.",
     "clean": "Delete what killed processes left, and damaged files that can be computed again.",
 }
+_HOW_SAVED = (
+    "Scores are saved in a store by trainer.attribute(..., name='NAME'), and by 'attribute --name NAME' of TRAKCLI."
+)
 _STATUS = {
     "info": "",
+    "top": f"{_HOW_SAVED} Exit status: 0, or 2 if there are no such scores or targets.",
+    "report": f"{_HOW_SAVED} The report shows examples by id, label and prediction, since the store has no examples."
+    " Exit status: 0, or 2 if there are no such scores.",
     "verify": "Exit status: 0 if nothing is damaged, 1 if something is. Missing rows are no damage: they are computed"
     " when they are needed. A message tells of them, and the status is 0.",
     "clean": "All that would be deleted is listed first, with sizes. What a living process may be writing is left"
@@ -27,6 +37,11 @@ _STATUS = {
     " does not know whether a checkpoint file of training still exists, so a checkpoint goes only if it is named. Exit"
     " status: 0, or 1 if something could not be deleted, or nobody could be asked.",
 }
+_STORE = "the directory of the store, dirpath of TRAKCallback"
+_NAME = "the name of the scores; not needed where the store has but one"
+_K = "how many helpful and how many harmful training examples of each target, at most. Default: 5"
+_OUTPUT = "the file, which ends in .html. A file that is there is replaced. Default: report.html"
+_TARGET = "the id of a target to print; may be repeated. Default: all targets"
 _CHECKPOINT = "also delete this checkpoint with its weights; the first digits are enough. May be repeated"
 
 
@@ -41,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except ArgumentError as error:
-        message = re.sub(rf"\b({'|'.join(_WHAT)})\.", "", str(error))  # "info.store" is "store" to the user
+        message = re.sub(r"(required: )\w+\.", r"\1", str(error))  # "info.store" is "store" to the user
         return _failed(f"{message.rstrip('.')}. '{_PROGRAM} --help' shows what is expected.")
     except BrokenPipeError:  # whoever reads the output, `head` for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
@@ -53,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(message: str, status: int = 2) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return status
 
 
@@ -63,14 +78,29 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subcommands(required=True)
     for name, what in _WHAT.items():
         one = _one(what, _STATUS[name])
-        one.add_argument("store", type=str, help="the directory of the store, dirpath of TRAKCallback")
-        if name == "clean":
-            one.add_argument("--yes", action="store_true", help="do not ask")
-            one.add_argument("--targets", action="store_true", help="also delete the features of targets")
-            one.add_argument("--checkpoint", action="append", metavar="DIGEST", help=_CHECKPOINT)
+        _add_arguments(one, name)
         commands.add_subcommand(name, one, help=what)
         one.prog = f"{_PROGRAM} {name}"
     return parser
+
+
+def _add_arguments(parser: ArgumentParser, name: str) -> None:
+    """Add the arguments of a command."""
+    scored = name in ("top", "report")
+    parser.add_argument(
+        "store", type=str, help=f"{_STORE}; or that to which Attribution.save wrote" if scored else _STORE
+    )
+    if scored:
+        parser.add_argument("--name", type=str, metavar="NAME", help=_NAME)
+        parser.add_argument("--k", type=int, default=5, metavar="K", help=_K)
+    if name == "top":
+        parser.add_argument("--target", action="append", metavar="ID", help=_TARGET)
+    if name == "report":
+        parser.add_argument("--output", type=str, default="report.html", metavar="FILE", help=_OUTPUT)
+    if name == "clean":
+        parser.add_argument("--yes", action="store_true", help="do not ask")
+        parser.add_argument("--targets", action="store_true", help="also delete the features of targets")
+        parser.add_argument("--checkpoint", action="append", metavar="DIGEST", help=_CHECKPOINT)
 
 
 def _local(store: str) -> Path:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from lightning_trak.commands.opening import DIGITS, find_checkpoint, open_store
 from lightning_trak.commands.scores import arrays_without_index, score_folders
-from lightning_trak.commands.table import count, size_text, table
 from lightning_trak.commands.verify import reading
+from lightning_trak.results.terminal import count, printable, size_text, table
 from lightning_trak.store.inspection import checkpoints_of, inspect_checkpoint, inspect_targets, size_of
 from lightning_trak.store.leftovers import Leftover, checkpoint_kept, leftovers, targets_of
 from lightning_trak.store.store import FeatureStore
@@ -121,7 +121,7 @@ def _delete(store: FeatureStore, items: Sequence[Leftover]) -> int:
     """Delete, say how much, and return the exit status."""
     gone, failed = [], 0
     for one in items:
-        name = one.path.relative_to(store.root)
+        name = printable(str(one.path.relative_to(store.root)))
         try:
             if one.delete():
                 gone.append(one)

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_trak.commands.opening import DIGITS, command, open_store
 from lightning_trak.commands.scores import saved_info, score_folders
-from lightning_trak.commands.table import count, short, size_text, table
+from lightning_trak.results.terminal import count, short, size_text, table
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.files import Damaged
 from lightning_trak.store.inspection import FOLDERS, checkpoints_of, claimed, listed, size_of

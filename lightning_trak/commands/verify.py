@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from lightning_trak.commands.opening import DIGITS, command, open_store
 from lightning_trak.commands.scores import score_folders
-from lightning_trak.commands.table import count, short, size_text, table
 from lightning_trak.results.attribution import Attribution
+from lightning_trak.results.terminal import count, printable, short, size_text, table
 from lightning_trak.store.checkpoint import META
 from lightning_trak.store.files import Damaged
 from lightning_trak.store.inspection import (
@@ -116,9 +116,13 @@ def _print_problems(store: FeatureStore, problems: Sequence[Problem]) -> None:
     for (_, why, remedy), paths in groups.items():
         first = paths[0].relative_to(store.root)
         more = f" and {count(len(paths) - 1, 'file')} more in its folder" if paths[1:] else ""
-        print(f"\nDamaged: {first}{more}")
+        print(f"\nDamaged: {printable(str(first))}{more}")
         for line in (why[:1].upper() + why[1:].rstrip(".") + ".", remedy):
-            print(textwrap.fill(line, _WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
+            print(
+                textwrap.fill(
+                    printable(line), _WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+                )
+            )
 
 
 def _print_unexpected(store: FeatureStore) -> None:
@@ -127,7 +131,7 @@ def _print_unexpected(store: FeatureStore) -> None:
     if paths:
         print("\nNot of the store, and of no harm:")
         for path in paths[:_SHOWN]:
-            print(f"  {path.relative_to(store.root)}")
+            print(f"  {printable(str(path.relative_to(store.root)))}")
         if paths[_SHOWN:]:
             print(f"  and {len(paths) - _SHOWN} more")
 

@@ -127,6 +127,11 @@ class Kept(Protocol):
         """Return the score of training example i for target j, split by layer and by parts."""
         ...
 
+    @property
+    def data_sets(self) -> tuple[Any, Any]:
+        """Train set and targets; None for a train set that is not at hand."""
+        ...
+
 
 class Attribution:
     """Scores of every training example for every target.
@@ -246,6 +251,17 @@ class Attribution:
     def targets(self) -> Examples:
         """What is known of the m targets: their ids, and columns such as ``"label"`` and ``"prediction"``."""
         return self._targets
+
+    @property
+    def data_sets(self) -> tuple[Any, Any]:
+        """Train set and targets as they were read, for `report` and `plot`; None for a train set that was not needed.
+
+        Raises:
+            AttributeError: if this attribution was loaded, copied or calibrated.
+        """
+        if self._kept is None:
+            raise AttributeError("The data sets are not known: they are neither saved with scores nor copied.")
+        return self._kept.data_sets
 
     def with_columns(
         self, train: Mapping[str, Iterable[Any]] | None = None, targets: Mapping[str, Iterable[Any]] | None = None
@@ -407,7 +423,7 @@ class Attribution:
         1  helpful     2        a    0.5
         2  harmful     1        b   -1.0
         """
-        return wide_frame(self.scores, self._train, self._targets) if wide else long_frame(self._table(k))
+        return wide_frame(self.scores, self._train, self._targets) if wide else long_frame(self.table(k))
 
     def to_csv(self, path: str | os.PathLike[str], *, k: int = 5) -> None:
         """Write the long form of `to_pandas` as CSV, in UTF-8. It needs no pandas.
@@ -430,7 +446,7 @@ class Attribution:
         0,0,"helpful",1,2,2,2.0
         0,0,"harmful",1,1,1,-1.0
         """
-        write_csv(path, self._table(k))
+        write_csv(path, self.table(k))
 
     def to_parquet(self, path: str | os.PathLike[str], *, k: int = 5) -> None:
         """Write the long form of `to_pandas` as Parquet. It needs pyarrow, and no pandas; see `to_csv`.
@@ -440,9 +456,19 @@ class Attribution:
         Raises:
             ModuleNotFoundError: if pyarrow is not installed.
         """
-        write_parquet(path, self._table(k))
+        write_parquet(path, self.table(k))
 
-    def _table(self, k: int) -> Table:
+    def table(self, k: int = 5) -> Table:
+        """Return the long form of `to_pandas` without pandas: its columns by name, lists or arrays of the same length.
+
+        Args:
+            k: how many on each side; all where there are fewer.
+
+        >>> info = AttributionInfo(3, 1, ("a1b2",), "sparse", 2048, 0.3, True)
+        >>> attribution = Attribution(torch.tensor([[0.5], [-1.0], [2.0]]), info)
+        >>> attribution.table()["train_id"], attribution.table()["side"]
+        ([2, 0, 1], ['helpful', 'helpful', 'harmful'])
+        """
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ValueError(f"k must be a positive integer, got {k!r}.")
         k = min(k, self._most())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, overload
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from lightning_trak.influence import Findings
 from lightning_trak.results.examples import Examples, Value
+from lightning_trak.results.tables import write_csv
+from lightning_trak.results.terminal import cell_text, table
 
-_SHOWN, _WIDTH = 10, 28  # rows of a printed table, and characters of its ids and labels
+_SHOWN = 10  # rows of a printed table
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,16 @@ class Suspects:
             rows.append({**{name: values[suspect.row] for name, values in extra.items()}, **own})
         return rows
 
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the table of `to_rows` as CSV, in UTF-8; text is written as by `Attribution.to_csv`.
+
+        Args:
+            path: the file; it is replaced whole, and its folder is made if it is not there.
+        """
+        rows = self.to_rows()
+        names = rows[0] if rows else Suspect.__dataclass_fields__
+        write_csv(path, {name: [row[name] for row in rows] for name in names})
+
     def to_pandas(self) -> Any:
         """Return the table of `to_rows` as a data frame.
 
@@ -159,23 +172,15 @@ class Suspects:
     def __repr__(self) -> str:
         head = f"Suspects: {len(self)} of {len(self.train)} training examples{self._counts()}"
         suspects = list(self[:_SHOWN])
-        table = [["row", "id", "label", "prediction", "loss", "self-influence", "what is wrong"]]
+        rows = [["row", "id", "label", "prediction", "loss", "self-influence", "what is wrong"]]
         for one in suspects:
-            names = [_short(one.id), _short(one.label), _short(one.prediction)]
+            names = [cell_text(one.id), cell_text(one.label), cell_text(one.prediction)]
             numbers = [f"{one.loss:.4f}", f"{one.self_influence:.3g}"]
-            table.append([str(one.row), *names, *numbers, "; ".join(one.wrong)])
-        columns = [column for column in zip(*table, strict=True) if any(column[1:])]
-        widths = [max(map(len, column)) for column in columns]
-        right = [column[0] in ("row", "loss", "self-influence") for column in columns]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if to_right else cell.ljust(width)
-                for cell, width, to_right in zip(cells, widths, right, strict=True)
-            ).rstrip()
-            for cells in zip(*columns, strict=True)
-        ]
+            rows.append([str(one.row), *names, *numbers, "; ".join(one.wrong)])
+        columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+        lines = table(list(zip(*columns, strict=True)), right="row loss self-influence").splitlines()
         rest = [f"... and {len(self) - len(suspects)} more"] if len(self) > len(suspects) else []
-        return "\n".join([head, *(f" {line}" for line in lines if suspects), *rest])
+        return "\n".join([head, *(f" {line}" for line in lines), *rest])
 
     def _counts(self) -> str:
         """Say how many have what wrong."""
@@ -218,11 +223,3 @@ class Suspects:
             harm=harm,
             wrong=tuple(words for true, words in wrong if true),
         )
-
-
-def _short(value: Value) -> str:
-    """Return a value as text of a table: on one line, and not long."""
-    if value is None:
-        return ""
-    text = f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
-    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 1]}…"

@@ -38,15 +38,20 @@ def write_report(
     title: str | None,
 ) -> Path:
     """Write the report; see `Attribution.report`."""
+    check_html("path", path)
     file = writable(path_of(path))
-    if file.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"path must end in .html, so that browsers open it; got '{file}'.")
     found = None if suspects is None else ListedSuspects(suspects, known.train)
     page = page_of(known, content(known, train, targets, render, found), evaluation, title or _TITLE)
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomically(file) as partial:
         partial.write_bytes(page.encode("utf-8", "replace"))  # half of a surrogate pair has no UTF-8
     return file
+
+
+def check_html(argument: str, path: str | os.PathLike[str] | RemotePath) -> None:
+    """Raise a ValueError that names the argument unless a path is one of an HTML file."""
+    if not str(path).lower().endswith((".html", ".htm")):
+        raise ValueError(f"{argument} must end in .html, so that browsers open it; got '{path}'.")
 
 
 def page_of(known: Known, shown: Mapping[str, Any], evaluation: Any, title: str) -> str:

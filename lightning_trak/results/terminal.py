@@ -1,12 +1,23 @@
-"""Plain text for a terminal: aligned tables, sizes, and names that are cut to fit."""
+"""Plain text for a terminal: aligned tables, sizes, and names that are cut to fit and cannot steer it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+_WIDTH = 28  # characters of an id or a label in a table
+
+
+def printable(text: str) -> str:
+    r"""Return text on one line, in which whatever a terminal would obey, or hide, is an escape like those of Python.
+
+    >>> printable("a\x1b[2Jb"), printable("two\nlines"), printable("Größe")
+    ('a\\x1b[2Jb', 'two\\nlines', 'Größe')
+    """
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
 
 def table(rows: Sequence[Sequence[str]], right: str = "") -> str:
-    """Return rows of cells as lines with aligned columns.
+    """Return rows of cells as lines with aligned columns; cells are made `printable`.
 
     Args:
         rows: the first has the titles.
@@ -17,12 +28,25 @@ def table(rows: Sequence[Sequence[str]], right: str = "") -> str:
     a         12 B
     bcdefg  1.5 MB
     """
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = zip(row, widths, rows[0], strict=True)
         lines.append("  ".join(cell.rjust(n) if title in right.split() else cell.ljust(n) for cell, n, title in cells))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def cell_text(value: str | float | bool | None) -> str:
+    r"""Return an id or another value of an example as a cell of a table: on one line, and not long.
+
+    >>> cell_text(0.123456), cell_text("of a\n" + "very " * 9), cell_text(None)
+    ('0.1235', 'of a very very very very ve…', '')
+    """
+    if value is None:
+        return ""
+    text = f"{value:.4g}" if isinstance(value, float) else printable(" ".join(str(value).split()))
+    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 1]}…"
 
 
 def size_text(size: float) -> str:
