@@ -88,7 +88,7 @@ _register(attribute, attribute_self, suspects)
 
 
 def __getattr__(name: str) -> Any:
-    """Import `TRAKCLI` when it is asked for: it needs ``jsonargparse[signatures]``, and few programs are command lines."""
+    """Import `TRAKCLI` when it is asked for, since few programs are command lines."""
     if name == "TRAKCLI":
         from lightning_trak.trainer.cli import TRAKCLI
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from itertools import chain, count
 from typing import Any
 
@@ -17,7 +18,7 @@ from lightning_trak.results.report.page import check_html
 from lightning_trak.results.suspects import Suspects
 from lightning_trak.results.tables import write_csv
 from lightning_trak.results.terminal import printable, table
-from lightning_trak.trainer.callback import TRAKCallback
+from lightning_trak.trainer.callback import TRAKCallback, find_callback
 from lightning_trak.trainer.framework import LightningDataModule, LightningModule, Trainer, framework_of
 
 _OWN = ("attribute", "attribute_self", "suspects")
@@ -65,9 +66,9 @@ class TRAKCLI(LightningCLI):
             - class_path: lightning_trak.TRAKCallback
               init_args: {dirpath: attributions}
 
-    Then ``python main.py fit -c config.yaml`` trains, and ``python main.py attribute -c config.yaml --name first`` scores
-    the targets of the datamodule, prints some, and saves the scores in the store. Each subcommand is a new process. So
-    fix ``seed_everything`` if ``setup`` splits the data at random. ``fit`` and other subcommands of Lightning save the
+    Then ``python main.py fit -c trak.yaml`` trains, and ``python main.py attribute -c trak.yaml --name first`` scores the
+    targets of the datamodule, prints some, and saves the scores in the store. Each subcommand is a new process. So fix
+    ``seed_everything`` if ``setup`` splits the data at random. ``fit`` and other subcommands of Lightning save the
     configuration as ``config.yaml``, or ``config-1.yaml`` where that is taken; those of this class save none.
 
     To use what they return, override the method of that name, and call ``super()``.
@@ -239,7 +240,7 @@ class TRAKCLI(LightningCLI):
         """Check what would fail after a long wait."""
         if k < 1:
             raise ValueError(f"k must be a positive integer, got {k}.")
-        if not any(isinstance(callback, TRAKCallback) for callback in self.trainer.callbacks):
+        if not any(isinstance(callback, TRAKCallback) for callback in self._trainer.callbacks):
             raise framework_of(self.trainer).MisconfigurationException(_MISSING)
 
     def _print(self, attribution: Attribution, name: str | None, k: int) -> None:
@@ -252,7 +253,5 @@ class TRAKCLI(LightningCLI):
         if name is None:
             print(f"\n{more}The scores are not saved; '--name NAME' saves them in the store.")
         else:
-            store = next(one for one in self.trainer.callbacks if isinstance(one, TRAKCallback)).store_path(
-                self.trainer
-            )
-            print(f"\n{more}'python -m lightning_trak top {store} --name {printable(name)}' shows all.")
+            store, shown = find_callback(self.trainer).store_path(self.trainer), printable(shlex.quote(name))
+            print(f"\n{more}'python -m lightning_trak top {shlex.quote(str(store))} --name {shown}' shows all.")
