@@ -66,7 +66,7 @@ class TRAKCLI(LightningCLI):
             - class_path: lightning_trak.TRAKCallback
               init_args: {dirpath: attributions}
 
-    Then ``python main.py fit -c trak.yaml`` trains, and ``python main.py attribute -c trak.yaml --name first`` scores the
+    Then ``python main.py fit -c trak.yaml`` trains. ``python main.py attribute -c trak.yaml --name first`` scores the
     targets of the datamodule, prints some, and saves the scores in the store. Each subcommand is a new process. So fix
     ``seed_everything`` if ``setup`` splits the data at random. ``fit`` and other subcommands of Lightning save the
     configuration as ``config.yaml``, or ``config-1.yaml`` where that is taken; those of this class save none.
