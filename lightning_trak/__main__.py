@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -122,4 +123,6 @@ def _one(description: str, epilog: str) -> ArgumentParser:
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # ids may have letters that the terminal has not
     sys.exit(main())

@@ -14,7 +14,7 @@ from tests.commands.conftest import chunk, flip
 from tests.store.test_store import MANIFEST
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("info", "verify", "clean")
+COMMANDS = ("info", "top", "report", "verify", "clean")
 
 
 def command_line(*arguments, cwd, **environment):
@@ -43,9 +43,12 @@ def test_nothing_is_deleted_by_a_process_without_a_terminal(store, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "one of {info,verify,clean}"),
+        ([], "one of {info,top,report,verify,clean}"),
         (["inform", "x"], "invalid choice: 'inform'"),
-        (["info"], "store"),
+        (["info"], "required: store. "),
+        (["top"], "required: store. "),
+        (["top", "x", "report.html"], "nrecognized arguments: report.html. "),
+        (["top", "x", "--k", "few"], '"k"'),
         (["verify", "x", "--yes"], "nrecognized arguments: --yes. "),
         (["clean", "x", "--yes=1"], "--yes"),
     ],

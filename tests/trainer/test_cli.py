@@ -42,7 +42,15 @@ class Boring(TRAKMixin, BoringModel):
     """A module and a datamodule that nobody here wrote."""
 
     def model_output(self, batch):
-        return self(batch).sum(1)
+        return -(self(batch) - 1).square().mean(1).sqrt()
+
+    def output_to_loss(self, output, batch):
+        return output.square()
+
+
+class Validated(Blobs):
+    def setup(self, stage):
+        super().setup("fit" if stage == "validate" else stage)
 
 
 def call(*arguments, model=Classifier, data=Blobs, **options):
@@ -186,17 +194,19 @@ def test_configurations_are_neither_replaced_nor_in_the_way(trained):
     call("attribute", "-c", "trak.yaml")
     assert sorted(path.name for path in trained.glob("*.yaml")) == ["config.yaml", "trak.yaml"]
     for number in (1, 2):
-        call("validate", "-c", "trak.yaml", "--data.batch_size", 4 + number)
+        call("validate", "-c", "trak.yaml", "--data.batch_size", 4 + number, data=Validated)
         assert yaml.safe_load(Path(f"config-{number}.yaml").read_text())["data"]["batch_size"] == 4 + number
     assert Path("config.yaml").read_text() == first
-    call("validate", "-c", "trak.yaml", "--data.batch_size", 9, save_config_kwargs={"overwrite": True})
+    call("validate", "-c", "trak.yaml", "--data.batch_size", 9, data=Validated, save_config_kwargs={"overwrite": True})
     assert yaml.safe_load(Path("config.yaml").read_text())["data"]["batch_size"] == 9
 
 
 def test_a_trainer_without_the_callback(trained):
     write({**CONFIG, "trainer": {**TRAINER, "callbacks": None}})
     for name in ("attribute", "attribute_self", "suspects"):
-        with pytest.raises(MisconfigurationException, match="The Trainer has no TRAKCallback. Add these lines") as error:
+        with pytest.raises(
+            MisconfigurationException, match="The Trainer has no TRAKCallback. Add these lines"
+        ) as error:
             call(name, "-c", "trak.yaml")
     told = yaml.safe_load(str(error.value).split("fit:\n", 1)[1])
     write({**CONFIG, "trainer": {**TRAINER, **told["trainer"]}})
