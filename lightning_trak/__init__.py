@@ -12,7 +12,7 @@ The rooms, in the order of the data. Each may import those above it::
     store         checkpoints on disk: weights, features, sums over the train set
     influence     the estimator: features in, scores out
     results       what the user gets back
-    trainer       the only room that sees a Trainer: TRAKCallback, attribute, the featurization loop
+    trainer       the only room that sees a Trainer: TRAKCallback, attribute, the featurization loop, TRAKCLI
     evaluation    do scores predict retraining?
     commands      what ``python -m lightning_trak`` does with a store
 
