@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.evaluation.retraining import Runs, draw_removed
 from lightning_trak.results.attribution import Attribution
-from lightning_trak.results.plots import plot_curves
+from lightning_trak.results.plots.curves import plot_curves
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,20 +67,28 @@ class Counterfactuals:
             lines.append(f"{k:>8} {drop:>15.3f} {random_drop:>8.3f} {flipped:>8.0%} {random_flipped:>8.0%}")
         return "\n".join(lines)
 
-    def plot(self) -> tuple[Figure, Any]:
+    def plot(self, ax: Any = None) -> tuple[Figure, Any]:
         """Draw the fall of the output, and the share of flipped targets, over the number of removed examples.
 
+        Args:
+            ax: two Axes of matplotlib to draw into, as an array or a list; None for a new figure.
+
         Returns:
-            Figure and axes.
+            The figure, and both Axes as a NumPy array, (2,).
+
+        Raises:
+            ModuleNotFoundError: if matplotlib is not installed.
+            TypeError: if ``ax`` has something else than Axes.
+            ValueError: if there are not two.
         """
         panels = {
             "fall of the output": {"most helpful": self.drop.mean(1), "random": self.random_drop.mean(1)},
-            "targets flipped": {
+            "share of targets flipped": {
                 "most helpful": self.flipped.float().mean(1),
                 "random": self.random_flipped.float().mean(1),
             },
         }
-        return plot_curves(self.k, panels, "training examples removed")
+        return plot_curves(self.k, panels, "training examples removed", ax)
 
 
 def counterfactuals(

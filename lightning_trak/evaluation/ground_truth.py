@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
@@ -22,8 +23,13 @@ from lightning_trak.metrics import (
     spearman,
 )
 from lightning_trak.results.attribution import Attribution
+from lightning_trak.results.plots.curves import plot_lds
 from lightning_trak.store.arrays import read_arrays, write_arrays
 from lightning_trak.store.files import Damaged, read_json, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _TRUTH = "ground truth"
 
@@ -135,6 +141,22 @@ class Evaluation:
         )
         table = "\n".join(["LDS", *(f"  {name:<15} {value}" for name, value in rows)])
         return f"{table}\nactual change / predicted change: {self.slope:.2f}"
+
+    def plot(self, ax: Any = None) -> tuple[Figure, Axes]:
+        """Draw the LDS of every target, and their mean with its interval, the noise ceiling and random scores.
+
+        Args:
+            ax: Axes of matplotlib to draw into; None for a new figure.
+
+        Returns:
+            The figure and its Axes.
+
+        Raises:
+            ModuleNotFoundError: if matplotlib is not installed.
+            TypeError: if ``ax`` is no Axes.
+        """
+        lower, upper = (bound.item() for bound in self.interval)
+        return plot_lds(self.lds, (lower, upper), self.ceiling, self.random, self.per_target, ax)
 
 
 def evaluate(attribution: Attribution | Tensor, ground_truth: GroundTruth, seed: int = 0) -> Evaluation:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +18,14 @@ from lightning_trak.influence import Extremes, Ranked, Spread, extremes_of, fit_
 from lightning_trak.influence.train_features import evenly_spaced
 from lightning_trak.isolation.random_states import kept_random_states
 from lightning_trak.metrics import predicted_outputs
+from lightning_trak.results.convergence import Convergence, convergence_of
 from lightning_trak.results.examples import Examples, plain
-from lightning_trak.results.plots import plot_extremes
+from lightning_trak.results.plots.extremes import plot_extremes
 from lightning_trak.results.report.content import Known
 from lightning_trak.results.report.page import notebook_page, write_report
 from lightning_trak.results.saved import Saved, check_saved, read_saved, write_saved
 from lightning_trak.results.split_score import SplitScore
-from lightning_trak.results.status import agreement_of, agreement_of_all, status_of
+from lightning_trak.results.status import agreement_of_all, status_of
 from lightning_trak.results.stored_scores import StoredScores
 from lightning_trak.results.subsets import kept_subset, masks_of
 from lightning_trak.results.tables import Table, long_frame, long_table, wide_frame, write_csv, write_parquet
@@ -94,18 +95,6 @@ class AttributionInfo:
     n_params: int = 0
     gradients: str = ""
     warnings: tuple[str, ...] = ()
-
-
-class Convergence(NamedTuple):
-    """How well two halves of the checkpoints agree.
-
-    Attributes:
-        checkpoints: numbers of checkpoints that were split into halves.
-        agreement: for each number, the rank correlation of the halves' scores.
-    """
-
-    checkpoints: list[int]
-    agreement: list[float]
 
 
 class Kept(Protocol):
@@ -216,9 +205,9 @@ class Attribution:
             seed: the seed of the splits.
 
         Returns:
-            ``checkpoints``, even numbers, and ``agreement`` for each.
+            ``checkpoints``, even numbers, and ``agreement`` for each; ``.plot()`` draws them.
         """
-        return _convergence(self._known_spread().sample, splits, seed)
+        return convergence_of(self._known_spread().sample, splits, seed)
 
     def _known_spread(self) -> Spread:
         computable = len(self.info.checkpoints) > 1 and not isinstance(self._scores, Extremes)
@@ -564,29 +553,46 @@ class Attribution:
         *,
         columns: Sequence[int] | None = None,
         k: int = 5,
+        marked: Any = None,
+        ax: Any = None,
     ) -> tuple[Figure, Any]:
         """Draw targets beside their k most helpful and k most harmful training examples.
 
+        Examples are drawn for what they are: images, with class maps in colours; texts and tokens; the columns of a
+        table that differ most from the target; series as curves; and pairs of these. ``report`` draws the same kinds.
+        Ids and labels are those of `train` and `targets`, or else labels are read from the examples.
+
+        Only positive scores are helpful, and only negative ones harmful. Where fewer than k are, places stay empty.
+
         Args:
-            train: the train set. Its examples are images, pairs of image and label, or mappings with an image as
-                "image", "pixel_values" or "x". An image is (H, W), (C, H, W) or (H, W, C), with C = 1, 3 or 4. Without
-                ``train``, scores are drawn as bars.
-            targets: the target set, in the same form.
+            train: the train set: n examples, in the order of the scores. Without it, scores are drawn as bars.
+            targets: the target set, m examples.
             columns: the targets to draw, by index; the first five if None.
             k: how many helpful and how many harmful training examples.
+            marked: training examples that get a thick frame, such as known mislabels: rows, a mask (n,), or ids that
+                are text.
+            ax: where to draw: one Axes of matplotlib, which is divided, or an array of Axes as it is returned. Bars of
+                several targets need an array. None for a new figure.
 
         Returns:
-            The figure, and its axes as a NumPy array: (targets, 1 + 2k) with images, (targets,) with bars.
+            The figure, and its axes as a NumPy array: (targets, 1 + 2k) with examples, (targets,) with bars.
 
         Raises:
             ModuleNotFoundError: if matplotlib is not installed.
-            ValueError: if an example has no image, or there is no such target.
+            TypeError: if a data set is no sequence, or ``ax`` is no Axes.
+            ValueError: if there is no such target or training example, a data set or ``ax`` has another shape, or
+                scores are not finite.
+
+        >>> info = AttributionInfo(3, 1, ("a1b2",), "sparse", 2048, 0.3, True)
+        >>> attribution = Attribution(torch.tensor([[0.5], [-1.0], [2.0]]), info)
+        >>> figure, axes = attribution.plot(["a cat", "a dog", "two cats"], ["my cat"], k=2)
+        >>> [axis.get_title() for axis in axes[0]]
+        ['target 0', '+2.00', '+0.500', '−1.00', '']
+        >>> import matplotlib.pyplot as plt
+        >>> plt.close(figure)
         """
-        shown = list(range(min(5, self.info.n_targets))) if columns is None else [int(column) for column in columns]
-        outside = [column for column in shown if not 0 <= column < self.info.n_targets]
-        if outside or not shown:
-            raise ValueError(f"columns must name some of the {self.info.n_targets} targets, got {columns!r}.")
-        return plot_extremes(self._extremes(k), shown, train, targets)
+        with kept_random_states():  # data sets may augment at random
+            return plot_extremes(self._extremes(k), (self._train, self._targets), (train, targets), columns, marked, ax)
 
     def report(
         self,
@@ -683,7 +689,7 @@ class Attribution:
             self._outputs,
             self._train,
             self._targets,
-            None if spread is None else _convergence(spread.sample[:, :, evenly_spaced(self.info.n_targets, _CURVE)]),
+            None if spread is None else convergence_of(spread.sample[:, :, evenly_spaced(self.info.n_targets, _CURVE)]),
             partial=isinstance(self._scores, Extremes),
         )
 
@@ -811,12 +817,6 @@ def _places(examples: Examples, ids: Any) -> Any:
         return slice(None)
     single = isinstance(plain(ids), (str, int))
     return examples.rows_of([ids])[0] if single else examples.rows_of(ids)
-
-
-def _convergence(sample: Tensor, splits: int = 20, seed: int = 0) -> Convergence:
-    """Return how well halves of the checkpoints agree, from the scores at each, (checkpoints, r, m)."""
-    numbers = list(range(2, len(sample) + 1, 2))
-    return Convergence(numbers, [agreement_of(sample, number, splits, seed) for number in numbers])
 
 
 def _at(matrix: Tensor | StoredScores, rows: Tensor) -> Tensor:

@@ -34,9 +34,7 @@ def kept_subset(train_set: Any, examples: Examples, rows: Any, ids: Any, *, remo
     if (rows is None) == (ids is None):
         raise TypeError("Choose training examples by rows, or by ids=[...]: one of the two.")
     _check_same(annotations_of(train_set).ids, examples.ids)
-    mask = _mask(examples.rows_of(ids) if rows is None else rows, n, "rows")
-    if mask.ndim != 1:
-        raise ValueError(f"rows must be one mask, ({n},), got {tuple(mask.shape)}.")
+    mask = _one_mask(examples.rows_of(ids) if rows is None else rows, n, "rows")
     left = ~mask if remove else mask
     if not left.any():
         raise ValueError("No training example is left, so there is nothing to train on. Keep some.")
@@ -72,6 +70,25 @@ def masks_of(indices: Any, n: int) -> Tensor:
     if bool(masks.all(-1).any()):
         raise ValueError("All training examples are left out, so nothing is left to train on. Leave out fewer.")
     return masks
+
+
+def rows_of(chosen: Any, examples: Examples, name: str) -> list[int]:
+    """Return rows of the train set in their order, from rows, a mask, (n,), or ids that are text.
+
+    >>> rows_of(["b"], Examples(["a", "b"]), "marked"), rows_of([False, True], Examples(2), "marked")
+    ([1], [1])
+    """
+    listed = chosen if hasattr(chosen, "tolist") or isinstance(chosen, str) else list(chosen)
+    if isinstance(listed, str) or (isinstance(listed, list) and any(isinstance(one, str) for one in listed)):
+        return sorted(set(examples.rows_of(listed)))
+    return [int(row) for row in _one_mask(listed, len(examples), name).nonzero()[:, 0]]
+
+
+def _one_mask(indices: Any, n: int, name: str) -> Tensor:
+    mask = _mask(indices, n, name)
+    if mask.ndim != 1:
+        raise ValueError(f"{name} must be one mask, ({n},), got {tuple(mask.shape)}.")
+    return mask
 
 
 def _mask(indices: Any, n: int, name: str) -> Tensor:

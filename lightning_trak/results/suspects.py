@@ -5,15 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
 from lightning_trak.influence import Findings
 from lightning_trak.results.examples import Examples, Value
+from lightning_trak.results.plots.curves import plot_self_influence
+from lightning_trak.results.subsets import rows_of
 from lightning_trak.results.tables import write_csv
 from lightning_trak.results.terminal import cell_text, table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _SHOWN = 10  # rows of a printed table
 
@@ -152,6 +158,26 @@ class Suspects:
         for name in ("id", "duplicate_of", "leaks"):  # pandas would make floats of integers beside None
             frame[name] = pd.Series([row[name] for row in rows], dtype=object)
         return frame
+
+    def plot(self, marked: Any = None, ax: Any = None) -> tuple[Figure, Axes]:
+        """Draw the self-influence of all training examples, the highest first, and some of them as dots.
+
+        Args:
+            marked: these are dots, such as mislabels that were planted: rows, a mask (n,), or ids that are text. By
+                default those in this sequence with something wrong.
+            ax: Axes of matplotlib to draw into; None for a new figure.
+
+        Returns:
+            The figure and its Axes.
+
+        Raises:
+            ModuleNotFoundError: if matplotlib is not installed.
+            TypeError: if ``ax`` is no Axes.
+            ValueError: if there is no such training example.
+        """
+        rows = self.wrong.indices.tolist() if marked is None else rows_of(marked, self.train, "marked")
+        name = "something wrong" if marked is None else "marked"
+        return plot_self_influence(self.findings.self_influence, rows, name, ax)
 
     def __len__(self) -> int:
         return len(self._order)

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_trak.influence import Ranked
@@ -16,9 +15,11 @@ from lightning_trak.results.examples import Examples
 from lightning_trak.results.kinds import Scalar
 from lightning_trak.results.numbers import number_text
 from lightning_trak.results.report.data_set import PREDICTION, DataSet, texts
-from lightning_trak.results.report.drawing import Drawings, Render, class_of, label_text
+from lightning_trak.results.report.drawing import Drawings, Render
 from lightning_trak.results.report.png import PALETTE
 from lightning_trak.results.report.suspects import ListedSuspects
+from lightning_trak.results.sides import check_finite, of_sign
+from lightning_trak.results.values import class_of, label_text
 
 _CLASSES = 200  # with more labels than that, there is nothing to choose from
 _WHOLE = 20  # with more whole numbers than that among real ones, they are no classes
@@ -67,7 +68,7 @@ def content(
         ValueError: if a data set has another length than the attribution, or a score is not finite.
         TypeError: if ``render`` returns what cannot be drawn.
     """
-    _check_finite(known)
+    check_finite(known.top, known.bottom)
     m, rows = len(known.targets), set(suspects.rows if suspects else ())
     rows |= {row for ranked in (known.top, known.bottom) for row in ranked.indices.flatten().tolist()}
     drawings = Drawings((m if targets is not None else 0) + (len(rows) if train is not None else 0), render)
@@ -106,29 +107,27 @@ class Side:
     def __init__(self, known: Known, sign: int) -> None:
         ranked = known.top if sign > 0 else known.bottom
         errors = None if known.errors is None else known.errors[sign < 0].tolist()
-        counts = (ranked.values * sign > 0).sum(1).tolist()  # ranked: those of the other sign come last
-        self._rows = [row[:count] for row, count in zip(ranked.indices.tolist(), counts, strict=True)]
-        self._scores = [row[:count] for row, count in zip(ranked.values.tolist(), counts, strict=True)]
-        self._errors = errors and [row[:count] for row, count in zip(errors, counts, strict=True)]
+        self._ranked = of_sign(ranked, sign)  # those of the other sign come last, and are left out
+        self._errors = errors and [row[: len(own)] for row, own in zip(errors, self._ranked, strict=True)]
 
     def rows(self, target: int) -> list[int]:
         """Return the rows of the train set, the most extreme first."""
-        return self._rows[target]
+        return [row for row, _ in self._ranked[target]]
 
     def ranked(self, target: int) -> list[tuple[int, float]]:
         """Return the rows of the train set with their scores, the most extreme first."""
-        return list(zip(self._rows[target], self._scores[target], strict=True))
+        return self._ranked[target]
 
     def content(self, targets: DataSet, train: DataSet, drawings: Drawings) -> dict[str, Any]:
         """Return places among the training examples that are shown, scores, and how examples differ from the target."""
         marks = [
-            [_marks(drawings, targets.drawing(target), train.drawing(row)) for row in rows]
-            for target, rows in enumerate(self._rows)
+            [_marks(drawings, targets.drawing(target), train.drawing(row)) for row, _ in ranked]
+            for target, ranked in enumerate(self._ranked)
         ]
         return {
-            "places": [[train.shown(row) for row in rows] for rows in self._rows],
-            "scores": [[_rounded(value) for value in values] for values in self._scores],
-            "texts": [[number_text(value, signed=True) for value in values] for values in self._scores],
+            "places": [[train.shown(row) for row, _ in ranked] for ranked in self._ranked],
+            "scores": [[_rounded(value) for _, value in ranked] for ranked in self._ranked],
+            "texts": [[number_text(value, signed=True) for _, value in ranked] for ranked in self._ranked],
             "errors": self._errors and [list(map(number_text, values)) for values in self._errors],
             "marks": marks if drawings.tables else None,
         }
@@ -178,11 +177,3 @@ def _order(label: Any) -> tuple[bool, Any]:
 def _rounded(value: float) -> float:
     """Return a number with six digits: more would only make the file larger."""
     return float(f"{value:.6g}")
-
-
-def _check_finite(known: Known) -> None:
-    if not all(bool(torch.isfinite(ranked.values).all()) for ranked in (known.top, known.bottom)):
-        raise ValueError(
-            "Some scores are not finite, so they cannot be ranked. Compute them again, with more damping:"
-            " TRAKCallback(damping=...)."
-        )

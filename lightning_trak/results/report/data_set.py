@@ -7,7 +7,9 @@ from typing import Any
 
 from lightning_trak.results.examples import Examples
 from lightning_trak.results.kinds import Scalar
-from lightning_trak.results.report.drawing import Drawings, label_text, read, value_text
+from lightning_trak.results.reading import check_data_set, read
+from lightning_trak.results.report.drawing import Drawings
+from lightning_trak.results.values import label_text, value_text
 
 LABEL, PREDICTION = "label", "prediction"  # the known names of columns
 
@@ -28,7 +30,7 @@ class DataSet:
         self._drawn: list[int | None] = []
         self._labels: list[Scalar] = []
         if data is not None:
-            _check_length(name, data, len(known))
+            check_data_set(name, data, len(known))
 
     def shown(self, row: int) -> int:
         """Show a row, unless it is shown; return its place among those that are."""
@@ -70,15 +72,3 @@ class DataSet:
 def texts(values: Iterable[Scalar], text: Callable[[Scalar], str] = value_text) -> list[str | None]:
     """Return values as texts; None stays."""
     return [None if value is None else text(value) for value in values]
-
-
-def _check_length(name: str, data: Any, expected: int) -> None:
-    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-        raise TypeError(
-            f"{name} must be a sequence of examples, with len({name}) and {name}[i]; got {type(data).__name__}. Pass"
-            " the data set, not its loader."
-        )
-    if len(data) != expected:
-        raise ValueError(
-            f"{name} must have {expected} examples, as many as were attributed, in the same order; got {len(data)}."
-        )

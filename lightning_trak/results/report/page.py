@@ -16,9 +16,10 @@ from markupsafe import Markup
 from lightning_trak.results.numbers import number_text
 from lightning_trak.results.report.content import Known, Side, content
 from lightning_trak.results.report.data_set import LABEL, PREDICTION, texts
-from lightning_trak.results.report.drawing import Drawing, Render, label_text, value_text
+from lightning_trak.results.report.drawing import Drawing, Render
 from lightning_trak.results.report.suspects import ListedSuspects
 from lightning_trak.results.report.trust import bars, cautions, checkpoints, curve, facts, headline
+from lightning_trak.results.values import label_text, value_text
 from lightning_trak.store.files import atomically
 from lightning_trak.store.remote import RemotePath, path_of, writable
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_trak.results.examples import Examples
 from lightning_trak.results.kinds import Scalar
 from lightning_trak.results.report.data_set import DataSet
-from lightning_trak.results.report.drawing import value_text
+from lightning_trak.results.values import value_text
 
 _MOST = 500  # suspects that are shown
 _ROW, _ID = "row", "id"

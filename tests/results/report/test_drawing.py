@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image as Pillow
 
-from lightning_trak.results.report.drawing import Drawings, read
+from lightning_trak.results.reading import read
+from lightning_trak.results.report.drawing import Drawings
 
 mpl.use("Agg")
 
