@@ -131,7 +131,7 @@ def main() -> None:
     print(attribution)
     targets = [0, 1, 2, 3]
     print_examples(attribution, data, targets)
-    figure, _ = attribution.plot(data.train_set, data.test_set, columns=targets, k=5)
+    figure, _ = attribution.plot(data.train_set, data.test_set, columns=targets, k=5, marked=data.wrong)
     figure.savefig(arguments.output / "digits.png", dpi=80)
 
     suspects = trainer.suspects()

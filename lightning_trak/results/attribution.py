@@ -26,7 +26,7 @@ from lightning_trak.results.report.page import notebook_page, write_report
 from lightning_trak.results.saved import Saved, check_saved, read_saved, write_saved
 from lightning_trak.results.split_score import SplitScore
 from lightning_trak.results.status import agreement_of_all, status_of
-from lightning_trak.results.stored_scores import StoredScores
+from lightning_trak.results.stored_scores import StoredScores, scores_at
 from lightning_trak.results.subsets import kept_subset, masks_of
 from lightning_trak.results.tables import Table, long_frame, long_table, wide_frame, write_csv, write_parquet
 from lightning_trak.store.remote import RemotePath, path_of, writable
@@ -458,10 +458,7 @@ class Attribution:
         >>> attribution.table()["train_id"], attribution.table()["side"]
         ([2, 0, 1], ['helpful', 'helpful', 'harmful'])
         """
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"k must be a positive integer, got {k!r}.")
-        k = min(k, self._most())
-        extremes = self._extremes(k)
+        extremes = self._extremes(self._at_most(k))
         errors = None if self._spread is None else self._spread.standard_error
         return long_table(extremes, self._train, self._targets, self._outputs, errors)
 
@@ -568,7 +565,7 @@ class Attribution:
             train: the train set: n examples, in the order of the scores. Without it, scores are drawn as bars.
             targets: the target set, m examples.
             columns: the targets to draw, by index; the first five if None.
-            k: how many helpful and how many harmful training examples.
+            k: how many helpful and how many harmful training examples; all where there are fewer.
             marked: training examples that get a thick frame, such as known mislabels: rows, a mask (n,), or ids that
                 are text.
             ax: where to draw: one Axes of matplotlib, which is divided, or an array of Axes as it is returned. Bars of
@@ -592,7 +589,8 @@ class Attribution:
         >>> plt.close(figure)
         """
         with kept_random_states():  # data sets may augment at random
-            return plot_extremes(self._extremes(k), (self._train, self._targets), (train, targets), columns, marked, ax)
+            known, data = (self._train, self._targets), (train, targets)
+            return plot_extremes(self._extremes(self._at_most(k)), known, data, columns, marked, ax)
 
     def report(
         self,
@@ -675,17 +673,14 @@ class Attribution:
 
     def _known(self, k: int) -> Known:
         """Return what reports show; nothing that takes long to compute."""
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"k must be a positive integer, got {k!r}.")
-        k = min(k, self._most())
-        extremes, spread = self._extremes(k), self._spread  # not one that would have to be computed
+        extremes, spread = self._extremes(self._at_most(k)), self._spread  # not one that would have to be computed
         top, bottom = extremes.top, extremes.bottom
         error = None if spread is None else spread.standard_error
         return Known(
             asdict(self.info),
             top,
             bottom,
-            None if error is None else (_at(error, top.indices), _at(error, bottom.indices)),
+            None if error is None else (scores_at(error, top.indices), scores_at(error, bottom.indices)),
             self._outputs,
             self._train,
             self._targets,
@@ -773,6 +768,12 @@ class Attribution:
             why = "kept by trainer.attribute(top_k=...)" if few else "in the train set"
             raise ValueError(f"k must be between 1 and {self._most()}, the number of examples {why}; got {k}.")
 
+    def _at_most(self, k: int) -> int:
+        """Return k, or the number of all that can be ranked if there are fewer."""
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"k must be a positive integer, got {k!r}.")
+        return min(k, self._most())
+
     def _most(self) -> int:
         """Return how many training examples can be ranked for each target."""
         return self._scores.top.indices.shape[1] if isinstance(self._scores, Extremes) else self.info.n_train
@@ -817,10 +818,3 @@ def _places(examples: Examples, ids: Any) -> Any:
         return slice(None)
     single = isinstance(plain(ids), (str, int))
     return examples.rows_of([ids])[0] if single else examples.rows_of(ids)
-
-
-def _at(matrix: Tensor | StoredScores, rows: Tensor) -> Tensor:
-    """Return some numbers of each column, (m, k), from a matrix (n, m): those of the rows (m, k)."""
-    places = rows.flatten(), torch.arange(len(rows)).repeat_interleave(rows.shape[1])
-    found = matrix.picked(*places) if isinstance(matrix, StoredScores) else matrix[places]
-    return found.view(rows.shape)

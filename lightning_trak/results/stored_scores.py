@@ -123,3 +123,10 @@ class StoredScores:
 
     def __repr__(self) -> str:
         return f"StoredScores(shape={tuple(self.shape)}, '{self.chunks.folder}')"
+
+
+def scores_at(matrix: Tensor | StoredScores, rows: Tensor) -> Tensor:
+    """Return some numbers of each column, (m, k), from a matrix (n, m): those of the rows (m, k)."""
+    places = rows.flatten(), torch.arange(len(rows)).repeat_interleave(rows.shape[1])
+    found = matrix.picked(*places) if isinstance(matrix, StoredScores) else matrix[places]
+    return found.view(rows.shape)

@@ -416,9 +416,18 @@ def test_counterfactual_table_and_picture():
 
     mpl.use("Agg")
     figure, axes = result.plot()
-    assert [axis.get_title() for axis in axes] == ["fall of the output", "targets flipped"]
+    assert [axis.get_ylabel() for axis in axes] == ["fall of the output", "share of targets flipped"]
     assert axes[0].lines[0].get_ydata().tolist() == [0.75, 2.5]
+    assert axes[1].lines[0].get_ydata().tolist() == [0.5, 1]
+    assert {axis.get_xlabel() for axis in axes} == {"training examples removed"}
     assert figure is axes[0].figure
+    own, pair = mpl.pyplot.subplots(1, 2)
+    found, drawn = result.plot(ax=pair)
+    assert found is own
+    assert [axis.lines[0].get_ydata().tolist() for axis in drawn] == [[0.75, 2.5], [0.5, 1]]
+    with pytest.raises(ValueError, match=r"ax must have the shape \(2,\), for fall of the output and share"):
+        result.plot(ax=pair[0])
+    mpl.pyplot.close("all")
 
 
 def test_runs_that_are_lost_are_missed(tmp_path, truth):

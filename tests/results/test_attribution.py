@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import suppress
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
@@ -14,8 +12,6 @@ import torch
 from lightning_trak import Attribution
 from lightning_trak.influence import Extremes, Ranked, Spread
 from lightning_trak.results.attribution import AttributionInfo
-
-mpl.use("Agg")
 
 SCORES = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
 INFO = AttributionInfo(12, 6, ("aa", "bb"), "sparse", 2048, 0.3, True, (0.3, 0.3), ("as given", "as given"), 1.3)
@@ -145,87 +141,6 @@ def test_every_damage_is_noticed(tmp_path, full):
     assert torch.equal(Attribution.load(tmp_path / "a").scores, full.scores)
     with pytest.raises(FileNotFoundError, match="no saved attribution"):
         Attribution.load(tmp_path / "nowhere")
-
-
-def test_bars(either):
-    figure, axes = either.plot(columns=[1, 4], k=3)
-    assert axes.shape == (2,)
-    assert [axis.get_title() for axis in axes] == ["target 1", "target 4"]
-    order = SCORES[:, 4].argsort(descending=True)
-    expected = [*order[:3].tolist(), *order[-3:].tolist()]
-    assert [label.get_text() for label in axes[1].get_yticklabels()] == [f"train {row}" for row in expected]
-    widths = [bar.get_width() for bar in axes[1].patches]
-    np.testing.assert_allclose(widths, SCORES[expected, 4], rtol=1e-5)
-    mpl.pyplot.close(figure)
-
-
-IMAGES = {
-    "gray": lambda n: torch.rand(n, 8, 8),
-    "channel first": lambda n: torch.rand(n, 1, 8, 8),
-    "colour": lambda n: np.random.default_rng(0).random((n, 3, 8, 8)),
-    "colour last": lambda n: np.random.default_rng(0).integers(0, 255, (n, 8, 8, 3), dtype=np.uint8),
-    "with labels": lambda n: [(torch.rand(1, 8, 8), torch.tensor(row % 10)) for row in range(n)],
-    "with tokens": lambda n: [(torch.rand(1, 8, 8), torch.tensor([row, row + 1])) for row in range(n)],
-    "dicts": lambda n: [{"image": np.ones((8, 8)), "label": row % 10} for row in range(n)],
-    "inputs as a dict": lambda n: [({"pixel_values": torch.ones(3, 8, 8)}, {"boxes": 1}) for _ in range(n)],
-}
-
-
-@pytest.mark.parametrize("form", IMAGES)
-def test_images(either, form):
-    figure, axes = either.plot(IMAGES[form](12), IMAGES[form](6), columns=[0, 5], k=3)
-    assert axes.shape == (2, 7)
-    best = SCORES[:, 5].argmax().item()
-    title = axes[1, 1].get_title()
-    assert f"{SCORES[best, 5]:+#.3g}".replace("-", "−") in title
-    assert axes[1, 1].get_xlabel() == f"#{best}"
-    if form in ("with labels", "dicts"):
-        assert f"label {best}" in title.replace(f"label {best % 10}", f"label {best}")
-        assert axes[1, 0].get_title() == "target 5\nlabel 5"
-    assert all(axis.images for axis in axes.flat)
-    figure.canvas.draw()
-    mpl.pyplot.close(figure)
-
-
-def test_train_images_alone(full):
-    figure, axes = full.plot(IMAGES["gray"](12), columns=[2], k=1)
-    assert axes.shape == (1, 3)
-    assert axes[0, 0].texts[0].get_text() == "target\n2"
-    mpl.pyplot.close(figure)
-
-
-def test_what_cannot_be_drawn(full, monkeypatch):
-    for columns in ([6], [-1], []):
-        with pytest.raises(ValueError, match="some of the 6 targets"):
-            full.plot(columns=columns)
-    with pytest.raises(ValueError, match=r"Tensor of shape \(4,\)\) is no image"):
-        full.plot(torch.zeros(12, 4))
-    mpl.pyplot.close("all")
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
-        full.plot()
-
-
-NO_IMAGES = {
-    "tokens": ({"input_ids": torch.ones(4), "labels": 1}, "has no image: it has the keys 'input_ids', 'labels', and"),
-    "an empty mapping": ({}, "has the keys none"),
-    "series": (
-        ({"encoder_cont": torch.ones(3, 2)}, (torch.ones(3), None)),
-        "'encoder_cont', and none of them has one. Pass",
-    ),
-    "channels": (torch.zeros(13, 8, 8), r"of shape \(13, 8, 8\)\) is no image, .* call plot\(\) without tr"),
-    "ragged": (([np.ones((4, 2)), np.ones((3, 2))], 1.0), r"An example \(list\) is no image, \(H, W\)"),
-    "text": ("a photo", r"\(str\) is no image"),
-    "nothing": ((), r"\(tuple.*\) is no image"),
-}
-
-
-@pytest.mark.parametrize("form", NO_IMAGES)
-def test_examples_without_an_image_are_named(full, form):
-    example, message = NO_IMAGES[form]
-    with pytest.raises(ValueError, match=message):
-        full.plot([example] * 12)
-    mpl.pyplot.close("all")
 
 
 def ensemble(checkpoints, noise, n=60, m=4):

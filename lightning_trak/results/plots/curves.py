@@ -31,7 +31,7 @@ def plot_curves(
     for axis, (quantity, curves) in zip(axes, panels.items(), strict=True):
         for (name, values), colour in zip(curves.items(), (HELPFUL, OTHER), strict=False):
             axis.plot(x, np.asarray(values), marker="o", markersize=4, color=colour, label=name)
-        axis.axhline(0, color="black", linewidth=0.8)
+        axis.axhline(0, color="black", linewidth=0.8, zorder=0)
         axis.set_xlabel(label)
         axis.set_ylabel(quantity)
     axes[0].legend(frameon=False, fontsize=9)
@@ -43,7 +43,7 @@ def plot_convergence(checkpoints: Sequence[int], agreement: Sequence[float], ax:
     figure, axis = one_axes(ax, _SIZE)
     axis.plot(checkpoints, agreement, marker="o", markersize=4, color=HELPFUL)
     axis.set_xticks(checkpoints[:: 1 + len(checkpoints) // 12])
-    axis.set_ylim(min(0, *agreement) - 0.05 if len(agreement) > 1 else None, 1.02)
+    axis.set_ylim(min([0.0, *agreement]) - 0.05, 1.02)
     axis.set_xlabel("checkpoints")
     axis.set_ylabel("rank correlation of two halves")
     return figure, axis
@@ -71,6 +71,7 @@ def plot_self_influence(values: Any, marked: Sequence[int], name: str, ax: Any) 
             label=label,
         )
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(lambda rank, place: number_text(round(rank)) if rank >= 1 else "")
     axis.set_xlabel("training examples, by rank")
     axis.set_ylabel("self-influence (in units of the loss)")
     axis.legend(frameon=False, fontsize=9)
@@ -92,5 +93,5 @@ def plot_lds(
     axis.axhline(random, color="black", linestyle=":", label=f"random scores {number_text(random)}")
     axis.set_xlabel("targets, by rank")
     axis.set_ylabel("LDS (rank correlation)")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, ncols=2, columnspacing=1, loc="lower left", bbox_to_anchor=(0, 1))
     return figure, axis

@@ -23,7 +23,7 @@ Marks = Sequence[tuple[str, int]]
 _EDGE = 256  # pixels of the longer side of an image, at most
 _PARTS, _CHANNELS = 3, 8  # what is drawn of an example, at most
 _SIZE, _SMALL = 7, 6  # points
-CHARACTER, _HEIGHT = 0.56, 1.25  # of a character, about, and of a line, in parts of the size
+CHARACTER, _HEIGHT = 0.6, 1.25  # of a character, about, and of a line, in parts of the size
 _ARROWS = {1: " ▲", -1: " ▼", 0: ""}
 _OF_IMAGE = 2  # times as high as another part
 
@@ -125,19 +125,20 @@ def _write_lines(axis: Axes, lines: Sequence[str]) -> None:
     width, height = _room(axis)
     shown = [*lines[: height - 1], "…"] if len(lines) > height else lines
     text = "\n".join(cut(_printable(line), width) for line in shown)
-    axis.text(0.03, 0.96, text, transform=axis.transAxes, va="top", fontsize=_SIZE, parse_math=False, clip_on=True)
+    corner: dict[str, Any] = {"xytext": (4, -4), "xycoords": "axes fraction", "textcoords": "offset points"}
+    axis.annotate(text, (0, 1), **corner, va="top", fontsize=_SIZE, parse_math=False, clip_on=True)
 
 
 def _wrapped(axis: Axes, text: str) -> list[str]:
     """Return the lines of a text, as many as there is room for."""
     width, height = _room(axis)
-    return textwrap.wrap(_printable(text), width, max_lines=height, placeholder=" …") or [""]
+    return textwrap.wrap(" ".join(_printable(text).split()), width, max_lines=height, placeholder=" …") or [""]
 
 
 def _room(axis: Axes) -> tuple[int, int]:
     """Return the numbers of characters in a line, and of lines."""
     extent, points = axis.get_window_extent(), 72 / axis.figure.dpi / _SIZE
-    return max(4, int(0.95 * extent.width * points / CHARACTER)), max(1, int(0.94 * extent.height * points / _HEIGHT))
+    return max(4, int(0.95 * extent.width * points / CHARACTER)), max(1, int((extent.height * points - 1) / _HEIGHT))
 
 
 def _printable(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,16 @@ import numpy.typing as npt
 from lightning_trak.influence import Extremes
 from lightning_trak.results.examples import Examples
 from lightning_trak.results.numbers import number_text
-from lightning_trak.results.plots.axes import HARMFUL, HELPFUL, MARKED, axes_of_shape, is_axes, one_axes, pyplot
+from lightning_trak.results.plots.axes import (
+    HARMFUL,
+    HELPFUL,
+    MARKED,
+    axes_of_shape,
+    is_axes,
+    one_axes,
+    pyplot,
+    without_ticks,
+)
 from lightning_trak.results.plots.grid import Cell, draw_grid
 from lightning_trak.results.plots.reader import Reader
 from lightning_trak.results.sides import check_finite, of_sign
@@ -23,7 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SIDES = (("most helpful", "positive", HELPFUL), ("most harmful", "negative", HARMFUL))
-_FIRST = 5  # targets that are drawn if none are named
+_FIRST, _ID = 5, 28  # targets that are drawn if none are named; characters of an id
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,10 @@ def plot_extremes(
 
 def _checked(columns: Any, m: int) -> list[int]:
     """Return the targets to draw."""
-    shown = list(range(min(_FIRST, m))) if columns is None else [int(column) for column in columns]
+    try:
+        shown = list(range(min(_FIRST, m))) if columns is None else [index(column) for column in columns]
+    except TypeError as error:
+        raise TypeError(f"columns must be a list of targets, by index, got {columns!r}.") from error
     if not shown or not all(0 <= column < m for column in shown):
         raise ValueError(f"columns must name some of the {m} targets, 0 to {m - 1}; got {columns!r}.")
     return shown
@@ -77,24 +90,25 @@ def _checked(columns: Any, m: int) -> list[int]:
 def _cells(scored: Scored, k: int, train: Reader, targets: Reader, marked: set[int]) -> list[Cell]:
     """Return the cells of a row: the target, k helpful and k harmful training examples."""
     column = scored.column
-    title = [f"target {targets.name(column)}", *targets.verdict(column)]
-    cells = [Cell(title, place=targets.place(column), parts=targets.parts(column))]
+    title = [f"target {targets.number(column)}".rstrip(), *targets.verdict(column)]
+    cells = [Cell(title, targets.name(column), place=targets.place(column), parts=targets.parts(column))]
     for ranked, (side, sign, colour) in zip(scored.sides, _SIDES, strict=True):
         for number in range(k):
             heading = side if number == 0 else ""
             if number < len(ranked):
                 row, score = ranked[number]
-                title, below = [*train.label(row), number_text(score, signed=True)], _numbered(train.name(row))
+                title, below = [*train.label(row), number_text(score, signed=True)], f"#{train.number(row)}"
                 example = train.place(row), train.parts(row), row in marked
-                cells.append(Cell(title, below, colour, *example, heading))
+                cells.append(Cell(title, train.name(row) or below, colour, *example, heading))
             else:
                 first = f"no {'other ' * bool(number)}score is {sign}" if number == len(ranked) else ""
                 cells.append(Cell(colour=colour, heading=heading, missing=first))
     return cells
 
 
-def _numbered(name: str) -> str:
-    return f"#{name}" if name.isdecimal() else name
+def _tail(name: str) -> str:
+    """Return the end of a long id: it differs between files of a folder."""
+    return name if len(name) <= _ID else f"…{name[-_ID:]}"
 
 
 def _bars(
@@ -122,7 +136,7 @@ def _draw_bars(axis: Axes, scored: Scored, train: Reader, targets: Reader, marke
     places = np.arange(len(values))
     bars = axis.barh(places, values, color=[HELPFUL if value > 0 else HARMFUL for value in values])
     axis.bar_label(bars, [number_text(value, signed=True) for value in values], fontsize=7, padding=2)
-    names = [", ".join([f"train {train.name(row)}", *train.label(row)]) for row in rows]
+    names = [", ".join([_tail(train.name(row)) or f"train {train.number(row)}", *train.label(row)]) for row in rows]
     axis.set_yticks(places, names, fontsize=8, parse_math=False)
     for row, bar, name in zip(rows, bars, axis.get_yticklabels(), strict=True):
         if row in marked:
@@ -132,10 +146,14 @@ def _draw_bars(axis: Axes, scored: Scored, train: Reader, targets: Reader, marke
     if framed:
         axis.legend(framed[:1], ["marked"], frameon=False, fontsize=8)
     axis.invert_yaxis()
-    axis.margins(x=0.15)
-    axis.axvline(0, color="black", linewidth=0.8)
-    if not values:
+    axis.margins(x=0.25)  # for the numbers
+    axis.tick_params(axis="x", labelsize=8)
+    if values:
+        axis.axvline(0, color="black", linewidth=0.8)
+    else:
+        without_ticks(axis)
         axis.text(0.5, 0.5, "no score differs from 0", transform=axis.transAxes, ha="center", fontsize=8)
-    title = [f"target {targets.name(scored.column)}", *targets.verdict(scored.column)]
+    target = _tail(targets.name(scored.column)) or targets.number(scored.column)
+    title = [f"target {target}", *targets.verdict(scored.column)]
     axis.set_title(", ".join(title), fontsize=10, parse_math=False)
     axis.set_xlabel("score", fontsize=8)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_trak.results.differences import Differences
-from lightning_trak.results.kinds import Image, Table, Unknown
+from lightning_trak.results.kinds import Image, Series, Table, Unknown
 from lightning_trak.results.plots.axes import MARKED, Box, axes_of_shape, box, is_axes
 from lightning_trak.results.plots.drawing import CHARACTER, Marks, Parts, classes_of, draw, share_scale, write
 from lightning_trak.results.values import cut
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 Rectangle = tuple[float, float, float, float]
 
-_IMAGE, _OTHER = (0.9, 0.9), (1.9, 1.2)  # inches: sizes of a cell
+_IMAGE, _PAIR, _OTHER = (0.9, 0.9), (1.6, 2.0), (1.9, 1.2)  # inches: sizes of cells of an image, of one with others
 _EDGE, _GAP, _LINE, _BELOW, _HEADING, _LEGEND = 0.12, 0.12, 0.155, 0.2, 0.24, 0.3  # inches around cells
 _SMALLEST = 0.2  # inches
 _TITLE, _SMALL = 8, 7  # points
-_COLUMNS, _CLASSES = 8, 12  # what is shown, at most, of a table, and of a class map in the legend
+_COLUMNS, _CLASSES = 5, 12  # what is shown, at most, of a table, and of a class map in the legend
 
 
 @dataclass(frozen=True)
@@ -66,21 +66,24 @@ class Layout:
     Attributes:
         rows: the number of targets.
         k: how many helpful and how many harmful training examples each has.
-        wide: whether cells are wide.
+        cell: width and height of a cell in a new figure, in inches.
+        wide: whether cells are in two lines.
+        tall: whether the cell of a target then is as high as both.
         lines: of the longest title.
         legend: whether there is one.
     """
 
     rows: int
     k: int
+    cell: tuple[float, float]
     wide: bool
+    tall: bool
     lines: int
     legend: bool
 
     def size(self) -> tuple[float, float]:
         """Return width and height of a new figure in inches."""
-        width, height = _OTHER if self.wide else _IMAGE
-        around, between = self._spaces()
+        (width, height), (around, between) = self.cell, self._spaces()
         return around[0] + self._counts[1] * width, around[1] + self._counts[0] * (height + between)
 
     def rectangles(self, whole: Box) -> Iterator[list[Rectangle]]:
@@ -106,7 +109,7 @@ class Layout:
         for row in range(self.rows):
             if self.wide:
                 sides = [cell(2 * row + side, 1 + column) for side in (0, 1) for column in range(self.k)]
-                yield [cell(2 * row, 0, 2), *sides]
+                yield [cell(2 * row, 0, 1 + self.tall), *sides]
             else:
                 yield [cell(row, column) for column in range(columns)]
 
@@ -135,8 +138,9 @@ def draw_grid(rows: Sequence[Sequence[Cell]], differences: Differences, ax: Any)
         ax: axes of that shape; or one, which is divided; or None.
     """
     k, cells = len(rows[0]) // 2, [cell for row in rows for cell in row]
-    handles = _handles(cells)
-    layout = Layout(len(rows), k, _is_wide(cells), max(len(cell.title) for cell in cells), bool(handles))
+    shown = [_marks(row, differences) for row in rows]
+    handles = _handles(cells, shown)
+    layout = _layout(rows, bool(handles))
     if ax is None or is_axes(ax):
         whole = box(ax, layout.size())
         figure = whole.figure
@@ -145,10 +149,10 @@ def draw_grid(rows: Sequence[Sequence[Cell]], differences: Differences, ax: Any)
             whole.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, fontsize=_TITLE)
     else:
         figure, axes = axes_of_shape(ax, (len(rows), 1 + 2 * k), f"(targets, 1 + 2k): each beside {k} + {k} examples")
-    for number, (row, own) in enumerate(zip(rows, axes, strict=True)):
-        marks = _marks(row, differences)
-        for cell, axis, shown in zip(row, own, marks, strict=True):
-            _draw_cell(axis, cell, shown, layout.lines if layout.wide or number == 0 else None)
+    for number, (row, own, marks) in enumerate(zip(rows, axes, shown, strict=True)):
+        lines = max(len(cell.title) for cell in row) if layout.wide or number == 0 else None
+        for cell, axis, columns in zip(row, own, marks, strict=True):
+            _draw_cell(axis, cell, columns, lines)
         share_scale(list(own))
     return figure, axes
 
@@ -163,7 +167,8 @@ def _draw_cell(axis: Axes, cell: Cell, marks: Marks | None, lines: int | None) -
     else:
         draw(axis, cell.parts, marks)
         axis.set_title("\n".join(title), fontsize=_TITLE, color=cell.colour, parse_math=False)
-        axis.set_xlabel(cell.below, fontsize=_SMALL, labelpad=2, parse_math=False)
+        below = cell.below[-int(points / (_SMALL * CHARACTER)) :]  # the end differs between files of a folder
+        axis.set_xlabel(below if below == cell.below else f"…{below}", fontsize=_SMALL, labelpad=2, parse_math=False)
     if cell.marked:
         for spine in axis.spines.values():
             spine.set(edgecolor=MARKED, linewidth=3)
@@ -173,10 +178,15 @@ def _draw_cell(axis: Axes, cell: Cell, marks: Marks | None, lines: int | None) -
         axis.annotate(cell.heading, (0, 1), **above, color=cell.colour, fontsize=10)
 
 
-def _is_wide(cells: Sequence[Cell]) -> bool:
-    """Say whether a cell shows anything but one image."""
-    shown = [cell.parts for cell in cells if cell.parts is not None]
-    return any(len(parts) > 1 or not isinstance(parts[0][1], (Image, Unknown)) for parts in shown)
+def _layout(rows: Sequence[Sequence[Cell]], legend: bool) -> Layout:
+    """Choose a layout by the kinds of what is shown."""
+    cells = [cell for row in rows for cell in row]
+    shown = [[type(part) for _, part in cell.parts] for cell in cells if cell.parts is not None]
+    kinds = {kind for own in shown for kind in own}
+    wide = any(len(own) > 1 for own in shown) or not kinds <= {Image, Unknown}
+    size = _IMAGE if not wide else _PAIR if Image in kinds else _OTHER
+    tall = not kinds & {Image, Series}  # these are compared: all are of one size
+    return Layout(len(rows), len(rows[0]) // 2, size, wide, tall, max(len(cell.title) for cell in cells), legend)
 
 
 def _marks(row: Sequence[Cell], differences: Differences) -> list[Marks | None]:
@@ -194,8 +204,8 @@ def _differing(target: Cell, cell: Cell, differences: Differences) -> Marks | No
     return [(names[column], sign) for column, sign in differences.between(target.place, cell.place, _COLUMNS)]
 
 
-def _handles(cells: Sequence[Cell]) -> list[Any]:
-    """Return what the legend explains: the classes of pixels, and the frames of marked examples."""
+def _handles(cells: Sequence[Cell], marks: Sequence[Sequence[Marks | None]]) -> list[Any]:
+    """Return what the legend explains: classes of pixels, arrows of tables, and frames of marked examples."""
     from matplotlib.patches import Patch
 
     classes = {name: colour for cell in cells for name, colour in classes_of(cell.parts or ()).items()}
@@ -203,4 +213,7 @@ def _handles(cells: Sequence[Cell]) -> list[Any]:
     shown = [Patch(color=classes[name], label=f"class {name}") for name in names[:_CLASSES]]
     more = [Patch(color="none", label=f"and {len(names) - _CLASSES} more")] if len(names) > _CLASSES else []
     frame = Patch(facecolor="none", edgecolor=MARKED, linewidth=2.5, label="marked")
-    return [*shown, *more, *([frame] if any(cell.marked for cell in cells) else [])]
+    arrows = Patch(color="none", label="▲ ▼ higher, lower than in the target")
+    differ = any(sign for row in marks for own in row for _, sign in own or ())
+    framed = any(cell.marked for cell in cells)
+    return [*shown, *more, *([arrows] if differ else []), *([frame] if framed else [])]

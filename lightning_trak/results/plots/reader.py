@@ -7,12 +7,13 @@ from typing import Any
 
 from lightning_trak.results.differences import Differences
 from lightning_trak.results.examples import Examples
-from lightning_trak.results.kinds import Described, Scalar, Table, described
+from lightning_trak.results.kinds import Described, Scalar, Table, Unknown, described
 from lightning_trak.results.plots.drawing import Parts, shown_parts
 from lightning_trak.results.reading import check_data_set, read
 from lightning_trak.results.values import label_text
 
-_ID, _LABEL = 22, 24  # characters
+_LABEL = 24  # characters
+_NOTHING = (("", Unknown("nothing to draw")),)
 
 
 class Reader:
@@ -32,10 +33,15 @@ class Reader:
         self._found: dict[int, Described] = {}
         self.differences = Differences() if differences is None else differences
 
+    def number(self, row: int) -> str:
+        """Return the id of a row, if it is a number; or else nothing."""
+        identity = self._known.ids[row]
+        return "" if isinstance(identity, str) else str(identity)
+
     def name(self, row: int) -> str:
-        """Return the id of a row, on one line; of a long one the end, which differs between files of a folder."""
-        text = " ".join(str(self._known.ids[row]).split())
-        return text if len(text) <= _ID else f"…{text[-_ID:]}"
+        """Return the id of a row, if it is text, on one line; or else nothing."""
+        identity = self._known.ids[row]
+        return " ".join(identity.split()) if isinstance(identity, str) else ""
 
     def label(self, row: int) -> list[str]:
         """Return the label of a row as lines; none where it is unknown."""
@@ -51,7 +57,7 @@ class Reader:
 
     def parts(self, row: int) -> Parts | None:
         """Return what is drawn of an example; None if there is no data set."""
-        return None if self._data is None else shown_parts(self._read(row).parts)
+        return None if self._data is None else shown_parts(self._read(row).parts) or _NOTHING
 
     def place(self, row: int) -> Hashable:
         """Return the name of a row among those of both data sets."""
