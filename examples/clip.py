@@ -178,14 +178,11 @@ def print_swapped(self_influence: torch.Tensor, data: CaptionedDigits) -> None:
 
 
 def save_picture(attribution: Attribution, data: CaptionedDigits, targets: list[int], path: Path) -> None:
-    """Draw test pairs beside the training pairs that helped and harmed them most, labelled by digit and stroke."""
-    pairs = []
-    for image, caption in zip(data.images, data.captions, strict=True):
-        digit, stroke = (next(word for word in words if word in caption.split()) for words in (DIGITS, STROKES))
-        pairs.append((image, f"{digit}\n({stroke})"))
+    """Draw test pairs beside the training pairs that helped and harmed them most; swapped ones get a frame."""
+    pairs = [{"image": image, "caption": text} for image, text in zip(data.images, data.captions, strict=True)]
     n = len(data.train_set)
-    figure, _ = attribution.plot(pairs[:n], pairs[n:], columns=targets, k=5)
-    figure.savefig(path, dpi=150)
+    figure, _ = attribution.plot(pairs[:n], pairs[n:], columns=targets, k=5, marked=data.swapped)
+    figure.savefig(path, dpi=100)
     print(f"\nThe picture is in {path}.")
 
 

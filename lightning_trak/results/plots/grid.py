@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Rectangle = tuple[float, float, float, float]
 
-_IMAGE, _PAIR, _OTHER = (0.9, 0.9), (1.6, 2.0), (1.9, 1.2)  # inches: sizes of cells of an image, of one with others
+_IMAGE, _PAIR, _OTHER = (0.9, 0.9), (1.4, 1.6), (1.9, 1.2)  # inches: sizes of cells of an image, of one with others
 _EDGE, _GAP, _LINE, _BELOW, _HEADING, _LEGEND = 0.12, 0.12, 0.155, 0.2, 0.24, 0.3  # inches around cells
 _SMALLEST = 0.2  # inches
 _TITLE, _SMALL = 8, 7  # points
