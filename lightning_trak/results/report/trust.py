@@ -76,6 +76,8 @@ def _facts(info: Mapping[str, Any]) -> Iterator[tuple[str, Fact]]:
             yield name, Fact("Parameters attributed", _count(value) if value else "unknown", _PARAMETERS)
         elif name == "n_params":
             yield name, Fact("Parameters of the model", _count(value) if value else "unknown")
+        elif name == "gradients":
+            yield name, Fact("Per-sample gradients by", value or "unknown", _GRADIENTS)
         elif name == "projector":
             yield name, Fact("Projection", value, "Gradients are compressed by it before they are stored.")
         elif name == "proj_dim":
@@ -100,6 +102,7 @@ _RUNS = (
     "Scores are averaged over trainings, which averages out their chance events.",
 )
 _PARAMETERS = "Only what examples do to these parameters is scored."
+_GRADIENTS = "How they were computed. All ways give the same gradients, up to rounding."
 _WHITENING = (
     ("none", "Gradients are projected as they are."),
     (
