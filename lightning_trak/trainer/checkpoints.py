@@ -107,7 +107,8 @@ def _featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, numbe
         known, description = known_of_train(entry), f"Featurizing checkpoint {number}{where}"
         whitened = perf_counter()
         projection = _fill(loop, entry, entry.train, weights, description, whitening, known)
-        seconds = {"curvature_seconds": whitened - began, "featurizing_seconds": perf_counter() - whitened}
+        seconds = {"featurizing_seconds": perf_counter() - whitened}
+        seconds |= {} if whitening is None else {"curvature_seconds": whitened - began}
     entry.forget_former()
     if projection is not None:
         if projection.seen == loop.size:  # else it knows a part of the rows

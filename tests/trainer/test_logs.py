@@ -126,6 +126,13 @@ def test_training_goes_on_without_a_logger_that_fails(tmp_path):
     assert all(entry.complete for entry in FeatureStore(tmp_path / "store"))
 
 
+def test_there_is_no_time_of_a_curvature_without_one(tmp_path):
+    fit(tmp_path, CSVLogger(tmp_path / "logs"), preconditioner="none")
+    (path,) = (tmp_path / "logs").rglob("metrics.csv")
+    assert "trak/curvature_seconds" not in lines_of(path)[0]
+    assert float(lines_of(path)[0]["trak/featurizing_seconds"]) > 0
+
+
 class Named(Blobs):
     """Examples whose ids would break a table in Markdown."""
 
