@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from lightning_trak.influence import Findings
 from lightning_trak.results.examples import Examples, Value
+from lightning_trak.results.export import write_export
 from lightning_trak.results.plots.curves import plot_self_influence
 from lightning_trak.results.subsets import rows_of
 from lightning_trak.results.tables import write_csv
 from lightning_trak.results.terminal import cell_text, table
+from lightning_trak.store.remote import RemotePath
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -158,6 +161,37 @@ class Suspects:
         for name in ("id", "duplicate_of", "leaks"):  # pandas would make floats of integers beside None
             frame[name] = pd.Series([row[name] for row in rows], dtype=object)
         return frame
+
+    def export(self, path: str | os.PathLike[str] | RemotePath, train: Sequence[Any]) -> Path:
+        """Write a folder that Hugging Face datasets, Renumics Spotlight and FiftyOne open: a table, and the images.
+
+        ``metadata.csv`` has the columns of `to_rows`, in its order, and what else the examples hold: texts, tokens,
+        columns of tables, series as lists. Images are PNG files in their own size, with classes of pixels in colours;
+        the column "file_name" has their paths within the folder. This is the format ``ImageFolder`` of Hugging Face
+        datasets. Labels that the columns do not tell are read from the examples. A name that is taken gets a number.
+
+        Args:
+            path: a new folder, or an empty one. It appears when it is whole.
+            train: the train set, in the order in which it was attributed; of it, only these suspects are read.
+
+        Returns:
+            The path of the folder.
+
+        Raises:
+            FileExistsError: if there is something at ``path``, and it is no empty folder.
+            TypeError: if ``train`` is no data set.
+            ValueError: if it has another length than was attributed.
+
+        >>> import tempfile
+        >>> from lightning_trak.influence.suspicion import findings
+        >>> near = torch.tensor([-1, 0]), torch.tensor([-1.0, 0.5])
+        >>> suspects = Suspects(findings(torch.tensor([0.1, 0.3]), torch.tensor([0.1, 0.4]), near), Examples(2))
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     folder = suspects[:1].export(f"{parent}/suspects", [(torch.rand(1, 8, 8), 7), (torch.rand(1, 8, 8), 3)])
+        ...     (folder / "metadata.csv").read_text()[:40]
+        '"file_name","row","id","label","predicti'
+        """
+        return write_export(path, self.to_rows(), train, len(self.train))
 
     def plot(self, marked: Any = None, ax: Any = None) -> tuple[Figure, Axes]:
         """Draw the self-influence of all training examples, the highest first, and some of them as dots.
