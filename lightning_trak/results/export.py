@@ -47,7 +47,7 @@ def write_export(
     _check_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomically(folder) as partial, kept_random_states():  # data sets may augment at random
-        (partial / _IMAGES).mkdir(parents=True)
+        partial.mkdir()
         shown = tqdm(rows, desc="Exporting", unit=" examples", disable=None, leave=False, dynamic_ncols=True)
         table = [_exported(partial, place, row, described(read(data, row["row"]))) for place, row in enumerate(shown)]
         names = dict.fromkeys(name for row in table for name in row)
@@ -75,13 +75,16 @@ def _exported(folder: Path, place: int, known: Mapping[str, Any], example: Descr
             for column, value in _columns(name, part):
                 row[_free(column, row)] = value
         elif part is not example.image:
-            row[f"{name or f'{_IMAGE}_{number}'}_{FILE}"] = _written(folder, f"{place:07d}-{number}", part)
+            unnamed = not name or f"{name}_{FILE}" in row
+            column = f"{name or _IMAGE}_{number}" if unnamed else name
+            row[f"{column}_{FILE}"] = _written(folder, f"{place:07d}-{number}", part)
     return row
 
 
 def _written(folder: Path, name: str, image: Image) -> str:
     """Write an image in its own size; return its path within the folder."""
     file = f"{_IMAGES}/{name}.png"
+    (folder / _IMAGES).mkdir(exist_ok=True)
     (folder / file).write_bytes(png(thumbnail(image, max(image.pixels.shape[:2]))))
     return file
 

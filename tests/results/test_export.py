@@ -136,6 +136,14 @@ def test_several_images(tmp_path):
         assert np.array_equal(pixels(unnamed, row["image_1_file_name"]), PIXELS[place] // 3)
 
 
+def test_several_images_of_one_name(tmp_path):
+    folder = suspects().export(tmp_path / "suspects", [{"views": tuple(PIXELS)}] * N)
+    names = ["file_name", "views_file_name", *(f"views_{number}_file_name" for number in range(2, N))]
+    for row in table(folder):
+        for name, expected in zip(names, PIXELS, strict=True):
+            assert np.array_equal(pixels(folder, row[name]), expected)
+
+
 def test_what_is_no_image_is_in_the_table(tmp_path):
     data = [
         {"age": row, "job": f"job {row}", "story": f"a story of {row} words", "pulse": torch.arange(70) / 8, "y": 1}
@@ -147,7 +155,7 @@ def test_what_is_no_image_is_in_the_table(tmp_path):
         assert json.loads(row["pulse"]) == [step / 8 for step in range(70)]
         assert row["label"] == "1"
     assert "file_name" not in table(folder)[0]
-    assert files(folder) == ["metadata.csv"]
+    assert [path.name for path in folder.iterdir()] == ["metadata.csv"]
 
 
 @pytest.mark.parametrize(
