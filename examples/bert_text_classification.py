@@ -240,7 +240,6 @@ def main() -> None:
     trainer.test(model, datamodule=data)
 
     attribution = trainer.attribute(datamodule=data)
-    print(attribution)
     print_examples(attribution, data, targets=[0, 1, 2])
     print_flipped(trainer.attribute_self(), data)
 

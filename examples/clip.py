@@ -209,7 +209,6 @@ def main() -> None:
     print(f"The model names {zero_shot_accuracy(model, data):.1%} of the test digits rightly.")
 
     attribution = trainer.attribute(datamodule=data)
-    print(attribution)
     targets = [0, 1, 2, 3]
     print_pairs(attribution, data, targets)
     print_agreement(attribution, data)

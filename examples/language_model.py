@@ -194,7 +194,6 @@ def main() -> None:
     trainer.fit(model, datamodule=data)
 
     attribution = trainer.attribute(datamodule=data)
-    print(attribution)
     print_examples(attribution, data, targets=[0, 1, 2])
     print_words(attribution, data, target=0)
     print_found(attribution, data)

@@ -124,5 +124,5 @@ def _one(description: str, epilog: str) -> ArgumentParser:
 
 if __name__ == "__main__":
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # ids may have letters that the terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # ids may have characters that the terminal cannot show
     sys.exit(main())

@@ -82,7 +82,7 @@ def test_cifar_quickstart_on_cifar(cifar, tmp_path):
     smaller = {"width": 4, "batch-size": 20, "epochs": 2, "runs": 1, "subsets": 2, "repeats": 1}
     options = [f"--{name}={value}" for name, value in smaller.items()]
     result = subprocess.run([*script, *options], check=True, capture_output=True, text=True)
-    assert "Attribution of 60 training examples for 12 targets: 2 checkpoints" in result.stdout
+    assert "TRAKCallback: 2 checkpoints of " in result.stderr
     assert (tmp_path / "cifar_quickstart.png").stat().st_size > 20_000
 
 

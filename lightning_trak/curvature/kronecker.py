@@ -151,7 +151,13 @@ def _plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 def _eigenvectors(moment: Tensor | None) -> Tensor | None:
-    return None if moment is None else torch.linalg.eigh(moment)[1]
+    """Return the eigenvectors of a second moment, (d, d); in float64 where float32 is too coarse for it."""
+    if moment is None:
+        return None
+    try:
+        return torch.linalg.eigh(moment)[1]
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined] # of low rank, with many equal eigenvalues
+        return torch.linalg.eigh(moment.double().cpu())[1].to(moment)
 
 
 class Eigenvalues:

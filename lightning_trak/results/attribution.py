@@ -242,15 +242,12 @@ class Attribution:
         return self._targets
 
     @property
-    def data_sets(self) -> tuple[Any, Any]:
+    def data_sets(self) -> tuple[Any, Any] | None:
         """Train set and targets as they were read, for `report` and `plot`; None for a train set that was not needed.
 
-        Raises:
-            AttributeError: if this attribution was loaded, copied or calibrated.
+        None if this attribution was loaded, copied or calibrated: data sets are not saved with scores.
         """
-        if self._kept is None:
-            raise AttributeError("The data sets are not known: they are neither saved with scores nor copied.")
-        return self._kept.data_sets
+        return None if self._kept is None else self._kept.data_sets
 
     def with_columns(
         self, train: Mapping[str, Iterable[Any]] | None = None, targets: Mapping[str, Iterable[Any]] | None = None

@@ -7,6 +7,15 @@ import math
 MINUS = "\u2212"  # screen readers say "minus" for it, and nothing for a hyphen
 
 
+def terminal_number(value: float, *, signed: bool = False) -> str:
+    """Return `number_text` with a hyphen for the minus sign, which every terminal can show.
+
+    >>> terminal_number(-0.5), terminal_number(2.0, signed=True)
+    ('-0.500', '+2.00')
+    """
+    return number_text(value, signed=signed).replace(MINUS, "-")
+
+
 def number_text(value: float, *, signed: bool = False) -> str:
     """Return a number with three significant digits; whole numbers as they are.
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lightning_trak.results.attribution import Attribution
+from lightning_trak.results.numbers import terminal_number
 from lightning_trak.results.terminal import cell_text, table
 
 
@@ -28,8 +29,8 @@ def target_texts(attribution: Attribution, columns: Iterable[int], k: int = 5) -
     >>> print(*target_texts(attribution, [0]))
     Target x.png
       helpful  id  label  harmful  id  label
-           +2  2   cat         -1  1   dog
-         +0.5  0   cat
+        +2.00  2   cat      -1.00  1   dog
+       +0.500  0   cat
     """
     known = attribution.table(k)
     for column in columns:
@@ -55,7 +56,10 @@ def _ranks(known: Any, rows: range, *, with_labels: bool) -> list[str]:
     names = ["train_id", *["train_label"] * with_labels]
     sides: dict[str, list[list[str]]] = {"helpful": [], "harmful": []}
     for row in rows:
-        cells = [f"{known['score'][row]:+.3g}", *(cell_text(known[name][row]) for name in names)]
+        cells = [
+            terminal_number(float(known["score"][row]), signed=True),
+            *(cell_text(known[name][row]) for name in names),
+        ]
         sides[known["side"][row]].append(cells)
     if not rows:
         return ["No training example has a score other than 0."]

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_trak.influence import Findings
 from lightning_trak.results.examples import Examples, Value
 from lightning_trak.results.export import write_export
+from lightning_trak.results.numbers import terminal_number
 from lightning_trak.results.plots.curves import plot_self_influence
 from lightning_trak.results.subsets import rows_of
 from lightning_trak.results.tables import write_csv
@@ -79,8 +80,8 @@ class Suspects:
     >>> suspects = Suspects(found, Examples(["a.png", "b.png", "c.png"], {"label": [1, 0, 1]}))
     >>> suspects.wrong
     Suspects: 1 of 3 training examples, 1 near-duplicate
-     row  id     label    loss  self-influence  what is wrong
-       2  c.png  1      0.2000               0  near-duplicate of 'a.png' (cosine 0.990)
+     row  id     label   loss  self-influence  what is wrong
+       2  c.png  1      0.200               0  near-duplicate of 'a.png' (cosine 0.990)
     >>> suspects.indices, suspects[0].duplicate_of
     (tensor([2, 1, 0]), 'a.png')
     """
@@ -235,7 +236,7 @@ class Suspects:
         rows = [["row", "id", "label", "prediction", "loss", "self-influence", "what is wrong"]]
         for one in suspects:
             names = [cell_text(one.id), cell_text(one.label), cell_text(one.prediction)]
-            numbers = [f"{one.loss:.4f}", f"{one.self_influence:.3g}"]
+            numbers = [terminal_number(one.loss), terminal_number(one.self_influence)]
             rows.append([str(one.row), *names, *numbers, "; ".join(one.wrong)])
         columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
         lines = table(list(zip(*columns, strict=True)), right="row loss self-influence").splitlines()

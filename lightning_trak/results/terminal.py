@@ -1,8 +1,10 @@
-"""Plain text for a terminal: aligned tables, sizes, and names that are cut to fit and cannot steer it."""
+"""Plain text for a terminal: aligned tables, sizes, and names, of which control characters are escaped."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from lightning_trak.results.numbers import terminal_number
 
 _WIDTH = 28  # characters of an id or a label in a table
 
@@ -41,11 +43,11 @@ def cell_text(value: str | float | bool | None) -> str:
     r"""Return an id or another value of an example as a cell of a table: on one line, and not long.
 
     >>> cell_text(0.123456), cell_text("of a\n" + "very " * 9), cell_text(None)
-    ('0.1235', 'of a very very very very ve…', '')
+    ('0.123', 'of a very very very very ve…', '')
     """
     if value is None:
         return ""
-    text = f"{value:.4g}" if isinstance(value, float) else printable(" ".join(str(value).split()))
+    text = terminal_number(value) if isinstance(value, float) else printable(" ".join(str(value).split()))
     return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 1]}…"
 
 

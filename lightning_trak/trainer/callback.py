@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -16,6 +18,7 @@ from lightning_trak.gradients.memory import is_out_of_memory
 from lightning_trak.influence.training_time import CHECKPOINT_KEY, TrainingTime
 from lightning_trak.isolation.random_states import kept_generators
 from lightning_trak.projection import Projector, check_projector
+from lightning_trak.results.terminal import count
 from lightning_trak.store.files import check_space
 from lightning_trak.store.remote import AnyPath, path_of, writable
 from lightning_trak.store.store import FeatureStore
@@ -35,12 +38,14 @@ from lightning_trak.trainer.framework import (
     rank_zero_info,
 )
 from lightning_trak.trainer.loaders import train_loader_of_fit
-from lightning_trak.trainer.logs import log_numbers, log_suspects
+from lightning_trak.trainer.logs import log_largest, log_numbers
 from lightning_trak.trainer.loss_check import LossCheck
-from lightning_trak.trainer.pace import Coming, Pace
+from lightning_trak.trainer.pace import Coming, Pace, synchronize
 from lightning_trak.trainer.plan import DTYPE, PROJ_DIM, SEED, Plan, Settings, fitting_store, parameters_to_be
 from lightning_trak.trainer.queue import FINISH_LATER, CheckpointQueue
 from lightning_trak.trainer.reports import Reports, time_text
+
+_LOOK_AGAIN = 50  # steps, where the Trainer logs nothing
 
 
 class TRAKCallback(Callback):
@@ -89,9 +94,10 @@ class TRAKCallback(Callback):
             number of each example. Scores change by about a thousandth, more where λ is 0, which magnifies rounding
             errors. Whitened gradients always are ``"float16"``.
         batch_size: of featurization. None: that of the loader, or less where memory is short.
-        budget: the share of the training time that featurizing may take while training goes on, e.g. 0.2. What would
-            take more waits, and is featurized after the last training step if its file is still kept. None: each
-            checkpoint is featurized as it is saved.
+        budget: the share of the training time that featurizing may take while training goes on, e.g. 0.2. Checkpoints
+            that would exceed it wait. They are featurized after the last training step, if their files still exist.
+            Validation and saving count as training. A resumed run starts to count anew. None: each checkpoint is
+            featurized as it is saved.
         memory_limit: scores that take more bytes stay in the store, and `Attribution.scores` reads parts of them.
         overwrite: True: delete what earlier runs left in the store when training begins, unless it is resumed. False:
             pool the checkpoints of several runs; ``trainer.attribute()`` averages over all.
@@ -254,6 +260,7 @@ class TRAKCallback(Callback):
                 store = fitting_store(path, plan, loader, seconds)
             self._coming = Coming.of(loop, trainer, seconds)
             check_space(store.dirpath, self._coming.bytes)
+            self.reports.tell(self._coming.text(store))
         self._run = trainer.strategy.broadcast(self._run or uuid4().hex)
         self._queue, self._attributed = CheckpointQueue(store, loop, self._run, self.reports), set(plan.parameters)
         if not trainer.checkpoint_callbacks:
@@ -270,7 +277,7 @@ class TRAKCallback(Callback):
                 "The checkpoints of the resumed run could not be compared with its files"
             ):
                 self._queue.reconcile(trainer, kept_alone=self.featurize_on == "fit_end")
-        self._pace = Pace(self.budget, self._coming.seconds)
+        self._pace = Pace(self.budget, self._coming.seconds, partial(synchronize, loop.device))
 
     def _measured(self, loop: FeaturizationLoop, module: LightningModule) -> float:
         """Return how long an example takes; if the batch cannot be featurized, about as long as a few alone took."""
@@ -283,8 +290,11 @@ class TRAKCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Featurize what was saved since the last training step; compute the loss of an epoch's first batch."""
-        if self._queue is not None and self.featurize_on == "save" and self._queue.share(trainer):
-            self._featurize(trainer, self._queue, limited=True)
+        if self._queue is not None and self.featurize_on == "save":
+            if self.budget is not None and batch_idx % (trainer.log_every_n_steps or _LOOK_AGAIN) == 0:
+                self._queue.saved()  # what waits may have its turn now, in all processes
+            if self._queue.share(trainer):
+                self._featurize(trainer, self._queue, limited=True)
         self._loss_check.watch(batch)
         if batch_idx == 0 and self.train_loader is not None:
             self._check_trained(pl_module)
@@ -295,8 +305,8 @@ class TRAKCallback(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         """Check that the batch is unchanged; compare the loss of the first batch of the first two epochs."""
         epoch = None if self._pace is None else self._pace.step_ended(trainer.num_training_batches)
-        if epoch is not None and self._queue is not None and self._coming is not None:
-            self.reports.tell(self._coming.text(epoch, self._queue.store))
+        if epoch is not None and self._coming is not None and 0 < epoch < math.inf:
+            self.reports.tell(self._coming.beside(epoch))
         self._loss_check.after_step(trainer, pl_module, batch, outputs)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -326,24 +336,35 @@ class TRAKCallback(Callback):
         self._check_trained(pl_module)
         if not trainer.strategy.broadcast(queue.anything_saved) and trainer.global_step:
             queue.add_weights_of(pl_module, trainer, self._training)
+        queue.saved()  # in all processes: the first may have discarded some since
         queue.share(trainer)
+        self._say_what_waited(queue)
         if len(queue):
-            self._say_what_is_left(trainer, len(queue))
             with attached(trainer, pl_module, trainer.datamodule):
                 self._featurize(trainer, queue, limited=False)
         with queue.training_goes_on("The feature store could not be read"):
             own = [entry for entry in queue.store if entry.meta.get("run") == self._run and entry.complete]
             if own and self.train_loader is not None:
-                log_suspects(trainer, self.reports, own, self.train_loader.dataset)
+                log_largest(trainer, self.reports, own, self.train_loader.dataset)
             if len(queue.store):
                 alone = {entry.meta.get("run") for entry in queue.store} <= {self._run}
                 others = "" if alone else " (with those of earlier runs; TRAKCallback(overwrite=True) deletes them)"
+                done = count(queue.featurized, "checkpoint")
                 rank_zero_info(
-                    f"TRAKCallback: {queue.featurized} checkpoints featurized. trainer.attribute() will average over"
+                    f"TRAKCallback: {done} featurized. trainer.attribute() will average over"
                     f" {pool_of(queue.store)}{others}."
                 )
         if queue.failed:
-            rank_zero_info(f"TRAKCallback: {queue.failed} checkpoints could not be featurized. {FINISH_LATER}")
+            failed = count(queue.failed, "checkpoint")
+            rank_zero_info(f"TRAKCallback: {failed} could not be featurized. {FINISH_LATER}")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say what waits to be featurized when training is stopped."""
+        if self._queue is not None and len(self._queue):
+            self.reports.tell(
+                f"{count(len(self._queue), 'checkpoint')} of this run waited to be featurized."
+                " trainer.attribute(...) or a resumed fit does it."
+            )
 
     def _featurize(self, trainer: Trainer, queue: CheckpointQueue, *, limited: bool) -> None:
         """Featurize what was saved, and log how far that is."""
@@ -356,13 +377,18 @@ class TRAKCallback(Callback):
             }
             log_numbers(trainer, self.reports, {**seconds, **far})
 
-    def _say_what_is_left(self, trainer: Trainer, count: int) -> None:
-        """Say how long the checkpoints will take that were put off."""
-        if self.budget is not None and self._pace is not None:
-            left = f"{count} checkpoint{'s' * (count > 1)}"
+    def _say_what_waited(self, queue: CheckpointQueue) -> None:
+        """Say what the budget put off."""
+        waited, budget = len(queue.put_off & queue.pending), f"by budget={self.budget}"
+        if waited and self._pace is not None:
             self.reports.tell(
-                f"{left} waited for the end of training, by budget={self.budget:g}. Featurizing takes about"
-                f" {time_text(count * self._pace.expected)}. If you stop it, trainer.attribute(...) does the rest."
+                f"{count(waited, 'checkpoint')} waited for the end of training, {budget}. Featurizing takes about"
+                f" {time_text(waited * self._pace.expected)}. If you stop it, trainer.attribute(...) does the rest."
+            )
+        if queue.dropped:
+            self.reports.tell(
+                f"{count(queue.dropped, 'checkpoint')} were deleted while they waited, {budget}, and are not averaged."
+                " ModelCheckpoint(save_top_k=-1) keeps all."
             )
 
     def store_path(self, trainer: Trainer) -> AnyPath:

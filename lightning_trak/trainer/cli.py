@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from torch import Tensor
 
 from lightning_trak.results.attribution import Attribution
+from lightning_trak.results.numbers import terminal_number
 from lightning_trak.results.ranking import target_texts
 from lightning_trak.results.report.page import check_html
 from lightning_trak.results.suspects import Suspects
@@ -116,7 +117,7 @@ class TRAKCLI(LightningCLI):
         Returns:
             What ``trainer.attribute`` returned.
         """
-        self._check(k=k)
+        self._check(csv, report, k=k)
         if report is not None:
             check_html("report", report)
         options: dict[str, Any] = {"name": name, "top_k": top_k, "dry_run": dry_run}
@@ -131,7 +132,7 @@ class TRAKCLI(LightningCLI):
             found.to_csv(csv, k=k)
             print(f"The table is in '{csv}'.")
         if report is not None:
-            found.report(report, *getattr(found, "data_sets", ()), k=k)
+            found.report(report, *(found.data_sets or ()), k=k)
             print(f"The report is in '{report}'.")
         return found
 
@@ -156,12 +157,12 @@ class TRAKCLI(LightningCLI):
         Returns:
             What ``trainer.attribute_self`` returned.
         """
-        self._check(k=k)
+        self._check(csv, k=k)
         found: Tensor = self._trainer.attribute_self(model, datamodule=datamodule, ckpt_path=ckpt_path)
         if self.trainer.is_global_zero:
             highest = found.topk(min(k, len(found)))
             pairs = zip(highest.indices.tolist(), highest.values.tolist(), strict=True)
-            rows = [(str(row), f"{value:.3g}") for row, value in pairs]
+            rows = [(str(row), terminal_number(value)) for row, value in pairs]
             print(f"The highest self-influences of {len(found)} training examples:")
             print(table([("row", "self-influence"), *rows], right="row self-influence"))
             if csv is not None:
@@ -191,7 +192,7 @@ class TRAKCLI(LightningCLI):
         Returns:
             What ``trainer.suspects`` returned.
         """
-        self._check()
+        self._check(csv)
         found: Suspects = self._trainer.suspects(model, datamodule=datamodule, ckpt_path=ckpt_path, targets=targets)
         if self.trainer.is_global_zero:
             print(found)
@@ -236,8 +237,12 @@ class TRAKCLI(LightningCLI):
         """The trainer, whose methods are registered by the package."""
         return self.trainer
 
-    def _check(self, k: int = 1) -> None:
-        """Check what would fail after a long wait."""
+    def _check(self, *files: str | None, k: int = 1) -> None:
+        """Check what would fail after a long wait, such as files that cannot be written."""
+        for file in filter(None, files):
+            folder = os.path.dirname(os.path.abspath(file))
+            if os.path.isdir(file) or not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+                raise FileNotFoundError(f"'{file}' cannot be written. Name a file in a folder that exists.")
         if k < 1:
             raise ValueError(f"k must be a positive integer, got {k}.")
         if not any(isinstance(callback, TRAKCallback) for callback in self._trainer.callbacks):
@@ -254,4 +259,4 @@ class TRAKCLI(LightningCLI):
             print(f"\n{more}The scores are not saved; '--name NAME' saves them in the store.")
         else:
             store, shown = find_callback(self.trainer).store_path(self.trainer), printable(shlex.quote(name))
-            print(f"\n{more}'python -m lightning_trak top {shlex.quote(str(store))} --name {shown}' shows all.")
+            print(f"\n{more}All are shown by:\npython -m lightning_trak top {shlex.quote(str(store))} --name {shown}")

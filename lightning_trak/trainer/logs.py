@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from lightning_trak.data.annotations import annotations_of
+from lightning_trak.results.numbers import number_text
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.trainer.framework import Trainer
 from lightning_trak.trainer.reports import Reports
 
 _ROWS = 20  # of the table
-_TABLE = "trak/suspects"
+_TABLE = "trak/largest_loss_gradients"
 
 Row = list[str | int | float]
 
@@ -29,12 +30,12 @@ def log_numbers(trainer: Trainer, reports: Reports, numbers: Mapping[str, float]
     named = {f"trak/{name}": float(number) for name, number in numbers.items()}
     for logger in trainer.loggers:
         try:
-            logger.log_metrics(named, step=trainer.global_step)
-        except Exception as error:  # of a logger, perhaps for want of a network
+            logger.log_metrics(named, step=_step(trainer))
+        except Exception as error:  # of a logger, for example without a network
             _warn(reports, logger, error)
 
 
-def log_suspects(trainer: Trainer, reports: Reports, entries: Sequence[CheckpointEntry], dataset: Any) -> None:
+def log_largest(trainer: Trainer, reports: Reports, entries: Sequence[CheckpointEntry], dataset: Any) -> None:
     """Log a table of the training examples with the largest |Q|, averaged over checkpoints, where a logger takes one.
 
     They cost nothing, for Q is stored. ``trainer.suspects()`` ranks with more, and says what is wrong.
@@ -47,14 +48,21 @@ def log_suspects(trainer: Trainer, reports: Reports, entries: Sequence[Checkpoin
     """
     if not trainer.loggers or not trainer.is_global_zero:
         return
-    grads = torch.stack([torch.from_numpy(entry.train.column("loss_grad")).float() for entry in entries])
-    found = grads.abs().mean(0).topk(min(_ROWS, grads.shape[1]))
+    total = torch.zeros(entries[0].n_train)
+    for entry in entries:
+        total += torch.from_numpy(entry.train.column("loss_grad")).float().abs()
+    found = (total / len(entries)).topk(min(_ROWS, len(total)))
     titles, rows = _table(found.indices.tolist(), found.values.tolist(), dataset)
     for logger in trainer.loggers:
         try:
-            _log_table(logger, titles, rows, trainer.global_step)
+            _log_table(logger, titles, rows, _step(trainer))
         except Exception as error:
             _warn(reports, logger, error)
+
+
+def _step(trainer: Trainer) -> int:
+    """Return the step under which Lightning logs now; with several optimizers it is not ``global_step``."""
+    return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
 
 
 def _table(indices: Sequence[int], values: Sequence[float], dataset: Any) -> tuple[list[str], list[Row]]:
@@ -74,7 +82,7 @@ def _log_table(logger: Any, titles: list[str], rows: list[Row], step: int) -> No
         logger.log_table(key=_TABLE, columns=titles, data=rows, step=step)
     elif hasattr(logger.experiment, "add_text"):
         logger.experiment.add_text(_TABLE, _markdown(titles, rows), step)
-    elif hasattr(logger.experiment, "log_table"):
+    elif hasattr(logger, "run_id") and hasattr(logger.experiment, "log_table"):
         columns = dict(zip(titles, map(list, zip(*rows, strict=True)), strict=True))
         logger.experiment.log_table(logger.run_id, columns, f"{_TABLE}.json")
 
@@ -86,7 +94,7 @@ def _markdown(titles: list[str], rows: list[Row]) -> str:
 
 
 def _cell(value: str | float) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
+    text = number_text(value) if isinstance(value, float) else " ".join(str(value).split())
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 

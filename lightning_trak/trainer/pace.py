@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
+
+import torch
 
 from lightning_trak.store.files import free_space
 from lightning_trak.store.store import FeatureStore
@@ -15,7 +16,13 @@ from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import Trainer
 from lightning_trak.trainer.reports import bytes_text, time_text
 
-_TIMED = 5  # training steps after the first, which is slow
+_TIMED = 3  # training steps after the first, which is slow
+
+
+def synchronize(device: torch.device) -> None:
+    """Return when a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True)
@@ -43,29 +50,32 @@ class Coming:
         rows = loop.size / trainer.world_size + more
         return cls(loop.size, rows * seconds, loop.size * loop.form.row_bytes + weights, own is not None)
 
-    def text(self, epoch: float, store: FeatureStore) -> str:
+    def text(self, store: FeatureStore) -> str:
         """Say it in a sentence.
 
         Args:
-            epoch: how many seconds an epoch of training takes; infinite if it has no end.
             store: will hold the features.
         """
-        beside = f", as long as {self.seconds / epoch:.2g} epochs of training" if 0 < epoch < math.inf else ""
         room = free_space(store.dirpath) // self.bytes
         whitened = " Gradients are whitened by the curvature of each parameter." * self.whitened
         return (
             f"at each checkpoint, featurizing {self.examples} examples takes about"
-            f" {time_text(self.seconds)}{beside}, and {bytes_text(self.bytes)} on the disk, which has room for {room}"
+            f" {time_text(self.seconds)}, and {bytes_text(self.bytes)} on the disk, which has room for {room}"
             f" checkpoints.{whitened}"
         )
+
+    def beside(self, epoch: float) -> str:
+        """Compare it with an epoch of training, which takes so many seconds."""
+        return f"featurizing at a checkpoint takes as long as {self.seconds / epoch:.2g} epochs of training."
 
 
 class Pace:
     """Measures training and featurizing, each without the other.
 
     Args:
-        share: featurizing may take this share of the time that training took so far; None for all of it and more.
+        share: featurizing may take this share of the time that training took so far; None: no limit.
         expected: how many seconds featurizing at a checkpoint will take.
+        wait: returns when the device has done what it was given.
         clock: returns seconds.
 
     >>> pace = Pace(0.5, expected=2.0, clock=iter([0.0, 3.0, 4.0]).__next__)
@@ -73,8 +83,14 @@ class Pace:
     (False, True)
     """
 
-    def __init__(self, share: float | None, expected: float, clock: Callable[[], float] = monotonic) -> None:
-        self._share, self.expected, self._clock = share, expected, clock
+    def __init__(
+        self,
+        share: float | None,
+        expected: float,
+        wait: Callable[[], object] = lambda: None,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self._share, self.expected, self._wait, self._clock = share, expected, wait, clock
         self._began, self._spent = clock(), 0.0
         self._steps, self._since = 0, 0.0
 
@@ -95,17 +111,22 @@ class Pace:
 
     @contextmanager
     def featurizing(self) -> Iterator[None]:
-        """Measure how long it takes to featurize at a checkpoint; the next will take as long."""
+        """Count the time as one of featurizing; where nothing fails and all is done, the next will take as long."""
+        self._wait()
         start = self._clock()
         try:
             yield
         finally:
-            self.expected = self._clock() - start
-            self._spent += self.expected
+            self._spent += self._clock() - start
+
+    def took(self, seconds: float) -> None:
+        """Note how long a checkpoint took, of which nothing was there before."""
+        self.expected = seconds
 
     def step_began(self) -> None:
         """Note that a training step begins."""
         if self._steps == 0:
+            self._wait()
             self._since = self._trained()
 
     def step_ended(self, per_epoch: float) -> float | None:
@@ -119,8 +140,9 @@ class Pace:
         """
         self._steps += 1
         last = min(_TIMED + 1, per_epoch)
-        if self._steps > last:
+        if self._steps > last or 1 < self._steps < last:
             return None
+        self._wait()
         seconds, timed = self._trained() - self._since, max(1, self._steps - 1)
         if self._steps == 1:
             self._since = self._trained()  # the first step is slow

@@ -39,12 +39,15 @@ class CheckpointQueue:
         anything_saved: whether a checkpoint file was written.
         featurized: the number of checkpoints that were featurized.
         failed: the number of failures.
+        put_off: the digests of checkpoints that the pace did not allow when their turn came.
+        dropped: the number of these that were discarded later, with their files.
     """
 
     def __init__(self, store: FeatureStore, loop: FeaturizationLoop, run: str, reports: Reports) -> None:
         self.store, self._loop, self._run, self._reports = store, loop, run, reports
         self.last_saved: str | None = None
-        self.anything_saved, self.featurized, self.failed = False, 0, 0
+        self.anything_saved, self.featurized, self.failed, self.dropped = False, 0, 0, 0
+        self.put_off: set[str] = set()
         self._files: dict[str, str] = {}  # path of a checkpoint file → digest of its weights
         self._pending: dict[str, bool] = {}  # digest to featurize → whether this run has added it
         self._unshared = True
@@ -52,6 +55,11 @@ class CheckpointQueue:
     def __len__(self) -> int:
         """Return how many checkpoints wait to be featurized."""
         return len(self._pending)
+
+    @property
+    def pending(self) -> set[str]:
+        """The digests of the checkpoints that wait to be featurized."""
+        return set(self._pending)
 
     def file_saved(self, path: str, checkpoint: Mapping[str, Any], training: TrainingTime | None) -> None:
         """Put the weights of a checkpoint file into the store."""
@@ -66,6 +74,8 @@ class CheckpointQueue:
         if digest is None or digest in self._files.values():
             return
         if self._pending.pop(digest, False):
+            self.dropped += digest in self.put_off
+            self.put_off.discard(digest)
             with self.training_goes_on("The weights of a deleted checkpoint could not be removed"):
                 self.store.discard(digest)
 
@@ -105,12 +115,17 @@ class CheckpointQueue:
         """
         for digest in list(self._pending):
             if limited and pace.limited and not trainer.strategy.broadcast(pace.allows_another()):
+                self.put_off |= set(self._pending)
                 return
             del self._pending[digest]
             seconds: Mapping[str, float] = {}
             with self.training_goes_on("A checkpoint could not be featurized"), pace.featurizing():
-                seconds = featurize_checkpoint(self._loop, self.store[digest], str(self.featurized + 1))
+                entry = self.store[digest]
+                anew = not entry.train.present()
+                seconds = featurize_checkpoint(self._loop, entry, str(self.featurized + 1))
                 self.featurized += 1
+                if anew:
+                    pace.took(sum(seconds.values()))
             yield seconds
 
     def reconcile(self, trainer: Trainer, *, kept_alone: bool) -> None:

@@ -69,7 +69,7 @@ def test_what_is_known_of_targets():
         targets={"id": ["a", "b", "c", "d"], "label": ["cat", None, "dog", 1], "prediction": [0.25, 1, 2, "x\ny"]},
     )
     first, second, _, last = target_texts(attribution, range(M), 1)
-    assert first.startswith("Target a: label cat, prediction 0.25, output 0.5\n")
+    assert first.startswith("Target a: label cat, prediction 0.250, output 0.500\n")
     assert second.startswith("Target b: prediction 1, output -1.25\n")
     assert last.startswith("Target d: label 1, prediction x y, output 3\n")
     assert "\x1b" not in first

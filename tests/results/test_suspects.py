@@ -115,7 +115,7 @@ def test_printed_table():
         " 1 harmful on average"
     )
     assert names.split() == ["row", "id", "label", "prediction", "loss", "self-influence", "what", "is", "wrong"]
-    assert first.split()[:5] == ["4", "4.png", "cat", "dog", "0.4000"]
+    assert first.split()[:5] == ["4", "4.png", "cat", "dog", "0.400"]
     assert rest[-1] == "... and 2 more"
     assert len(rest) == 10
     hostile = Suspects(FINDINGS, Examples([f"{row}\n\t" + "x" * 99 for row in range(N)]))

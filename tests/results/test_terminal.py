@@ -25,4 +25,4 @@ def test_other_text_stays():
 def test_cells_are_short_and_on_one_line():
     assert cell_text("two\nlines") == "two lines"
     assert len(cell_text("x" * 1000)) == 28
-    assert [cell_text(one) for one in (3, 0.123456789, True, None)] == ["3", "0.1235", "True", ""]
+    assert [cell_text(one) for one in (3, 0.123456789, True, None)] == ["3", "0.123", "True", ""]

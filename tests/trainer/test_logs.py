@@ -62,7 +62,7 @@ def test_tensorboard_has_scalars_and_a_table(tmp_path):
     events.Reload()
     for name in NUMBERS:
         assert [event.step for event in events.Scalars(f"trak/{name}")] == [5, 10, 15]
-    (event,) = events.Tensors("trak/suspects/text_summary")
+    (event,) = events.Tensors("trak/largest_loss_gradients/text_summary")
     titles, _, *rows = event.tensor_proto.string_val[0].decode().splitlines()
     assert titles == "| row | label | loss gradient |"
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
@@ -87,10 +87,10 @@ def test_wandb_has_numbers_and_a_table(tmp_path, monkeypatch):
     check_largest(tmp_path, [row[0] for row in found["data"]])
 
 
-class Recording(Logger):
-    """Takes tables as the client of MLflow does: `experiment.log_table(run_id, data, artifact_file)`."""
+class Tables(Logger):
+    """Has an experiment that takes tables."""
 
-    name, version, run_id = "recording", "0", "a1"
+    name, version = "recording", "0"
 
     def __init__(self):
         super().__init__()
@@ -104,11 +104,55 @@ class Recording(Logger):
         pass
 
 
+class Recording(Tables):
+    """Takes tables as the client of MLflow does: `experiment.log_table(run_id, data, artifact_file)`."""
+
+    run_id = "a1"
+
+
+class Manual(Classifier):
+    """Two optimizers, so that `global_step` counts twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+            self.manual_backward(loss)
+            optimizer.step()
+        self.log("loss", loss, on_step=True)
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.parameters(), 0.1) for _ in range(2)]
+
+
+def test_steps_are_those_of_the_other_curves(tmp_path):
+    trak, saving = TRAKCallback(tmp_path / "store"), ModelCheckpoint(tmp_path / "files", save_top_k=-1)
+    trainer = make_trainer(tmp_path, trak, saving, logger=CSVLogger(tmp_path / "logs"), log_every_n_steps=1)
+    trainer.fit(Manual(), datamodule=Blobs())
+    assert trainer.global_step == 30
+    (path,) = (tmp_path / "logs").rglob("metrics.csv")
+    with path.open(newline="") as file:
+        steps = [int(line["step"]) for line in csv.DictReader(file) if line["loss"]]
+    assert steps == list(range(15))
+    assert [int(line["step"]) for line in lines_of(path)] == [5, 10, 15]
+
+
+def test_a_logger_that_takes_no_table_is_not_warned_of(tmp_path):
+    """As the experiment of Comet, whose `log_table` has other arguments."""
+    logger = Tables()
+    fit(tmp_path, logger)
+    assert not logger.tables
+
+
 def test_mlflow_has_a_table(tmp_path):
     logger = Recording()
     fit(tmp_path, logger)
     ((run, columns, file),) = logger.tables
-    assert (run, file, list(columns)) == ("a1", "trak/suspects.json", ["row", "label", "loss gradient"])
+    assert (run, file, list(columns)) == ("a1", "trak/largest_loss_gradients.json", ["row", "label", "loss gradient"])
     check_largest(tmp_path, columns["row"])
 
 
@@ -146,7 +190,7 @@ def test_ids_stay_in_their_cell(tmp_path):
     fit(tmp_path, TensorBoardLogger(tmp_path, name="", version="logs"), data=Named())
     events = EventAccumulator(str(tmp_path / "logs"))
     events.Reload()
-    (event,) = events.Tensors("trak/suspects/text_summary")
+    (event,) = events.Tensors("trak/largest_loss_gradients/text_summary")
     rows = event.tensor_proto.string_val[0].decode().splitlines()
     assert len(rows) == 22
     assert "<b>" not in "".join(rows)

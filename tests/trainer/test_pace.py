@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -27,7 +26,7 @@ class Clock:
 def test_featurizing_stays_within_its_share():
     """Every checkpoint takes 3 seconds, of 10 seconds of training between two: a loop of its own counts them."""
     clock = Clock()
-    pace, trained, spent = Pace(0.2, 3.0, clock), 0.0, 0.0
+    pace, trained, spent = Pace(0.2, 3.0, clock=clock), 0.0, 0.0
     for _ in range(30):
         clock.now += 10
         trained += 10
@@ -38,29 +37,31 @@ def test_featurizing_stays_within_its_share():
         assert 0.2 * trained - 3 < spent <= 0.2 * trained
 
 
-def test_what_featurizing_took_counts_for_the_next():
+def test_time_that_failed_counts_and_foretells_nothing():
     clock = Clock()
-    pace = Pace(1.0, 1.0, clock)
+    pace = Pace(1.0, 3.0, clock=clock)
     clock.now += 5
     assert pace.allows_another()
     with suppress(ValueError), pace.featurizing():
-        clock.now += 4  # more than expected, and it counts although it fails
-        raise ValueError("fails")
-    assert not pace.allows_another()  # 4 spent and 4 expected, of 5
-    clock.now += 3
+        clock.now += 1
+        raise ValueError("fails at once")
+    assert pace.expected == 3
+    clock.now -= 2
+    assert not pace.allows_another()  # 1 spent and 3 expected, of 3
+    pace.took(2.0)
     assert pace.allows_another()
 
 
 def test_no_share_is_no_limit():
-    pace = Pace(None, 1e9, Clock())
+    pace = Pace(None, 1e9, clock=Clock())
     assert not pace.limited
     assert pace.allows_another()
 
 
-@pytest.mark.parametrize(("steps", "told_after"), [(1, 1), (2, 2), (4, 4), (6, 6), (100, 6)])
+@pytest.mark.parametrize(("steps", "told_after"), [(1, 1), (2, 2), (4, 4), (6, 4), (100, 4)])
 def test_an_epoch_is_timed_without_its_first_step(steps, told_after):
     clock, told = Clock(), {}
-    pace = Pace(None, 1.0, clock)
+    pace = Pace(None, 1.0, clock=clock)
     for number in range(steps):
         pace.step_began()
         clock.now += 7 if number == 0 else 2
@@ -72,7 +73,7 @@ def test_an_epoch_is_timed_without_its_first_step(steps, told_after):
 
 def test_featurizing_between_steps_does_not_count_as_training():
     clock = Clock()
-    pace = Pace(None, 1.0, clock)
+    pace = Pace(None, 1.0, clock=clock)
     for number in range(3):
         pace.step_began()
         clock.now += 2
@@ -83,14 +84,32 @@ def test_featurizing_between_steps_does_not_count_as_training():
     assert seconds == 6
 
 
-def test_an_endless_epoch_is_not_compared(tmp_path):
+def test_what_comes_in_words(tmp_path):
     coming = Coming(40, 1.5, 1000, whitened=True)
-    store = SimpleNamespace(dirpath=tmp_path)
-    assert "takes about 1.5 s, and 1 kB on the disk" in coming.text(math.inf, store)
-    assert coming.text(math.inf, store).endswith(
-        "checkpoints. Gradients are whitened by the curvature of each parameter."
-    )
-    assert "takes about 1.5 s, as long as 0.75 epochs of training, and" in coming.text(2.0, store)
+    line = coming.text(SimpleNamespace(dirpath=tmp_path))
+    assert "takes about 1.5 s, and 1 kB on the disk" in line
+    assert line.endswith("checkpoints. Gradients are whitened by the curvature of each parameter.")
+    assert coming.beside(2.0) == "featurizing at a checkpoint takes as long as 0.75 epochs of training."
+
+
+def test_the_device_is_waited_for_at_the_ends_of_what_is_timed():
+    """A device that works for 4 seconds on each step, and is only told to."""
+    clock, queued = Clock(), [0]
+
+    def wait():
+        clock.now += 4 * queued[0]
+        queued[0] = 0
+
+    pace = Pace(None, 1.0, wait, clock)
+    for _ in range(4):
+        pace.step_began()
+        queued[0] += 1
+        seconds = pace.step_ended(10)
+    assert seconds == 40
+    queued[0] += 1
+    with pace.featurizing():
+        clock.now += 1
+    assert pace.spent == pytest.approx(1 / 20)
 
 
 class Complete(L.Callback):
@@ -121,18 +140,20 @@ def test_what_exceeds_the_budget_is_featurized_at_the_end(tmp_path, budget, duri
     assert [entry.complete for entry in store] == [True] * 4
     assert trainer.attribute(datamodule=Blobs()).scores.shape == (40, 7)
     left = [line for line in said() if "waited for the end" in line]
-    assert len(left) == (budget is not None)
-    if budget == 0:
+    assert len(left) == (budget == 0)  # the last one always is featurized then
+    if budget == 0:  # the fourth was saved when no step followed
         assert left[0].startswith(
-            "TRAKCallback: 4 checkpoints waited for the end of training, by budget=0. Featurizing"
+            "TRAKCallback: 3 checkpoints waited for the end of training, by budget=0. Featurizing"
         )
 
 
-def test_a_file_that_is_deleted_while_it_waits_costs_nothing(tmp_path):
+def test_a_file_that_is_deleted_while_it_waits_costs_nothing(tmp_path, said):
     kept = {"save_top_k": 1, "monitor": "epoch", "mode": "max"}
     assert len(fit(tmp_path / "all", None, **kept)[1]) == 4
     _, store, _ = fit(tmp_path / "few", 0, **kept)
     assert [entry.meta["epoch"] for entry in store] == [3]
+    (line,) = [line for line in said() if "were deleted" in line]
+    assert "3 checkpoints were deleted while they waited, by budget=0, and are not averaged. Model" in line
 
 
 def test_scores_do_not_depend_on_the_budget(tmp_path):
@@ -142,12 +163,62 @@ def test_scores_do_not_depend_on_the_budget(tmp_path):
     torch.testing.assert_close(*scores, rtol=1e-3, atol=1e-5)
 
 
-def test_what_a_checkpoint_takes_is_told_beside_an_epoch(tmp_path, said):
+def test_what_a_checkpoint_takes_is_told(tmp_path, said):
     fit(tmp_path, None)
     (line,) = [line for line in said() if "at each checkpoint" in line]
     assert "featurizing 40 examples takes about" in line
-    assert "epochs of training, and" in line
     assert "which has room for" in line
+    (line,) = [line for line in said() if "epochs of training" in line]
+    assert "featurizing at a checkpoint takes as long as" in line
+
+
+class Ends(L.Callback):
+    """Ends training in the third epoch."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == 12:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("of the user")])
+def test_what_waits_when_training_is_stopped_is_told_and_done_later(tmp_path, said, error):
+    torch.manual_seed(0)
+    trak, saving = TRAKCallback(tmp_path / "store", budget=0), ModelCheckpoint(tmp_path / "files", save_top_k=-1)
+    trainer, module = make_trainer(tmp_path, trak, Ends(error), saving), Classifier()
+    with pytest.raises((SystemExit, ValueError)):
+        trainer.fit(module, datamodule=Blobs())
+    assert [entry.complete for entry in FeatureStore(tmp_path / "store")] == [False, False]
+    assert "2 checkpoints of this run waited to be featurized" in said()[-1]
+    last = max((tmp_path / "files").iterdir(), key=lambda path: path.stat().st_mtime)
+    again = TRAKCallback(tmp_path / "store", budget=0)
+    trainer = make_trainer(tmp_path, again, ModelCheckpoint(tmp_path / "files", save_top_k=-1))
+    trainer.fit(Classifier(), datamodule=Blobs(), ckpt_path=last)
+    assert [entry.complete for entry in FeatureStore(tmp_path / "store")] == [True] * 3
+
+
+class Timed(L.Callback):
+    """Advances a clock by ten seconds a training step, and notes how many checkpoints are featurized at each."""
+
+    def __init__(self, clock, path):
+        self.clock, self.path, self.seen = clock, path, []
+
+    def on_train_batch_end(self, *_):
+        self.clock.now += 10
+        self.seen.append(sum(entry.complete for entry in FeatureStore(self.path)))
+
+
+def test_a_checkpoint_has_its_turn_when_there_is_time(tmp_path, monkeypatch):
+    """Saved after 5 steps of 10 s; one takes no time here, and is expected to take 100 s at first, of a share of 1."""
+    clock = Clock()
+    monkeypatch.setattr("lightning_trak.trainer.callback.Pace", lambda share, _, wait: Pace(share, 100.0, wait, clock))
+    torch.manual_seed(0)
+    trak, timed = TRAKCallback(tmp_path / "store", budget=1), Timed(clock, tmp_path / "store")
+    saving = ModelCheckpoint(tmp_path / "files", save_top_k=-1)
+    make_trainer(tmp_path, trak, timed, saving, accumulate_grad_batches=2).fit(Classifier(), datamodule=Blobs())
+    assert timed.seen == [0] * 10 + [2] * 5
 
 
 @pytest.mark.parametrize("budget", [-0.1, "much", True, float("nan")])

@@ -495,3 +495,25 @@ def test_classes_are_whitened_by_what_the_label_leaves_open(tmp_path, module_typ
     }
     again = fresh(tmp_path).attribute(module_type(), datamodule=data)  # settings left at their defaults are the store's
     torch.testing.assert_close(again.scores, attribution.scores)
+
+
+def test_second_moments_that_float32_does_not_solve(tmp_path, monkeypatch):
+    """Those of low rank, for example: at a high learning rate, few hidden units stay alive."""
+
+    def scores(name):
+        L.seed_everything(1, verbose=False)
+        trainer = make_trainer(tmp_path / name, TRAKCallback(tmp_path / name / "store"), max_epochs=1)
+        trainer.fit(Classifier(), datamodule=Blobs())
+        return trainer.attribute(datamodule=Blobs()).scores
+
+    reference, solve = scores("float32"), torch.linalg.eigh
+
+    def fails_in_float32(matrix):
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError(
+                "linalg.eigh: The algorithm failed to converge"
+            )
+        return solve(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_in_float32)
+    torch.testing.assert_close(scores("float64"), reference, rtol=0.02, atol=0.01 * reference.abs().max().item())

@@ -39,7 +39,15 @@ def one_axes(ax: Any, size: tuple[float, float]) -> tuple[Figure, Axes]:
         raise TypeError(
             f"ax must be an Axes of matplotlib, got {_named(ax)}. Make one with figure, ax = plt.subplots()."
         )
-    return ax.figure, ax
+    return figure_of(ax), ax
+
+
+def figure_of(ax: Axes) -> Figure:
+    """Return the whole figure that has the axes, also if they are in a part of it."""
+    figure: Any = ax.figure
+    while getattr(figure, "figure", figure) is not figure:
+        figure = figure.figure
+    return figure
 
 
 def axes_of_shape(ax: Any, shape: tuple[int, ...], what: str) -> tuple[Figure, npt.NDArray[Any]]:
@@ -55,7 +63,7 @@ def axes_of_shape(ax: Any, shape: tuple[int, ...], what: str) -> tuple[Figure, n
         raise TypeError(f"ax must be Axes of matplotlib, got {_named(ax)}. {_remedy(shape)}")
     if np.squeeze(given).shape != tuple(length for length in shape if length != 1):
         raise ValueError(f"ax must have the shape {shape}, {what}; got {given.shape}. {_remedy(shape)}")
-    return given.flat[0].figure, given.reshape(shape)
+    return figure_of(given.flat[0]), given.reshape(shape)
 
 
 def is_axes(ax: Any) -> bool:
@@ -91,7 +99,7 @@ def box(ax: Any, size: tuple[float, float]) -> Box:
         return Box(figure, figure.add_axes, figure.legend, *size)
     extent, dpi = ax.get_window_extent(), ax.figure.dpi
     ax.set_axis_off()
-    return Box(ax.figure, ax.inset_axes, ax.legend, extent.width / dpi, extent.height / dpi)
+    return Box(figure_of(ax), ax.inset_axes, ax.legend, extent.width / dpi, extent.height / dpi)
 
 
 def without_ticks(axis: Axes) -> None:

@@ -122,6 +122,10 @@ def _bars(
     elif m == 1 and is_axes(ax):
         figure, single = one_axes(ax, (0, 0))
         axes = np.array([single])
+    elif is_axes(ax):
+        raise ValueError(
+            f"ax is one Axes, and bars of {m} targets need one each. Pass an array of {m}, or one target: columns=[0]."
+        )
     else:
         figure, axes = axes_of_shape(ax, (m,), "one for each target")
     for axis, one in zip(axes, scored, strict=True):

@@ -363,7 +363,7 @@ def test_axes_of_the_wrong_kind_or_shape(full):
         with pytest.raises(error) as caught:
             full.plot(images, k=1, ax=ax)
         assert message in str(caught.value)
-    with pytest.raises(ValueError, match=r"the shape \(5,\), one for each target; got \(\). Make them"):
+    with pytest.raises(ValueError, match="ax is one Axes, and bars of 5 targets need one each. Pass an array of 5, or"):
         full.plot(ax=axs[0])
     assert plt.get_fignums() == [figure.number]
 
