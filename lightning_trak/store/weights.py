@@ -99,6 +99,7 @@ def names_of_weights(path: AnyPath) -> set[str]:
 
     Raises:
         Damaged: if the file is damaged.
+        FileNotFoundError: if it is gone, since a running ``fit`` has discarded it.
     """
 
     def read(local: Path) -> set[str]:
@@ -107,7 +108,9 @@ def names_of_weights(path: AnyPath) -> set[str]:
 
     try:
         return reading(path, read)
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:
+        if not path.exists():
+            raise FileNotFoundError(f"There is no file '{path}'.") from error
         raise Damaged(path, str(error), f"Delete the folder '{path.parent}'.") from error
 
 

@@ -22,7 +22,7 @@ from lightning_trak.gradients.function import check_fit
 from lightning_trak.influence import Estimator, Options, TrainingTime
 from lightning_trak.results.status import status_of
 from lightning_trak.store.checkpoint import CheckpointEntry
-from lightning_trak.store.files import check_space
+from lightning_trak.store.files import PARTIAL, check_space
 from lightning_trak.store.known import KnownRows, OtherSets, digest_of_set, write_examples
 from lightning_trak.store.remote import AnyPath
 from lightning_trak.store.store import FeatureStore
@@ -349,7 +349,9 @@ def _names_of_weights(store: AnyPath, ckpt_path: CkptPath) -> set[str] | None:
     if given:
         return set(read_weights(given[0]))
     for path in store.glob("checkpoints/*/weights.safetensors"):
-        return names_of_weights(path)
+        if not path.parent.name.endswith(PARTIAL):  # which another process is about to rename
+            with suppress(FileNotFoundError):
+                return names_of_weights(path)
     return None
 
 

@@ -71,6 +71,6 @@ def test_what_is_known_of_targets():
     first, second, _, last = target_texts(attribution, range(M), 1)
     assert first.startswith("Target a: label cat, prediction 0.250, output 0.500\n")
     assert second.startswith("Target b: prediction 1, output -1.25\n")
-    assert last.startswith("Target d: label 1, prediction x y, output 3\n")
+    assert last.startswith("Target d: label 1, prediction x y, output 3.00\n")
     assert "\x1b" not in first
     assert r"\x1b[2J" in first

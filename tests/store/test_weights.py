@@ -206,6 +206,11 @@ def test_any_file_of_weights_is_read_or_damaged(tmp_path_factory, header, data):
         names_of_weights(path)
 
 
+def test_names_of_weights_that_are_gone(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no file '.*weights.safetensors'"):
+        names_of_weights(tmp_path / "weights.safetensors")
+
+
 def test_a_failed_write_leaves_the_former_file(tmp_path, monkeypatch):
     path = tmp_path / "weights.safetensors"
     save_weights(WEIGHTS, path)

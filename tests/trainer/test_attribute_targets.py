@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import lightning as L
 import pytest
 import torch
@@ -84,6 +86,25 @@ def test_layers_made_in_setup_or_configure_model(tmp_path):
     trainer.fit(Late(), DataLoader(make_data(16), 8))
     targets = DataLoader(make_data(5, 2), 5)
     expected = trainer.attribute(dataloaders=targets).scores
+    torch.testing.assert_close(fresh(tmp_path).attribute(Late(), dataloaders=targets).scores, expected)
+
+
+def test_layers_are_not_made_from_weights_that_another_process_writes_or_discards(tmp_path, monkeypatch):
+    """Names of weights are read from the first checkpoint that is found: not from one that is not there any more."""
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store"), max_epochs=1)
+    trainer.fit(Late(), DataLoader(make_data(16), 8))
+    targets = DataLoader(make_data(5, 2), 5)
+    expected = trainer.attribute(dataloaders=targets).scores
+    glob, folder = Path.glob, tmp_path / "store" / "checkpoints"
+    (folder / "0.1.partial").mkdir()
+    (folder / "0.1.partial" / "weights.safetensors").write_bytes(b"half")
+
+    def found(path, pattern, **options):
+        gone = [folder / name / "weights.safetensors" for name in ("0.1.partial", "00")]
+        yield from gone if pattern.endswith("/weights.safetensors") else []
+        yield from glob(path, pattern, **options)
+
+    monkeypatch.setattr(Path, "glob", found)
     torch.testing.assert_close(fresh(tmp_path).attribute(Late(), dataloaders=targets).scores, expected)
 
 

@@ -510,9 +510,7 @@ def test_second_moments_that_float32_does_not_solve(tmp_path, monkeypatch):
 
     def fails_in_float32(matrix):
         if matrix.dtype == torch.float32:
-            raise torch.linalg.LinAlgError(
-                "linalg.eigh: The algorithm failed to converge"
-            )
+            raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
         return solve(matrix)
 
     monkeypatch.setattr(torch.linalg, "eigh", fails_in_float32)
