@@ -207,7 +207,7 @@ def test_any_file_of_weights_is_read_or_damaged(tmp_path_factory, header, data):
 
 
 def test_names_of_weights_that_are_gone(tmp_path):
-    with pytest.raises(FileNotFoundError, match="There is no file '.*weights.safetensors'"):
+    with pytest.raises(FileNotFoundError, match="weights.safetensors"):
         names_of_weights(tmp_path / "weights.safetensors")
 
 
