@@ -268,6 +268,7 @@ def main() -> None:
     folder = arguments.output / "cifar_quickstart" / f"{'-'.join(data.names)}-{setting}"
     trainer = train_runs(arguments, data, folder / f"runs{arguments.runs}")
     attribution = trainer.attribute(datamodule=data)
+    print(attribution)
     save_picture(attribution, data, arguments.output / "cifar_quickstart.png")
     if not arguments.cifar:
         print_kinds(attribution, train[2], test[2])

@@ -82,7 +82,7 @@ def test_cifar_quickstart_on_cifar(cifar, tmp_path):
     smaller = {"width": 4, "batch-size": 20, "epochs": 2, "runs": 1, "subsets": 2, "repeats": 1}
     options = [f"--{name}={value}" for name, value in smaller.items()]
     result = subprocess.run([*script, *options], check=True, capture_output=True, text=True)
-    assert "TRAKCallback: 2 checkpoints of " in result.stderr
+    assert "Attribution of 60 training examples for 12 targets: 2 checkpoints" in result.stdout
     assert (tmp_path / "cifar_quickstart.png").stat().st_size > 20_000
 
 
@@ -101,7 +101,7 @@ def test_clip(tmp_path):
     same = re.search(r"pairs (\d+\.\d)% show the target's own digit \(chance (\d+\.\d)%\)", result.stdout)
     assert float(same[1]) > 5 * float(same[2])
     found = re.search(r"(\d+) of the 40 swapped captions .* AUROC (\d\.\d+), ", result.stdout)
-    assert int(found[1]) >= 100
+    assert int(found[1]) >= 15
     assert float(found[2]) > 0.9
     assert len(re.findall(r"#\d+ “.*”: the image is of \w+", result.stdout)) == int(found[1])
 
