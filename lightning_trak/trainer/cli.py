@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from itertools import chain, count
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -240,9 +241,9 @@ class TRAKCLI(LightningCLI):
     def _check(self, *files: str | None, k: int = 1) -> None:
         """Check what would fail after a long wait, such as files that cannot be written."""
         for file in filter(None, files):
-            folder = os.path.dirname(os.path.abspath(file))
-            if os.path.isdir(file) or not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
-                raise FileNotFoundError(f"'{file}' cannot be written. Name a file in a folder that exists.")
+            there = next(folder for folder in Path(file).absolute().parents if folder.exists())  # the others are made
+            if Path(file).is_dir() or not (there.is_dir() and os.access(there, os.W_OK)):
+                raise OSError(f"'{file}' cannot be written. Name a file in a folder that you may write to.")
         if k < 1:
             raise ValueError(f"k must be a positive integer, got {k}.")
         if not any(isinstance(callback, TRAKCallback) for callback in self._trainer.callbacks):

@@ -78,13 +78,14 @@ def _table(indices: Sequence[int], values: Sequence[float], dataset: Any) -> tup
 
 def _log_table(logger: Any, titles: list[str], rows: list[Row], step: int) -> None:
     """Log a table to W&B and what has the same method, to TensorBoard and to MLflow; others take none."""
+    experiment = getattr(logger, "experiment", None)  # a logger of the user's own may have none
     if hasattr(logger, "log_table"):
         logger.log_table(key=_TABLE, columns=titles, data=rows, step=step)
-    elif hasattr(logger.experiment, "add_text"):
-        logger.experiment.add_text(_TABLE, _markdown(titles, rows), step)
-    elif hasattr(logger, "run_id") and hasattr(logger.experiment, "log_table"):
+    elif hasattr(experiment, "add_text"):
+        experiment.add_text(_TABLE, _markdown(titles, rows), step)
+    elif hasattr(logger, "run_id") and hasattr(experiment, "log_table"):
         columns = dict(zip(titles, map(list, zip(*rows, strict=True)), strict=True))
-        logger.experiment.log_table(logger.run_id, columns, f"{_TABLE}.json")
+        experiment.log_table(logger.run_id, columns, f"{_TABLE}.json")
 
 
 def _markdown(titles: list[str], rows: list[Row]) -> str:

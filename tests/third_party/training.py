@@ -19,7 +19,7 @@ ENGINES = ["hooks", "vmap", "loop"]
 
 
 class Recorder(Logger):
-    """Keeps everything that is logged."""
+    """Keeps everything that is logged, but for what `TRAKCallback` tells."""
 
     name, version = "recorder", 0
 
@@ -30,7 +30,8 @@ class Recorder(Logger):
     def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.logged.append((step, dict(metrics)))
+        own = {name: value for name, value in metrics.items() if not name.startswith("trak/")}
+        self.logged += [(step, own)] * bool(own)
 
 
 class Data(L.LightningDataModule):

@@ -126,7 +126,14 @@ def test_scores_are_printed_and_written(trained, capsys):
 def test_scores_are_saved_by_name(trained, capsys):
     call("attribute", "-c", "trak.yaml", "--name", "first one")
     torch.testing.assert_close(Attribution.load("store/scores/first one").scores, scores_of(trained))
-    assert "'python -m lightning_trak top store --name 'first one'' shows all.\n" in capsys.readouterr().out
+    assert "All are shown by:\npython -m lightning_trak top store --name 'first one'\n" in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_written_is_told_before_the_work(trained, tmp_path):
+    (tmp_path / "file").write_text("")
+    for file in (tmp_path, tmp_path / "file" / "scores.csv"):
+        with pytest.raises(OSError, match="cannot be written. Name a file in a folder that you may write to"):
+            call("attribute", "-c", "trak.yaml", "--csv", file)
 
 
 def test_extremes_alone(trained, capsys):

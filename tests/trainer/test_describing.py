@@ -98,7 +98,7 @@ def test_the_status_counts_runs_and_parameters(run, tmp_path):
     callback = TRAKCallback(tmp_path / "store", parameters="net.4.*")
     other = make_trainer(tmp_path, callback).attribute(Classifier(), datamodule=Blobs(), ckpt_path=files)
     assert (other.info.runs, other.info.n_attributed, other.info.n_params) == (0, 6 * 3 + 3, whole)
-    assert f": 3 checkpoints, 21 of {whole} parameters, damping" in repr(other)
+    assert f": 3 checkpoints, 21 of {whole} parameters by hooks, whitened, damping" in repr(other)
 
 
 def test_without_a_train_set_examples_have_row_numbers(run):

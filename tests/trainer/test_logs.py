@@ -148,6 +148,18 @@ def test_a_logger_that_takes_no_table_is_not_warned_of(tmp_path):
     assert not logger.tables
 
 
+class Bare(Tables):
+    def __init__(self):
+        super().__init__()
+        del self.experiment
+
+
+def test_a_logger_without_an_experiment_is_not_warned_of(tmp_path):
+    logger = Bare()
+    fit(tmp_path, logger)
+    assert sum("trak/featurizing_seconds" in numbers for numbers in logger.numbers) == 3
+
+
 def test_mlflow_has_a_table(tmp_path):
     logger = Recording()
     fit(tmp_path, logger)

@@ -119,8 +119,8 @@ def test_axes_that_are_passed(what, monkeypatch):
         what.plot()
 
 
-def test_a_subfigure_is_returned_as_the_figure_of_its_axes():
-    part = plt.figure().subfigures(1, 2)[0]
-    figure, axis = CONVERGENCE.plot(ax=part.subplots())
-    assert figure is part
+def test_the_whole_figure_is_returned_for_axes_in_a_part_of_it():
+    whole = plt.figure()
+    figure, axis = CONVERGENCE.plot(ax=whole.subfigures(1, 2)[0].subfigures(2, 1)[1].subplots())
+    assert figure is whole
     assert np.allclose(axis.lines[0].get_ydata(), CONVERGENCE.agreement)
