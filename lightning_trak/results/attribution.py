@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,6 +30,7 @@ from lightning_trak.results.status import agreement_of_all, status_of
 from lightning_trak.results.stored_scores import StoredScores, scores_at
 from lightning_trak.results.subsets import kept_subset, masks_of
 from lightning_trak.results.tables import Table, long_frame, long_table, wide_frame, write_csv, write_parquet
+from lightning_trak.results.terminal import count
 from lightning_trak.store.remote import RemotePath, path_of, writable
 
 if TYPE_CHECKING:
@@ -790,16 +792,19 @@ class Attribution:
             info.gradients,
             info.dampings,
             info.damping_rules,
-            agreement_of_all(None if self._spread is None else self._spread.sample),
+            None if self._spread is None else self._agreement,
             whitened=info.preconditioner is not None,
         )
 
+    @cached_property  # it takes half a second
+    def _agreement(self) -> float | None:
+        """How well two halves of the checkpoints agree; asked for only where the spread is known."""
+        return None if self._spread is None else agreement_of_all(self._spread.sample)
+
     def __repr__(self) -> str:
         """Say in one line what it is of, and its `status`."""
-        info = self.info
-        of = "training example" if info.n_train == 1 else "training examples"
-        targets = f"{info.n_targets} target{'s' * (info.n_targets != 1)}"
-        return f"Attribution of {info.n_train} {of} for {targets}: {self.status}"
+        n, m = count(self.info.n_train, "training example"), count(self.info.n_targets, "target")
+        return f"Attribution of {n} for {m}: {self.status}"
 
 
 def _described(side: str, examples: Examples | None, size: int) -> Examples:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.metrics import spearman
+from lightning_trak.results.terminal import count
 
 _ENOUGH = 2 / 3  # then all checkpoints together agree to 0.8 with as many others (Spearman and Brown)
 _MOST = 100  # targets that are compared for one line
@@ -74,7 +75,7 @@ def status_of(
     >>> status_of(2, 1, (1200, 34000), "", [0.1, 0.2], ["by cross-validation"] * 2, 0.4).partition(": ")[0]
     '2 checkpoints of 1 run, 1 200 of 34 000 parameters, damping 0.1 to 0.2 by cross-validation, halves agree 0.40 only'
     """
-    parts = [_counted(checkpoints, "checkpoint") + (f" of {_counted(runs, 'run')}" if runs else "")]
+    parts = [count(checkpoints, "checkpoint") + (f" of {count(runs, 'run')}" if runs else "")]
     if all(parameters):
         own, whole = (f"{number:,}".replace(",", " ") for number in parameters)
         parts.append(f"{own} of {whole} parameters" + (f" by {gradients}" if gradients else ""))
@@ -92,7 +93,3 @@ def status_of(
         ": the ranks of training examples are uncertain. Average over more checkpoints: fit again with another seed and"
         " the same TRAKCallback(dirpath=...), see convergence()"
     )
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"

@@ -111,7 +111,7 @@ class Pace:
 
     @contextmanager
     def featurizing(self) -> Iterator[None]:
-        """Count the time as one of featurizing; where nothing fails and all is done, the next will take as long."""
+        """Count the time as one of featurizing."""
         self._wait()
         start = self._clock()
         try:
@@ -140,7 +140,7 @@ class Pace:
         """
         self._steps += 1
         last = min(_TIMED + 1, per_epoch)
-        if self._steps > last or 1 < self._steps < last:
+        if self._steps not in (1, last):
             return None
         self._wait()
         seconds, timed = self._trained() - self._since, max(1, self._steps - 1)
