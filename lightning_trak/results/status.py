@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -31,9 +32,10 @@ def agreement_of(sample: Tensor, number: int, splits: int, seed: int) -> float:
     1.0
     """
     generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randperm(len(sample), generator=generator)[:number] for _ in range(splits)]
-    halves = [(sample[half[::2]].mean(0), sample[half[1::2]].mean(0)) for half in drawn]
-    return torch.stack([spearman(*pair).mean() for pair in halves]).mean().item()
+    drawn = (torch.randperm(len(sample), generator=generator)[:number].tolist() for _ in range(splits))
+    times = Counter(frozenset(tuple(sorted(half)) for half in (one[::2], one[1::2])) for one in drawn)
+    agreement = {halves: spearman(*(sample[list(half)].mean(0) for half in halves)).mean().item() for halves in times}
+    return sum(agreement[halves] * often for halves, often in times.items()) / splits
 
 
 def agreement_of_all(sample: Tensor | None) -> float | None:

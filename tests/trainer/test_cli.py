@@ -21,7 +21,6 @@ from lightning_trak.projection import SparseProjector
 from lightning_trak.results.numbers import number_text
 from tests.conftest import Blobs, Classifier, make_data, make_trainer
 
-pytest.importorskip("docstring_parser", reason='LightningCLI needs pip install "jsonargparse[signatures]"')
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")  # Lightning's own
 
 ROOT = Path(__file__).parents[2]

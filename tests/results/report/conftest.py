@@ -6,6 +6,7 @@ import os
 import shutil
 
 import pytest
+from selenium import webdriver
 
 SIZES = {"wide": (1280, 900), "narrow": (400, 800)}
 
@@ -17,7 +18,6 @@ def chromium():
     driver = shutil.which("chromedriver")
     if program is None or driver is None:
         pytest.skip("Chromium or its driver is not installed: apt-get install chromium chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
     options.binary_location = program
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})

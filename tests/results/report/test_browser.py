@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from axe_core_python.selenium import Axe
 from selenium.webdriver import Keys
 from selenium.webdriver.support.select import Select
 
@@ -104,7 +105,7 @@ def test_long_words_are_no_wider_than_a_phone(browser, tmp_path):
 @pytest.fixture(scope="module")
 def violations():
     """A function that returns what axe finds at a page; of many targets, the first two are looked at."""
-    axe = pytest.importorskip("axe_core_python.selenium").Axe()
+    axe = Axe()
 
     def violations(browser):
         found = axe.run(
