@@ -240,6 +240,12 @@ def test_suspects(tmp_path):
     assert data["train"]["drawings"][data["suspects"]["places"][1]] is not None
 
 
+def test_what_is_wrong_comes_first_and_columns_without_values_are_left_out(tmp_path):
+    rows = [{"row": 3, "loss": 1.5, "harm": None, "wrong": "near-duplicate"}, {"row": 9, "loss": 0.5, "wrong": ""}]
+    data, _ = report(tmp_path, attribution(), suspects=rows)
+    assert [column["name"] for column in data["suspects"]["columns"]] == ["what is wrong", "loss"]
+
+
 def test_suspects_by_id_by_method_and_by_self_influence(tmp_path):
     own = attribution().with_columns(train={"id": [f"{row}.png" for row in range(30)]})
     found = type("Ranking", (), {"to_rows": lambda self: [{"id": "7.png", "score": 1}]})()
