@@ -28,7 +28,7 @@ def calibrate(attribution: Attribution, truth: GroundTruth) -> Attribution:
             the scores do not predict the outputs at all.
 
     >>> import torch
-    >>> from lightning_trak.results.attribution import AttributionInfo
+    >>> from lightning_trak.results.info import AttributionInfo
     >>> effects, masks = torch.randn(50, 3), torch.rand(12, 50) < 0.5
     >>> truth = GroundTruth(masks, (masks.float() @ effects)[:, None])
     >>> too_large = Attribution(5 * effects, AttributionInfo(50, 3, ("a1b2",), "sparse", 2048, 0.3, True))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,8 @@ from lightning_trak.isolation.random_states import kept_random_states
 from lightning_trak.metrics import predicted_outputs
 from lightning_trak.results.convergence import Convergence, convergence_of
 from lightning_trak.results.examples import Examples, plain
+from lightning_trak.results.info import AttributionInfo
+from lightning_trak.results.kept import Kept
 from lightning_trak.results.plots.extremes import plot_extremes
 from lightning_trak.results.report.content import Known
 from lightning_trak.results.report.page import notebook_page, write_report
@@ -38,90 +40,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-_LISTS = (
-    "checkpoints",
-    "dampings",
-    "damping_rules",
-    "loss_explained",
-    "warnings",
-)  # the fields below that are tuples
 _CURVE = 200  # targets from which a report tells how well checkpoints agree: of thousands it would take a minute
 _NOTEBOOK = 5, 3  # targets in a notebook's table, and training examples on each side
-
-
-@dataclass(frozen=True)
-class AttributionInfo:
-    """How scores were computed.
-
-    Attributes:
-        n_train: n.
-        n_targets: m.
-        checkpoints: the digests of the checkpoints that scores are averaged over.
-        projector: the name of the projection.
-        proj_dim: k.
-        damping: λ, or ``"auto"``, as given.
-        curvature: whether H was weighted with the loss's curvature.
-        dampings: λ at every checkpoint.
-        damping_rules: how λ was chosen at every checkpoint.
-        temperature: the number that divided model outputs in Q and w.
-        estimator: ``"gauss_newton"`` or ``"trak"``.
-        loss_explained: where the loss is no function of the output, the part of its gradients (of their squared norms)
-            that lies along the gradients of the output. There is a number for every checkpoint that was featurized
-            without interruption.
-        preconditioner: ``"kronecker"`` if gradients were whitened by the curvature of each parameter; else None.
-        calibrated_on: the number of retrained subsets on which `calibrate` fitted the scores; 0 without.
-        runs: the number of runs that the checkpoints are from; 0 if that is unknown, as of checkpoint files.
-        n_attributed: p, the number of attributed parameters; 0 if unknown, as are the next in attributions of earlier
-            versions.
-        n_params: the number of all parameters of the model.
-        gradients: what computed per-sample gradients; empty if unknown, or if all features were stored.
-        warnings: what this process warned of, in training or attribution.
-    """
-
-    n_train: int
-    n_targets: int
-    checkpoints: tuple[str, ...]
-    projector: str
-    proj_dim: int
-    damping: float | str
-    curvature: bool
-    dampings: tuple[float, ...] = ()
-    damping_rules: tuple[str, ...] = ()
-    temperature: float = 1.0
-    estimator: str = "gauss_newton"
-    loss_explained: tuple[float, ...] = ()
-    preconditioner: str | None = None
-    calibrated_on: int = 0
-    runs: int = 0
-    n_attributed: int = 0
-    n_params: int = 0
-    gradients: str = ""
-    warnings: tuple[str, ...] = ()
-
-
-class Kept(Protocol):
-    """Features that answer further questions about scores."""
-
-    def without(self, masks: Tensor) -> Tensor:
-        """Return how outputs change when sets of training examples are left out, (s, n) → (s, m)."""
-        ...
-
-    def calibrated(self, masks: Tensor, outputs: Tensor) -> Tensor | StoredScores:
-        """Return scores, (n, m), weighted so that they predict the outputs after training on subsets."""
-        ...
-
-    def spread(self) -> Spread:
-        """Return how scores vary from checkpoint to checkpoint."""
-        ...
-
-    def split(self, i: int, j: int) -> SplitScore:
-        """Return the score of training example i for target j, split by layer and by parts."""
-        ...
-
-    @property
-    def data_sets(self) -> tuple[Any, Any]:
-        """Train set and targets; None for a train set that is not at hand."""
-        ...
 
 
 class Attribution:
@@ -712,7 +632,7 @@ class Attribution:
         check_saved(folder)
         try:
             fields, arrays, stored, tables = read_saved(folder)
-            info = AttributionInfo(**{**fields, **{name: tuple(fields[name]) for name in _LISTS if name in fields}})
+            info = AttributionInfo.loaded(fields)
             known: dict[str, Any] = {side: Examples(**table) for side, table in tables.items()}
             known["outputs"] = arrays.get("outputs")
             if "top" in arrays:

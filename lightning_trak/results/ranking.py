@@ -22,7 +22,7 @@ def target_texts(attribution: Attribution, columns: Iterable[int], k: int = 5) -
         k: how many training examples on each side; fewer where fewer have a score above or below zero.
 
     >>> import torch
-    >>> from lightning_trak.results.attribution import AttributionInfo
+    >>> from lightning_trak.results.info import AttributionInfo
     >>> info = AttributionInfo(3, 1, ("a1b2",), "sparse", 2048, 0.3, True)
     >>> attribution = Attribution(torch.tensor([[0.5], [-1.0], [2.0]]), info)
     >>> attribution = attribution.with_columns(train={"label": ["cat", "dog", "cat"]}, targets={"id": ["x.png"]})

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_trak.influence import Estimator, Solved, TrainFeatures
-from lightning_trak.results.attribution import Attribution, AttributionInfo
+from lightning_trak.results.attribution import Attribution
+from lightning_trak.results.info import AttributionInfo
 from lightning_trak.results.saved import check_free
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.store import folder_name

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 from lightning_trak import GroundTruth, counterfactuals, evaluate, retrain_subsets
 from lightning_trak.evaluation.ground_truth import DamagedRun, read_run, run_name, write_run
 from lightning_trak.evaluation.retraining import draw_subset, seeded
-from lightning_trak.results.attribution import Attribution, AttributionInfo
+from lightning_trak.results.attribution import Attribution
+from lightning_trak.results.info import AttributionInfo
 from lightning_trak.store.arrays import write_arrays
 from tests.conftest import Blobs, Classifier, make_data, make_trainer
 

@@ -11,7 +11,7 @@ import torch
 
 from lightning_trak import Attribution
 from lightning_trak.influence import Extremes, Ranked, Spread
-from lightning_trak.results.attribution import AttributionInfo
+from lightning_trak.results.info import AttributionInfo
 
 SCORES = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
 INFO = AttributionInfo(12, 6, ("aa", "bb"), "sparse", 2048, 0.3, True, (0.3, 0.3), ("as given", "as given"), 1.3)

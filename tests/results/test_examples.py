@@ -14,8 +14,8 @@ import torch
 
 from lightning_trak import Attribution
 from lightning_trak.influence import Extremes, Ranked, Spread
-from lightning_trak.results.attribution import AttributionInfo
 from lightning_trak.results.examples import Examples
+from lightning_trak.results.info import AttributionInfo
 from lightning_trak.store.files import write_json
 
 SCORES = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lightning_trak.influence import Extremes, Ranked
-from lightning_trak.results.attribution import Attribution, AttributionInfo
+from lightning_trak.results.attribution import Attribution
+from lightning_trak.results.info import AttributionInfo
 from lightning_trak.results.ranking import target_texts
 
 N, M = 30, 4

@@ -11,7 +11,7 @@ import torch
 from lightning_trak import Attribution
 from lightning_trak.influence import Extremes, Ranked, Spread
 from lightning_trak.metrics import spearman
-from lightning_trak.results.attribution import AttributionInfo
+from lightning_trak.results.info import AttributionInfo
 from lightning_trak.results.status import status_of
 
 RULE = "from the training time"

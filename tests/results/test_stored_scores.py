@@ -12,7 +12,7 @@ from lightning_trak import Attribution, evaluate
 from lightning_trak.evaluation.ground_truth import GroundTruth
 from lightning_trak.influence import Spread
 from lightning_trak.metrics import LinearDatamodelingScore, predicted_outputs
-from lightning_trak.results.attribution import AttributionInfo
+from lightning_trak.results.info import AttributionInfo
 from lightning_trak.results.stored_scores import StoredScores
 from lightning_trak.store.chunks import Chunks
 from lightning_trak.store.files import Damaged

@@ -14,7 +14,7 @@ import torch
 
 from lightning_trak import Attribution
 from lightning_trak.influence import Extremes, Ranked, Spread
-from lightning_trak.results.attribution import AttributionInfo
+from lightning_trak.results.info import AttributionInfo
 from tests.results.test_stored_scores import stored
 
 N, M = 11, 5
@@ -287,7 +287,7 @@ def test_without_a_package_an_error_says_what_to_install(tmp_path, package, call
         sys.modules[{package!r}] = None
         import torch
         from lightning_trak import Attribution
-        from lightning_trak.results.attribution import AttributionInfo
+        from lightning_trak.results.info import AttributionInfo
         attribution = Attribution(torch.ones(2, 1), AttributionInfo(2, 1, ("a",), "sparse", 1, 0.3, True))
         attribution.to_csv("table.csv")
         try:

@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 
 from lightning_trak import Attribution
 from lightning_trak.influence import Extremes, Ranked
-from lightning_trak.results.attribution import AttributionInfo
+from lightning_trak.results.info import AttributionInfo
 from lightning_trak.results.numbers import number_text
 
 N, M = 12, 6

@@ -9,7 +9,7 @@ import torch
 
 from lightning_trak import Attribution
 from lightning_trak.influence import Spread
-from lightning_trak.results.attribution import AttributionInfo
+from lightning_trak.results.info import AttributionInfo
 
 
 def attribution(n=30, m=7, checkpoints=4, seed=0, **info):

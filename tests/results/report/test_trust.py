@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lightning_trak.results.attribution import AttributionInfo
+from lightning_trak.results.info import AttributionInfo
 from lightning_trak.results.report.trust import bars, cautions, checkpoints, curve, facts, headline
 
 INFO = AttributionInfo(30, 7, ("aa", "bb"), "sparse", 64, 0.3, True, (0.3, 0.5), ("as given",) * 2, runs=1)
