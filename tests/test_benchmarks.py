@@ -285,9 +285,9 @@ def test_tasks(table):
 
 def test_suspects(capsys):
     with silence():
-        suspects.run((suspects.Case("diabetes", 2), suspects.Case("noisy", 2)), (0,), epochs=2)
+        suspects.run(("diabetes", "noisy"), (0,), epochs=2)
     labels, copies, accuracy = capsys.readouterr().out.split("###")[1:]
-    assert [row[0] for row in rows(labels)] == ["diabetes, MLP regression", "digits, MLP"]
+    assert [row[0] for row in rows(labels)] == ["diabetes, MLP regression", "digits, MLP, memorised"]
     assert all(0 <= float(cell) <= 1 for row in rows(labels) for cell in row[1:5])
     assert [row[1] for row in rows(copies)] == ["exact copies", "noisy copies", "exact leaks", "noisy leaks"] * 2
     assert all(row[2] == "1.000" for row in rows(copies) if row[1].startswith("exact"))
@@ -295,9 +295,10 @@ def test_suspects(capsys):
 
 
 def test_planted_faults_are_what_they_are_said_to_be():
-    planted = suspects.plant("digits", 3)
+    case = suspects.CASES["digits"]
+    planted = suspects.plant(case.task.data(), case.faults, 3)
     x, y = planted.data.train_set.tensors
-    right = suspects.plant("digits", 3, wrong_labels=False)
+    right = suspects.plant(case.task.data(), case.faults, 3, wrong_labels=False)
     assert torch.equal((y != right.data.train_set.tensors[1]) & (planted.copy_of < 0), planted.wrong)
     for row in (planted.copy_of >= 0).nonzero()[:, 0].tolist():
         same = torch.equal(x[row], x[planted.copy_of[row]])
