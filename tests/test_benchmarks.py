@@ -11,7 +11,9 @@ import numpy
 import pytest
 import scipy.stats
 import torch
+from torch.utils.data import TensorDataset
 
+from examples.clip import DIGITS, WORDS
 from lightning_trak import GroundTruth, evaluate
 from lightning_trak.metrics import LinearDatamodelingScore
 from tests.benchmarks import (
@@ -294,17 +296,83 @@ def test_suspects(capsys):
     assert rows(accuracy)[-1][:3] == ["all wrong labels", "40", "40"]
 
 
-def test_planted_faults_are_what_they_are_said_to_be():
-    case = suspects.CASES["digits"]
-    planted = suspects.plant(case.task.data(), case.faults, 3)
-    x, y = planted.data.train_set.tensors
-    right = suspects.plant(case.task.data(), case.faults, 3, wrong_labels=False)
-    assert torch.equal((y != right.data.train_set.tensors[1]) & (planted.copy_of < 0), planted.wrong)
-    for row in (planted.copy_of >= 0).nonzero()[:, 0].tolist():
-        same = torch.equal(x[row], x[planted.copy_of[row]])
-        assert same == bool(planted.exact[row])
-    for row in (planted.leaks >= 0).nonzero()[:, 0].tolist():
-        assert torch.equal(x[row], planted.data.targets.tensors[0][planted.leaks[row]]) == bool(planted.exact[row])
+@pytest.mark.parametrize("key", ["masks", "captions", "comparisons", "sentences"])
+def test_suspects_of_other_tasks(key, capsys, monkeypatch):
+    """On few examples."""
+    case = suspects.CASES[key]
+
+    def fewer():
+        data = case.task.data()
+        data.train_set, data.targets = TensorDataset(*data.train_set[:100]), TensorDataset(*data.targets[:20])
+        return data
+
+    monkeypatch.setitem(suspects.CASES, key, replace(case, task=replace(case.task, data=fewer)))
+    with silence():
+        suspects.run((key,), (0,), epochs=1)
+    labels, copies = capsys.readouterr().out.split("###")[1:]
+    ((name, *cells),) = rows(labels)
+    assert name == case.name
+    assert all(0 <= float(cell) <= 1 for cell in cells[:4])
+    assert [row[1] for row in rows(copies)] == ["exact copies", "noisy copies", "exact leaks", "noisy leaks"]
+    assert all(row[2:5] == ["1.000"] * 3 for row in rows(copies) if row[1].startswith("exact"))
+
+
+def planted_in(key, *, wrong_labels=True):
+    case = suspects.CASES[key]
+    return suspects.plant(case.task.data(), case.faults, 3, wrong_labels=wrong_labels)
+
+
+def equal(fields, others):
+    """Return which examples are equal in all fields, (n,)."""
+    return torch.stack([(a == b).reshape(len(a), -1).all(1) for a, b in zip(fields, others, strict=True)]).all(0)
+
+
+@pytest.mark.parametrize("key", suspects.CASES)
+def test_planted_faults_are_what_they_are_said_to_be(key):
+    planted, right = planted_in(key), planted_in(key, wrong_labels=False)
+    train, targets = planted.data.train_set.tensors, planted.data.targets.tensors
+    own = (planted.copy_of < 0) & (planted.leaks < 0)
+    assert torch.equal(own & ~equal(train, right.data.train_set.tensors), planted.wrong)
+    for of, fields in ((planted.copy_of, train), (planted.leaks, targets)):
+        rows = (of >= 0).nonzero()[:, 0]
+        same = equal([field[rows] for field in train], [field[of[rows]] for field in fields])
+        assert torch.equal(same, planted.exact[rows])
+
+
+@pytest.mark.parametrize("key", suspects.CASES)
+def test_losses_without_this_package_are_those_of_training(key):
+    """Of the whole batch, as contrastive losses are."""
+    case = suspects.CASES[key]
+    module, batch = case.task.make_module().eval(), case.task.data().train_set[:30]
+    with torch.no_grad():
+        evaluated = case.evaluate(module, batch)
+    torch.testing.assert_close(evaluated.losses.mean(), module.training_step(batch, 0).detach(), rtol=1e-4, atol=1e-6)
+    assert len(evaluated.losses) == len(evaluated.embedded) == 30
+
+
+def test_wrong_masks():
+    """Each is of another class, or shifted, or that of another image; its image stays."""
+    planted, right = planted_in("masks"), planted_in("masks", wrong_labels=False)
+    kinds = set()
+    (x, y), (same_x, before) = planted.data.train_set.tensors, right.data.train_set.tensors
+    assert torch.equal(x[planted.wrong], same_x[planted.wrong])
+    for mask, correct in zip(y[planted.wrong], before[planted.wrong], strict=True):
+        if torch.equal(mask > 0, correct > 0):
+            kinds.add("class")
+        elif mask.max() == correct.max() and (mask > 0).sum() == (correct > 0).sum():
+            kinds.add("shifted")
+        else:
+            kinds.add("of another image")
+    assert kinds == {"class", "shifted", "of another image"}
+
+
+def test_wrong_captions_name_another_digit():
+    planted, right = planted_in("captions"), planted_in("captions", wrong_labels=False)
+    numbers = [1 + WORDS.index(digit) for digit in DIGITS]
+    for one, other in zip(planted.data.train_set[:][1], right.data.train_set[:][1], strict=True):
+        named = [[number in caption.tolist() for number in numbers] for caption in (one, other)]
+        assert sum(named[0]) == sum(named[1]) == 1
+        assert (named[0] != named[1]) == (not torch.equal(one, other))
 
 
 def test_diffusion(table, tmp_path):

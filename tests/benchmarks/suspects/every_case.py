@@ -9,6 +9,7 @@ import torch
 from tests.benchmarks.quality import TASKS
 from tests.benchmarks.quality.tags import TAGS
 from tests.benchmarks.quality.tasks import Data
+from tests.benchmarks.suspects import masks, pairs
 from tests.benchmarks.suspects.cases import Case
 from tests.benchmarks.suspects.planting import (
     Faults,
@@ -45,4 +46,6 @@ CASES = {
     "diabetes": Case(TASKS["diabetes"], Faults(far_number, noise)),
     "tags": Case(replace(TASKS["tags"], data=_tags_data), Faults(wrong_tag, noise)),
     "passages": Case(TASKS["passages"], Faults(shuffled_words, other_words_of_own_label)),
+    **masks.CASES,
+    **pairs.CASES,
 }
