@@ -366,6 +366,12 @@ def test_wrong_masks():
     assert kinds == {"class", "shifted", "of another image"}
 
 
+def test_wrong_comparisons_are_the_wrong_way_round():
+    planted, right = planted_in("comparisons"), planted_in("comparisons", wrong_labels=False)
+    larger, smaller = planted.data.train_set[:]
+    assert equal((larger, smaller), right.data.train_set[:][::-1])[planted.wrong].all()
+
+
 def test_wrong_captions_name_another_digit():
     planted, right = planted_in("captions"), planted_in("captions", wrong_labels=False)
     numbers = [1 + WORDS.index(digit) for digit in DIGITS]

@@ -121,5 +121,6 @@ CASES = {
         Task("two sentences, BERT", _sentences_data, _sentences_module, epochs=6),
         Faults(other_class, other_words_in_sentences),
         has_classes=True,
+        memorised=True,
     ),
 }
