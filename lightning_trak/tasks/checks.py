@@ -70,6 +70,12 @@ def check_finite(what: str, values: Tensor, examples: str, rows: Sequence[int]) 
         raise ValueError(f"{what} is NaN or infinite for {examples} rows {shown}. {_LOOK[examples]}, {_STABLER}")
 
 
+def check_terms(loss_grad: Tensor, curvature: Tensor, examples: str, rows: Sequence[int]) -> None:
+    """Raise a ValueError naming the rows of the ``examples`` whose Q or w is NaN or infinite."""
+    check_finite("out_to_loss_grad", loss_grad, examples, rows)
+    check_finite("out_to_loss_curvature", curvature, examples, rows)
+
+
 def check_independent(what: str, together: Tensor, alone: Tensor, tolerance: float, examples: str, row: int) -> None:
     """Raise a ValueError if the output of an example, (1,), differs between its batch and the example alone."""
     if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance):

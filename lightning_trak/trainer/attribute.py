@@ -138,7 +138,7 @@ def _scored(job: Job, top_k: int | None) -> Attribution:
     else:
         with progress(job.trainer, "Scoring", len(estimator.trains[0].slices(m))) as advance:
             scores = estimator.extremes(solved, top_k, lambda: advance(1))
-    examples, described = described_examples(job, targets.loop)
+    examples, described = described_examples(job, targets.reader)
     attribution = Attribution(
         scores,
         _info(job, estimator, solved, m),

@@ -42,6 +42,7 @@ from lightning_trak.trainer.logs import log_largest, log_numbers
 from lightning_trak.trainer.loss_check import LossCheck
 from lightning_trak.trainer.pace import Coming, Pace, synchronize
 from lightning_trak.trainer.plan import DTYPE, PROJ_DIM, SEED, Plan, Settings, fitting_store, parameters_to_be
+from lightning_trak.trainer.preflight import preflight
 from lightning_trak.trainer.queue import FINISH_LATER, CheckpointQueue
 from lightning_trak.trainer.reports import Reports, time_text
 
@@ -248,8 +249,8 @@ class TRAKCallback(Callback):
             manifest = None if anew or not (path / "manifest.json").exists() else FeatureStore(path).manifest
             plan = Plan.choose(self.settings, self.reports, trainer, pl_module, loader, parameters, manifest)
             loop = plan.loop(trainer, pl_module, loader, lambda: loader, "train")
-            loop.preflight(copy_of_weights(pl_module), thorough=True)
-            seconds = self._measured(loop, pl_module)
+            seconds = preflight(loop, copy_of_weights(pl_module), thorough=True)
+            seconds = self._measured(loop, pl_module, seconds)
             self.train_loader = loader
             if trainer.fast_dev_run:
                 return  # it saves no checkpoint
@@ -277,16 +278,16 @@ class TRAKCallback(Callback):
                 "The checkpoints of the resumed run could not be compared with its files"
             ):
                 self._queue.reconcile(trainer, kept_alone=self.featurize_on == "fit_end")
-        self._pace = Pace(self.budget, self._coming.seconds, partial(synchronize, loop.device))
+        self._pace = Pace(self.budget, self._coming.seconds, partial(synchronize, loop.reader.device))
 
-    def _measured(self, loop: FeaturizationLoop, module: LightningModule) -> float:
-        """Return how long an example takes; if the batch cannot be featurized, about as long as a few alone took."""
+    def _measured(self, loop: FeaturizationLoop, module: LightningModule, seconds: float) -> float:
+        """Return how long an example takes; ``seconds``, as in preflight, if the batch cannot be featurized."""
         try:
             return loop.measured(copy_of_weights(module), "").seconds
         except (ValueError, RuntimeError) as error:
             if not is_out_of_memory(error):  # batches are halved when they are featurized
                 self.reports.warn(f"The first batch cannot be featurized now: {error}", about="the first batch")
-            return loop.seconds
+            return seconds
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Featurize what was saved since the last training step; compute the loss of an epoch's first batch."""

@@ -22,19 +22,22 @@ from lightning_trak.features.sparse_matrix import SparseMatrix
 from lightning_trak.features.stored import dense
 from lightning_trak.influence import SUMS_VERSION, Estimator, GaussNewton, TrainFeatures, TrainingTime, is_logistic
 from lightning_trak.store.checkpoint import CheckpointEntry
-from lightning_trak.store.chunks import Chunks, Claim, Reader, scattered, shares
+from lightning_trak.store.chunks import Chunks, Claim, Reader, scattered, shares, wait_a_moment
 from lightning_trak.store.files import Damaged, check_space
 from lightning_trak.store.known import KnownRows, known_of_train
 from lightning_trak.store.store import FeatureStore, rows_in_a_chunk
 from lightning_trak.store.weights import Weights, load_weights
 from lightning_trak.trainer.featurization import FeatureBlock, FeaturizationLoop
-from lightning_trak.trainer.framework import rank_zero_warn
+from lightning_trak.trainer.framework import rank_zero_warn, stop_if_asked
+from lightning_trak.trainer.reading import ExampleReader
+from lightning_trak.trainer.reports import Reports
 from lightning_trak.trainer.whitening import same, same_features, whitening_at
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")
 _CHECKED = 8  # stored rows that are computed again
 _MENDED = 3  # how often damaged features are computed again before that is given up
+_SHOWN = 10  # examples named in a warning, at most
 _SHARED = 16  # chunks of targets, which several processes share, at least
 
 
@@ -94,14 +97,14 @@ def _featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, numbe
     if not missing:
         entry.forget_former()
         return {}
-    if missing < entry.n_train and loop.repeatable:
+    if missing < entry.n_train and loop.reader.repeatable:
         check_features(loop, entry, entry.train, entry.train.present())
     weights = load_weights(entry.weights_path, entry.digest)
     check_space(entry.path, missing * loop.form.row_bytes)
     meta = entry.meta
     where = f" (epoch {meta.get('epoch')}, step {meta.get('global_step')})" if "epoch" in meta else ""
     with naming(entry):
-        entry.supplement({"logistic": loop.logistic, "n_trainable": loop.n_trainable})
+        entry.supplement({"logistic": not loop.loss_terms.need_projection, "n_trainable": loop.reader.n_trainable})
         began = perf_counter()
         whitening = whitening_at(loop, entry, weights, f"Curvature of checkpoint {number}{where}")
         known, description = known_of_train(entry), f"Featurizing checkpoint {number}{where}"
@@ -111,9 +114,9 @@ def _featurize_checkpoint(loop: FeaturizationLoop, entry: CheckpointEntry, numbe
         seconds |= {} if whitening is None else {"curvature_seconds": whitened - began}
     entry.forget_former()
     if projection is not None:
-        if projection.seen == loop.size:  # else it knows a part of the rows
+        if projection.seen == loop.reader.size:  # else it knows a part of the rows
             entry.supplement({"loss_explained": projection.explained()})
-        loop.report(projection)
+        _report(loop.reader.reports, projection)
     return seconds
 
 
@@ -132,7 +135,7 @@ def _fill(
     checked as those that are there: they may have another ``model_output``.
     """
     projection, mine = None, {rows.start for rows in chunks.present()}
-    for claim, own in shares(chunks, loop.wait):
+    for claim, own in shares(chunks, partial(_wait, loop.reader)):
 
         def receive(batch_rows: Sequence[int], block: FeatureBlock, claim: Claim = claim) -> None:
             mine.update(batch_rows)
@@ -142,9 +145,23 @@ def _fill(
         found = loop.run(weights, entry.digest, rows, receive, description, whitening, total)
         projection = projection or found
     others = [rows for rows in chunks.present() if rows.start not in mine]
-    if others and loop.repeatable:
+    if others and loop.reader.repeatable:
         check_features(loop, entry, chunks, others)
     return projection
+
+
+def _wait(reader: ExampleReader) -> None:
+    """Wait a moment for other processes, unless this one was told to stop."""
+    reader.reports.tell_once("other processes compute what is missing; waiting for them.")
+    stop_if_asked(reader.trainer)
+    wait_a_moment()
+
+
+def _report(reports: Reports, projection: LossProjection) -> None:
+    """Report how Q was found by projection, at the first checkpoint; warn once of each kind of doubt."""
+    reports.tell(f"{projection}.", about="projection")
+    for kind, doubt in projection.doubts().items():
+        reports.warn(doubt, about=kind)
 
 
 def _unknown(claim: Claim, own: Iterable[range], known: KnownRows) -> Iterator[int]:
@@ -184,9 +201,9 @@ def check_features(loop: FeaturizationLoop, entry: CheckpointEntry, chunks: Chun
         for name, is_equal in equal.items():
             if not is_equal:
                 raise ValueError(
-                    f"The stored {name} of {loop.examples} rows {batch_rows} are not those that the model and the data"
-                    " give now: model_output, the loss, the collate function or a batch hook has changed since."
-                    " Restore it, or use another dirpath for TRAKCallback."
+                    f"The stored {name} of {loop.reader.examples} rows {batch_rows} are not those that the model and"
+                    " the data give now: model_output, the loss, the collate function or a batch hook has changed"
+                    " since. Restore it, or use another dirpath for TRAKCallback."
                 )
 
     with naming(entry, can_leave_out=False):  # the cause affects all checkpoints
@@ -197,7 +214,7 @@ def check_features(loop: FeaturizationLoop, entry: CheckpointEntry, chunks: Chun
 
 def check_some(loop: FeaturizationLoop, stored: Sequence[tuple[CheckpointEntry, Chunks]]) -> None:
     """Check stored features at the first and the last checkpoint that has some; random examples cannot be compared."""
-    there = [(entry, chunks) for entry, chunks in stored if chunks.present()] if loop.repeatable else []
+    there = [(entry, chunks) for entry, chunks in stored if chunks.present()] if loop.reader.repeatable else []
     for entry, chunks in dict.fromkeys([*there[:1], *there[-1:]]):
         check_features(loop, entry, chunks, chunks.present())
 
@@ -211,7 +228,7 @@ def target_chunks(loop: FeaturizationLoop, entry: CheckpointEntry, digest: str, 
         digest: of the targets.
         m: their number; by default, of those that the loop reads.
     """
-    m = loop.size if m is None else m
+    m = loop.reader.size if m is None else m
     return entry.targets(digest, m, min(max(1, m // _SHARED), rows_in_a_chunk(loop.form.row_bytes)))
 
 
@@ -310,7 +327,7 @@ def featurize_targets(
             except OSError as error:  # a full disk, or a read-only store
                 rank_zero_warn(f"Features of targets could not be stored and will be computed again: {error}")
                 return _of_targets(loop, _collected(loop, weights, entry.digest, description, whitening))
-    (found,) = chunks.blocks(None, loop.size)
+    (found,) = chunks.blocks(None, loop.reader.size)
     return _of_targets(loop, found)
 
 
@@ -323,13 +340,28 @@ def _collected(
     def receive(rows: Sequence[int], block: FeatureBlock) -> None:
         parts.append((rows, loop.form.arrays(block.features) | {"outputs": block.outputs}))
 
-    loop.run(weights, digest, range(loop.size), receive, description, whitening)
-    return scattered(parts, loop.size)
+    loop.run(weights, digest, range(loop.reader.size), receive, description, whitening)
+    return scattered(parts, loop.reader.size)
 
 
 def _of_targets(loop: FeaturizationLoop, found: dict[str, Array]) -> tuple[Tensor | SparseMatrix, Tensor]:
     """Return features and outputs of targets from arrays by name; warn of zero gradients."""
     numbers = found["features" if "features" in found else "values"]
-    loop.warn_of_zero_gradients(np.flatnonzero(~np.any(numbers, 1)).tolist())
+    _warn_of_zero_gradients(loop.reader, np.flatnonzero(~np.any(numbers, 1)).tolist())
     features = dense(found) if "features" in found else matrix_of(found)
     return features, torch.from_numpy(found["outputs"])
+
+
+def _warn_of_zero_gradients(reader: ExampleReader, rows: Sequence[int]) -> None:
+    """Warn of targets with a zero gradient; with only some parameters attributed, a dead unit may be the cause."""
+    if not rows:
+        return
+    shown = ", ".join(map(str, rows[:_SHOWN])) + (", ..." if len(rows) > _SHOWN else "")
+    what = (
+        f"The gradient of {type(reader.module).__name__}.model_output is zero for {len(rows)} targets (rows"
+        f" {shown}), so all of their scores are zero too. If an output_mask or ignore_index leaves out all of"
+        " their parts, fix or remove these targets."
+    )
+    trained = {name for name, value in reader.module.named_parameters() if value.requires_grad}
+    tell = reader.reports.warn if trained <= set(reader.parameters) else reader.reports.tell
+    tell(what, about=what)

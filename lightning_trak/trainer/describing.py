@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_trak.data.annotations import Annotations, annotations_of, named
+from lightning_trak.gradients import ModelFunction
 from lightning_trak.isolation.module_state import ModuleChanged
 from lightning_trak.results.examples import Examples
-from lightning_trak.store.weights import load_weights
-from lightning_trak.trainer.featurization import FeaturizationLoop
+from lightning_trak.store.weights import Weights, load_weights
+from lightning_trak.tasks.base import TRAKMixin, own_method
+from lightning_trak.tasks.checks import described_rows
 from lightning_trak.trainer.framework import rank_zero_info, rank_zero_warn
 from lightning_trak.trainer.job import Job
+from lightning_trak.trainer.reading import ExampleReader
 
 
-def described_examples(job: Job, loop: FeaturizationLoop) -> tuple[Examples, Examples]:
+def described_examples(job: Job, reader: ExampleReader) -> tuple[Examples, Examples]:
     """Return what data sets tell of training examples and targets, and what the module says of the targets.
 
     The train set's are row numbers if it is not at hand. The first process asks the module, so that all processes end
@@ -22,55 +25,55 @@ def described_examples(job: Job, loop: FeaturizationLoop) -> tuple[Examples, Exa
 
     Args:
         job: the checkpoints.
-        loop: reads the targets.
+        reader: reads the targets.
     """
     loader = job.loaders.train_if_defined()
-    own, told = Annotations() if loader is None else annotations_of(loader.dataset), annotations_of(loop.dataset)
+    own, told = Annotations() if loader is None else annotations_of(loader.dataset), annotations_of(reader.dataset)
     names = {"label": told.classes or own.classes, "prediction": own.classes or told.classes}
-    return _examples(job.store.n_train, own), _described(job, loop, told, names)
+    return _examples(job.store.n_train, own), _described(job, reader, told, names)
 
 
-def described_train(job: Job, loop: FeaturizationLoop) -> Examples:
+def described_train(job: Job, reader: ExampleReader) -> Examples:
     """Return what the data set tells of training examples, and what the module says of them; see `described_examples`.
 
     Args:
         job: the checkpoints.
-        loop: reads the train set.
+        reader: reads the train set.
     """
-    told = annotations_of(loop.dataset)
-    return _described(job, loop, told, dict.fromkeys(("label", "prediction"), told.classes))
+    told = annotations_of(reader.dataset)
+    return _described(job, reader, told, dict.fromkeys(("label", "prediction"), told.classes))
 
 
-def _described(job: Job, loop: FeaturizationLoop, told: Annotations, names: Mapping[str, Any]) -> Examples:
+def _described(job: Job, reader: ExampleReader, told: Annotations, names: Mapping[str, Any]) -> Examples:
     """Return what a data set tells of its examples, and what the module says of them, in every process."""
-    examples = _examples(loop.size, told)
-    if not loop.describes:
+    examples = _examples(reader.size, told)
+    if not _describes(job.model):
         return examples
     if job.trainer.is_global_zero:
-        examples = _said_by_module(job, loop, examples, names)
+        examples = _said_by_module(job, reader, examples, names)
     described: Examples = job.trainer.strategy.broadcast(examples)
     return described
 
 
-def _said_by_module(job: Job, loop: FeaturizationLoop, examples: Examples, names: Mapping[str, Any]) -> Examples:
+def _said_by_module(job: Job, reader: ExampleReader, examples: Examples, names: Mapping[str, Any]) -> Examples:
     """Add what ``describe`` returns. If that fails, scores are not lost, but only these columns.
 
     Args:
         job: the checkpoints.
-        loop: reads the examples.
+        reader: reads the examples.
         examples: what is known of them so far.
         names: the names of classes, for each column that has numbers of classes.
     """
     last = job.entries[-1]
     try:
-        said = loop.described(load_weights(last.weights_path, last.digest))
+        said = _said_at(reader, load_weights(last.weights_path, last.digest))
         return examples.with_columns({name: named(values, names.get(name)) for name, values in said.items()})
     except Exception as error:  # of the user's code, after all work is done
         if isinstance(error, ModuleChanged) and not error.restored:
             raise
         why = f"{type(error).__name__}: {str(error).rstrip('.')}"
         inherited = str(getattr(job.model.describe, "__module__", "")).startswith("lightning_trak.")
-        of_targets = loop.examples == "target"
+        of_targets = reader.examples == "target"
         if inherited:  # it need not suit this model
             whose = "targets" if of_targets else "training examples"
             rank_zero_info(f"TRAKCallback: labels and predictions of {whose} are not known: {why}.")
@@ -82,6 +85,32 @@ def _said_by_module(job: Job, loop: FeaturizationLoop, examples: Examples, names
                 f" as they should be. {why}. Correct it{remedy}."
             )
         return examples
+
+
+def _describes(module: Any) -> bool:
+    """Whether a module says anything of examples; a method of this name that is not of `TRAKMixin` may not."""
+    return isinstance(module, TRAKMixin) and own_method(module, "describe") is not None
+
+
+def _said_at(reader: ExampleReader, weights: Weights) -> dict[str, list[Any]]:
+    """Return what ``describe`` says of all examples at a checkpoint: a value for each row, by name.
+
+    None stands where it said nothing.
+
+    Raises:
+        TypeError, ValueError: if it returns anything but a value for each example.
+    """
+    columns: dict[str, list[Any]] = {}
+
+    def describe(function: ModelFunction, rows: Sequence[int], batch: Any) -> None:
+        said = function.call(reader.module.describe, batch)
+        for name, values in described_rows(reader.module, said, len(rows)).items():
+            column = columns.setdefault(name, [None] * reader.size)
+            column[rows[0] : rows[-1] + 1] = values
+
+    what = "targets" if reader.examples == "target" else "the train set"
+    reader.without_gradients(weights, describe, f"Describing {what}", labelled=False)
+    return columns
 
 
 def _examples(size: int, told: Annotations) -> Examples:

@@ -23,6 +23,7 @@ from lightning_trak.trainer.featurization import FeaturizationLoop, Measured
 from lightning_trak.trainer.framework import Trainer
 from lightning_trak.trainer.job import CkptPath, files_of, of_store, open_store, ready
 from lightning_trak.trainer.plan import Plan
+from lightning_trak.trainer.preflight import preflight
 from lightning_trak.trainer.reports import bytes_text, time_text
 from lightning_trak.trainer.whitening import estimate_curvature
 
@@ -134,16 +135,17 @@ def forecast(trainer: Trainer, model: Any, dataloaders: Any, datamodule: Any, ck
         weights, digest = pending[0].weights(), pending[0].digest
         train = plan.loop(trainer, module, loaders.train(), loaders.train, "train")
         targets = plan.loop(trainer, module, loaders.targets(), loaders.train, "target")
-        targets.label_targets(pending[-1].weights)
+        targets.reader.label_targets(pending[-1].weights)
         for loop in (train, targets):
-            loop.preflight(pending[0].weights(), digest)
+            preflight(loop, pending[0].weights(), digest)
         curvature, whitening = _curvature(train, weights, digest, pending)
         of_train, of_targets = (loop.measured(pending[0].weights(), digest, whitening) for loop in (train, targets))
+        rows, count = sum(one.missing(train.reader.size) for one in pending), len(pending)
         stages = [
             *curvature,
-            _featurizing("train set", train, of_train, sum(one.missing(train.size) for one in pending), len(pending)),
-            _featurizing("targets", targets, of_targets, _missing_targets(targets, pending), len(pending)),
-            *_scoring(train, of_train, of_targets, targets.size, len(pending), callback.memory_limit),
+            _featurizing("train set", train, of_train, rows, count),
+            _featurizing("targets", targets, of_targets, _missing_targets(targets, pending), count),
+            *_scoring(train, of_train, of_targets, targets.reader.size, count, callback.memory_limit),
         ]
         added = [one for one in pending if one.entry is None]
         size = sum(value.nbytes for value in weights.values())
@@ -177,42 +179,42 @@ def _curvature(
     start = perf_counter()
     estimate_curvature(loop, replace(small, examples=2 * _FEW), weights, digest, "Measuring")
     each = max(0.0, perf_counter() - start - few) / _FEW
-    examples = sum(min(loop.size, size) for size in (own.basis_examples, own.examples))
+    examples = sum(min(loop.reader.size, size) for size in (own.basis_examples, own.examples))
     count = sum(one.entry is None or not one.entry.whitening_notes for one in pending)
     size = sum(value.nbytes for value in curvature.tensors().values())
     stage = Stage("curvature", count * (few + each * max(0, examples - 2 * _FEW)), count * size, 2 * size)
     damping = whitening_damping(curvature.means, own.damping, [])
-    return [stage] * (count > 0), Whitening(curvature.to(loop.device), loop.sizes, damping)
+    return [stage] * (count > 0), Whitening(curvature.to(loop.reader.device), loop.reader.sizes, damping)
 
 
 def _featurizing(name: str, loop: FeaturizationLoop, measured: Measured, rows: int, checkpoints: int) -> Stage:
     """Return what it takes to featurize some rows; the features of targets are in memory at all checkpoints."""
     row = loop.form.row_bytes
-    kept = row * loop.size * checkpoints if loop.examples == "target" else 0
+    kept = row * loop.reader.size * checkpoints if loop.reader.examples == "target" else 0
     return Stage(name, rows * measured.seconds, rows * row, measured.memory + kept if rows else kept)
 
 
 def _missing_targets(loop: FeaturizationLoop, pending: Sequence[Pending]) -> int:
     """Return how many targets are to be featurized, at all checkpoints together."""
-    digests = loop.digests(pending[0].weights())
+    digests = loop.reader.digests(pending[0].weights())
     if digests is None:
-        return loop.size * len(pending)
+        return loop.reader.size * len(pending)
     own, known = digest_of_set(digests), [one.entry for one in pending if one.entry is not None]
     there = sum(len(rows) for entry in known for rows in target_chunks(loop, entry, own).present())
-    return loop.size * len(pending) - there
+    return loop.reader.size * len(pending) - there
 
 
 def _scoring(
     loop: FeaturizationLoop, train: Measured, targets: Measured, m: int, checkpoints: int, limit: float
 ) -> list[Stage]:
     """Return what H and scores take, from products of the measured features."""
-    n, k, scores = loop.size, loop.dimension, 4 * loop.size * m
+    n, k, scores = loop.reader.size, loop.dimension, 4 * loop.reader.size * m
     disk, memory = (scores, 0) if scores > limit else (0, scores)
     if loop.preconditioner is not None:
         rows, vectors = (matrix_of(largest_entries(one.features, loop.form.entries or k)) for one in (train, targets))
-        seconds = _seconds_of_product(rows, vectors, loop.device)
+        seconds = _seconds_of_product(rows, vectors, loop.reader.device)
         return [Stage("scores", n * m * checkpoints * seconds, disk, memory)]
-    each = _seconds_of_product(torch.randn(_ROWS, k), torch.randn(_TARGETS, k), loop.device)
+    each = _seconds_of_product(torch.randn(_ROWS, k), torch.randn(_TARGETS, k), loop.reader.device)
     products = n * k / 2 + k * k / 3 + m * k  # of vectors of k numbers: H is symmetric
     triangle = 4 * k * (k + 1)  # of H, float64; the store keeps no more
     return [

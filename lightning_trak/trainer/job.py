@@ -57,6 +57,8 @@ from lightning_trak.trainer.framework import (
 )
 from lightning_trak.trainer.loaders import Loaders
 from lightning_trak.trainer.plan import Plan, fitting_store
+from lightning_trak.trainer.preflight import preflight
+from lightning_trak.trainer.reading import ExampleReader
 from lightning_trak.trainer.resumed import whole_path
 from lightning_trak.trainer.whitening import rescaled
 
@@ -71,13 +73,13 @@ class TargetFeatures(NamedTuple):
         features: φ(z), (m, k), at every checkpoint; sparse if whitened.
         outputs: f(z), (m,), see `Attribution.outputs`.
         digest: of the targets' content; of no use later if they are random.
-        loop: reads them.
+        reader: reads them.
     """
 
     features: list[Tensor | SparseMatrix]
     outputs: Tensor
     digest: str
-    loop: FeaturizationLoop
+    reader: ExampleReader
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class Job:
         if loader is None:
             return
         loop, first = self.loop("train"), self.entries[0]
-        loop.preflight(load_weights(first.weights_path, first.digest), first.digest)
+        preflight(loop, load_weights(first.weights_path, first.digest), first.digest)
         check_some(loop, [(entry, entry.train) for entry in complete])
         rows = sum(len(chunk) for entry in missing for chunk in entry.train.missing())
         check_space(self.store.dirpath, rows * loop.form.row_bytes)
@@ -179,7 +181,7 @@ class Job:
         """Return the features of all targets at every checkpoint."""
         loop, total, strategy = self.target_loop(), len(self.entries), self.trainer.strategy
         first = self.entries[0]
-        digests = loop.digests(load_weights(first.weights_path, first.digest))
+        digests = loop.reader.digests(load_weights(first.weights_path, first.digest))
         kept_as = strategy.broadcast(uuid4().hex) if digests is None else digest_of_set(digests)
         check_some(loop, [(entry, target_chunks(loop, entry, kept_as)) for entry in self.entries])
         known = self._known_targets(loop, digests)
@@ -191,7 +193,7 @@ class Job:
         if digests is None:  # random targets, or such as cannot be compared: of no use later
             strategy.barrier()
             shutil.rmtree(self.store.targets_folder(kept_as), ignore_errors=True)
-        return TargetFeatures(features, torch.stack(list(latest.values())).mean(0), kept_as, loop)
+        return TargetFeatures(features, torch.stack(list(latest.values())).mean(0), kept_as, loop.reader)
 
     def _known_targets(
         self, loop: FeaturizationLoop, digests: Sequence[bytes] | None
@@ -229,8 +231,8 @@ class Job:
     def target_loop(self) -> FeaturizationLoop:
         """Return the loop of the targets, after labelling them and trying a few."""
         loop, first, last = self.loop("target"), self.entries[0], self.entries[-1]
-        loop.label_targets(lambda: load_weights(last.weights_path, last.digest))
-        loop.preflight(load_weights(first.weights_path, first.digest), first.digest)
+        loop.reader.label_targets(lambda: load_weights(last.weights_path, last.digest))
+        preflight(loop, load_weights(first.weights_path, first.digest), first.digest)
         return loop
 
     def estimator(self) -> Estimator:

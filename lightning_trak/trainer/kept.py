@@ -86,7 +86,7 @@ class KeptFeatures:
     def data_sets(self) -> tuple[Any, Any]:
         """Train set and targets; None for a train set that is not at hand."""
         loader = self.job.loaders.train_if_defined()
-        return None if loader is None else loader.dataset, self.targets.loop.dataset
+        return None if loader is None else loader.dataset, self.targets.reader.dataset
 
     def _at_each_checkpoint(self, description: str, compute: Callable[..., T]) -> list[T]:
         """Call ``compute`` with (number, train set, targets, sums over the train set) of each checkpoint."""

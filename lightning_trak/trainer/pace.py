@@ -45,10 +45,10 @@ class Coming:
     def of(cls, loop: FeaturizationLoop, trainer: Trainer, seconds: float) -> Coming:
         """Return it from the seconds that an example takes; estimating the curvature takes some examples more."""
         own = loop.preconditioner
-        more = 0 if own is None else sum(min(loop.size, size) for size in (own.basis_examples, own.examples))
+        more = 0 if own is None else sum(min(loop.reader.size, size) for size in (own.basis_examples, own.examples))
         weights = sum(value.nbytes for value in tensors_in(trainer.lightning_module.state_dict()).values())
-        rows = loop.size / trainer.world_size + more
-        return cls(loop.size, rows * seconds, loop.size * loop.form.row_bytes + weights, own is not None)
+        rows = loop.reader.size / trainer.world_size + more
+        return cls(loop.reader.size, rows * seconds, loop.reader.size * loop.form.row_bytes + weights, own is not None)
 
     def text(self, store: FeatureStore) -> str:
         """Say it in a sentence.

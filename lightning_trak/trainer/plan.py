@@ -19,7 +19,9 @@ from lightning_trak.store.store import FeatureStore, rows_in_a_chunk
 from lightning_trak.tasks.base import draws_labels, of_drawing_class
 from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import is_finetuning, rank_zero_info, rank_zero_warn
+from lightning_trak.trainer.reading import ExampleReader
 from lightning_trak.trainer.reports import Reports
+from lightning_trak.trainer.whitening import draws_anything, whitened_at_once
 
 PROJ_DIM, SEED, DTYPE = 2048, 0, "float32"  # the callback's defaults; a store that exists replaces them by its own
 
@@ -165,7 +167,7 @@ class Plan:
             return plan_with("kronecker" if manifest.get("preconditioner") else "none")
         plan = plan_with("auto")
         rest = plan.preconditioner is not None and plan.preconditioner.rest
-        if not rest or plan.loop(trainer, module, loader, lambda: loader, "train").draws_anything():
+        if not rest or draws_anything(plan.loop(trainer, module, loader, lambda: loader, "train").reader):
             return plan
         return plan_with("none")
 
@@ -219,21 +221,20 @@ class Plan:
         find_train_loader: Callable[[], DataLoader[Any]],
         examples: str,
     ) -> FeaturizationLoop:
-        """Return the loop that featurizes the examples of a loader; see `FeaturizationLoop`."""
-        return FeaturizationLoop(
+        """Return the loop that featurizes the examples of a loader; see `ExampleReader`."""
+        whitened = self.preconditioner is not None
+        reader = ExampleReader(
             trainer,
             module,
             loader,
             find_train_loader,
             parameters=self.parameters,
-            projector=self.projector,
-            preconditioner=self.preconditioner,
-            dtype=self.dtype,
-            seed=self.seed,
             selector=self._selector,
+            largest=whitened_at_once(self.dimension, trainer.strategy.root_device) if whitened else None,
             examples=examples,
             reports=self._reports,
         )
+        return FeaturizationLoop(reader, self.projector, self.preconditioner, self.dtype, self.seed)
 
 
 def fitting_store(

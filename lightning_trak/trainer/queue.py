@@ -195,7 +195,7 @@ class CheckpointQueue:
             added = digest not in self.store or self.store[digest].meta.get("run") == self._run
             meta = {"epoch": epoch, "global_step": step, "file": file, "path": path, "run": self._run}
             meta["training_time"] = training and asdict(training)
-            meta["n_trainable"] = self._loop.n_trainable
+            meta["n_trainable"] = self._loop.reader.n_trainable
             self.store.add(digest, meta, weights)
             self._pending.setdefault(digest, added)
 

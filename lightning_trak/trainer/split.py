@@ -141,7 +141,7 @@ def _by_parts(example: _Example, shape: torch.Size) -> Any:
         start, size = sum(len(part) for part in found), len(rows)
         featurizer = example.loop.featurizer(function, engine, example.digest, example.projector)
         featurizer = featurizer.of("share_of_parts", engine)
-        own = torch.arange(start, start + size, device=example.loop.device)
+        own = torch.arange(start, start + size, device=example.loop.reader.device)
         which = one_hot(own, count).float().reshape(size, *shape)
         chosen = with_more(batch, which)
         result = run_prepared(engine, featurizer.function, chosen, size, lambda: featurizer(chosen, size))

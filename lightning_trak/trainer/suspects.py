@@ -13,13 +13,14 @@ from lightning_trak.features.sparse_matrix import SparseMatrix
 from lightning_trak.influence import Estimator, Sketch, findings, nearest
 from lightning_trak.results.suspects import Suspects
 from lightning_trak.store.weights import load_weights
+from lightning_trak.tasks.loss_terms import LossTerms
 from lightning_trak.trainer.attachment import launched
 from lightning_trak.trainer.attribute import with_own_squares
 from lightning_trak.trainer.checkpoints import naming, sums_of
 from lightning_trak.trainer.describing import described_examples, described_train
-from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import LightningDataModule, LightningModule, Trainer
 from lightning_trak.trainer.job import CkptPath, Job, TargetFeatures, prepared_job
+from lightning_trak.trainer.losses import loss_grads, typical_losses
 from lightning_trak.trainer.progress import progress
 
 
@@ -88,19 +89,19 @@ def _suspects(trainer: Trainer, model: Any, datamodule: Any, ckpt_path: CkptPath
 
 def _found(job: Job, with_targets: bool) -> Suspects:
     """Featurize the targets, if there are any, and compute all numbers."""
-    loop, estimator = job.loop("train"), job.estimator()
+    reader, estimator = job.loop("train").reader, job.estimator()
     targets = job.target_features() if with_targets else None
-    own, theirs = Sketch(loop.size), None if targets is None else Sketch(len(targets.outputs))
+    own, theirs = Sketch(reader.size), None if targets is None else Sketch(len(targets.outputs))
     influence = _compare(job, estimator, targets, own, theirs)
-    loss, train = _losses(job, loop), described_train(job, loop)
+    loss, train = typical_losses(job, reader), described_train(job, reader)
     harm, described, near_targets = None, None, None
     rows = own.rows()
-    with progress(job.trainer, "Looking for near-duplicates", loop.size) as advance:
+    with progress(job.trainer, "Looking for near-duplicates", reader.size) as advance:
         neighbours = nearest(rows, None, advance, estimator.device)
     if targets is not None and theirs is not None:
-        with progress(job.trainer, "Looking for leaks", loop.size) as advance:
+        with progress(job.trainer, "Looking for leaks", reader.size) as advance:
             near_targets = nearest(rows, theirs.rows(), advance, estimator.device)
-        harm, described = _harm(job, estimator, targets), described_examples(job, targets.loop)[1]
+        harm, described = _harm(job, estimator, targets), described_examples(job, targets.reader)[1]
     job.say_what_was_averaged()
     return Suspects(findings(loss, influence, neighbours, near_targets, harm), train, described)
 
@@ -138,40 +139,6 @@ def _shortened(targets: SparseMatrix, width: int, scales: Tensor | None) -> Spar
     return targets.scaled(1 / scales).largest(width).scaled(scales)
 
 
-def _losses(job: Job, loop: FeaturizationLoop) -> Tensor:
-    """Return half of the last checkpoint's loss of each training example, and half of the average, (n,).
-
-    Of several runs, the last checkpoints are averaged.
-    """
-    losses = _losses_at_checkpoints(job, loop)
-    runs = {entry.meta.get("run") or entry.digest: number for number, entry in enumerate(job.entries)}
-    return (losses.mean(0) + losses[list(runs.values())].mean(0)) / 2
-
-
-def _losses_at_checkpoints(job: Job, loop: FeaturizationLoop) -> Tensor:
-    """Return the losses at each checkpoint, (c, n).
-
-    They follow from the stored outputs, so the model runs only if it defines a loss that is no function of its output.
-    Where it defines Q alone, and no loss, the square of Q stands in.
-    """
-    if not loop.loss_known:
-        return _stored(job, "loss_grad").square()
-    outputs = _stored(job, "outputs")
-    if not loop.loss_needs_model:
-        last = job.entries[-1]
-        return loop.losses(load_weights(last.weights_path, last.digest), outputs, "Computing losses")
-    found, count = [], len(job.entries)
-    for number, (entry, known) in enumerate(zip(job.entries, outputs, strict=True), 1):
-        weights, description = load_weights(entry.weights_path, entry.digest), f"Losses at checkpoint {number}/{count}"
-        found.append(loop.losses(weights, known[None], description))
-    return torch.cat(found)
-
-
-def _stored(job: Job, name: str) -> Tensor:
-    """Return what is stored of each training example at each checkpoint, (c, n)."""
-    return torch.stack([torch.from_numpy(entry.train.column(name)).float() for entry in job.entries])
-
-
 def _harm(job: Job, estimator: Estimator, targets: TargetFeatures) -> Tensor:
     """Return how much training on each example worsened the outputs of the targets, on average, (n,).
 
@@ -179,9 +146,8 @@ def _harm(job: Job, estimator: Estimator, targets: TargetFeatures) -> Tensor:
     output, a higher output is better.
     """
     signs, last = torch.ones(len(targets.outputs)), job.entries[-1]
-    if not targets.loop.loss_needs_model:
-        weights = load_weights(last.weights_path, last.digest)
-        signs = targets.loop.loss_grads(weights, targets.outputs, "Losses of targets").sign()
+    if not LossTerms(job.model).loss_needs_model:
+        signs = loss_grads(targets.reader, load_weights(last.weights_path, last.digest), targets.outputs).sign()
     solved = []
     for entry, train, phi in zip(job.entries, estimator.trains, targets.features, strict=True):
         with naming(entry):

@@ -21,11 +21,44 @@ from lightning_trak.gradients.engine import run_prepared
 from lightning_trak.influence import TrainingTime, whitening_damping
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.files import Damaged
-from lightning_trak.store.weights import Weights
+from lightning_trak.store.weights import Weights, copy_of_weights
+from lightning_trak.tasks.checks import check_finite
 from lightning_trak.trainer.featurization import FeaturizationLoop
+from lightning_trak.trainer.reading import ExampleReader
 
 Array = npt.NDArray[Any]
 READ_ROWS = 4096  # of stored features at once
+_AT_ONCE, _AT_ONCE_ON_GPU = 2**25, 2**29  # entries of whitened gradients; more take no less time on a CPU
+
+
+def whitened_at_once(dimension: int, device: torch.device) -> int:
+    """Return how many examples are whitened at a time, at most: their gradients, (b, p), are dense."""
+    return max(1, (_AT_ONCE_ON_GPU if device.type == "cuda" else _AT_ONCE) // dimension)
+
+
+def draws_anything(reader: ExampleReader) -> bool:
+    """Say whether the module draws a label for the first example: of two classes, its output tells all."""
+    with reader.at(copy_of_weights(reader.module)) as function:
+        return _drawn_labels(function, reader.read_once([0]), [0], [0]) is not None
+
+
+def check_drawn(function: ModelFunction, batch: Any, size: int) -> None:
+    """Raise a ValueError if no label is left to draw for the first examples, a batch of that size."""
+    if _drawn_labels(function, batch, range(size), [0] * size) is None:
+        raise ValueError(
+            f"preconditioner='kronecker', but the output of {type(function.module).__name__} tells all, as for two"
+            " classes or a single number: no label is left to draw. Leave preconditioner out of TRAKCallback."
+        )
+
+
+def _drawn_labels(function: ModelFunction, batch: Any, rows: Sequence[int], seeds: Sequence[int]) -> Any:
+    """Draw labels from the predictions for training examples, by a seed for each; None if none are left to draw."""
+    with torch.no_grad():
+        try:
+            return function.call(function.module.draw_labels, batch, seeds)
+        except ValueError:
+            check_finite("model_output", function.of("model_output").output(batch), "train", rows)
+            raise
 
 
 def same_features(new: Mapping[str, Array], stored: Mapping[str, Array]) -> bool:
@@ -60,7 +93,7 @@ def whitening_at(
                 damping = whitening_damping(means, own.damping, _trainings([entry], own))
                 arrays = {name: value.cpu().numpy() for name, value in curvature.tensors().items()}
                 entry.write_whitening(arrays, {"eigenvalues": means, "damping": damping})
-    return Whitening(_curvature_of(entry).to(loop.device), loop.sizes, entry.whitening_notes["damping"])
+    return Whitening(_curvature_of(entry).to(loop.reader.device), loop.reader.sizes, entry.whitening_notes["damping"])
 
 
 def _curvature_of(entry: CheckpointEntry) -> Curvature:
@@ -115,24 +148,24 @@ def estimate_curvature(
     loop: FeaturizationLoop, own: Preconditioner, weights: Weights, digest: str, description: str
 ) -> Curvature:
     """Estimate the curvature of the loss at a checkpoint, in two passes over some training examples."""
-    few, rows = (sampled_rows(loop.size, size) for size in (own.basis_examples, own.examples))
+    few, rows = (sampled_rows(loop.reader.size, size) for size in (own.basis_examples, own.examples))
     moments = SecondMoments()
-    add = _adding(loop, moments.batch, seed=0)
+    add = _adding(moments.batch, seed=0)
     loop.each_batch(weights, digest, few, add, f"{description}: factors")
     eigenvalues = Eigenvalues(moments.bases())
-    add = _adding(loop, eigenvalues.batch, seed=1)
+    add = _adding(eigenvalues.batch, seed=1)
     loop.each_batch(weights, digest, rows, add, f"{description}: eigenvalues")
     return eigenvalues.curvature()
 
 
 def _adding(
-    loop: FeaturizationLoop, batch_of: Callable[[int], AbstractContextManager[Sink]], seed: int
+    batch_of: Callable[[int], AbstractContextManager[Sink]], seed: int
 ) -> Callable[[ModelFunction, Engine, Sequence[int], Any], None]:
     """Return what sends the gradients of a batch's loss, with drawn labels, to the sink of ``batch_of``."""
 
     def add(function: ModelFunction, engine: Engine, rows: Sequence[int], batch: Any) -> None:
         size = len(rows)
-        labels = loop.drawn_labels(function, batch, rows, [2 * row + seed for row in rows])
+        labels = _drawn_labels(function, batch, rows, [2 * row + seed for row in rows])
         loss, drawn = function.of("drawn_loss"), with_more(batch, labels)
 
         def send() -> None:
