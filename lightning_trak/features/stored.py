@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_trak.features.largest import entry_bytes, largest_entries
+from lightning_trak.features.largest import Array, entry_bytes, largest_entries
 
-Array = npt.NDArray[Any]
 DTYPES = ("float16", "float32")
 _TERMS = 3 * 4  # bytes of Q, w and f
 

@@ -14,16 +14,15 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
-import numpy.typing as npt
 from filelock import FileLock
 
 from lightning_trak.features.stored import dense
-from lightning_trak.store.arrays import read_arrays, read_with_notes, verified_place, write_arrays
+from lightning_trak.store.arrays import Array, read_arrays, read_with_notes, verified_place, write_arrays
 from lightning_trak.store.chunks import Chunks
 from lightning_trak.store.files import Damaged, check_own, explained_os_errors, read_json, write_json
 from lightning_trak.store.remote import AnyPath, RemotePath, local_folder, writable
+from lightning_trak.store.weights import Weights, load_weights
 
-Array = npt.NDArray[Any]
 META = "meta.json"
 WEIGHTS = "weights.safetensors"
 FORMER = "former"
@@ -79,6 +78,10 @@ class CheckpointEntry:
     def weights_path(self) -> AnyPath:
         """The path of the weights file."""
         return self.path / WEIGHTS
+
+    def weights(self) -> Weights:
+        """Read the weights; see `load_weights`."""
+        return load_weights(self.weights_path, self.digest)
 
     @property
     def whitening_path(self) -> AnyPath:

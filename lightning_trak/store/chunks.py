@@ -10,17 +10,14 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from time import sleep
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from lightning_trak.store.arrays import map_arrays, write_arrays
+from lightning_trak.store.arrays import Array, map_arrays, write_arrays
 from lightning_trak.store.files import Damaged, check_own, explained_os_errors, to_disk
 from lightning_trak.store.remote import AnyPath, fetch, reading, writable
 
-Array = npt.NDArray[Any]
 _END = ".safetensors"
 _AHEAD = 16  # chunks in an object store that are copied at once
 _WAIT = 0.5  # seconds between two looks whether another process is done
@@ -308,24 +305,20 @@ class Claim:
         lock.release()
 
 
-def wait_a_moment() -> None:
-    """Wait until one looks again whether other processes are done."""
-    sleep(_WAIT)
-
-
-def shares(chunks: Chunks, wait: Callable[[], object] = wait_a_moment) -> Iterator[tuple[Claim, Iterator[range]]]:
+def shares(chunks: Chunks, waiting: Callable[[], object] = lambda: None) -> Iterator[tuple[Claim, Iterator[range]]]:
     """Yield claims, with their chunks, until none is missing.
 
     Args:
         chunks: to be filled.
-        wait: called again and again while other processes have all chunks that are missing.
+        waiting: called again and again while other processes have all chunks that are missing.
     """
     while chunks.missing():
         with Claim(chunks) as claim:
             own = claim.chunks()
             first = next(own, None)
             if first is None:
-                wait()
+                waiting()
+                sleep(_WAIT)
             else:
                 yield claim, chain([first], own)
 

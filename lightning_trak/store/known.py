@@ -6,18 +6,15 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from lightning_trak.store.arrays import read_arrays, write_arrays
+from lightning_trak.store.arrays import Array, read_arrays, write_arrays
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.chunks import Chunks
 from lightning_trak.store.files import Damaged, explained_os_errors
 from lightning_trak.store.store import FeatureStore
 
-Array = npt.NDArray[Any]
 EXAMPLES = "examples.safetensors"
 TargetChunks = Callable[[CheckpointEntry, str, int], Chunks]  # of a checkpoint, a set's digest and its size
 

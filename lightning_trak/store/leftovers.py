@@ -20,15 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_trak.store.files import Damaged
-from lightning_trak.store.inspection import (
-    CHUNK_LOCK,
-    FOLDERS,
-    REMOVED,
-    UNFINISHED,
-    Problem,
-    listed,
-    size_of,
-)
+from lightning_trak.store.inspection import CHUNK_LOCK, FOLDERS, REMOVED, UNFINISHED, Problem, listed, size_of
 from lightning_trak.store.locks import is_held, taken
 from lightning_trak.store.store import FeatureStore
 

@@ -54,6 +54,15 @@ def check_unchanged(module: Any, batch: Any, before: Sequence[int | None]) -> No
         )
 
 
+def rows_text(rows: Sequence[int]) -> str:
+    """Return the first of some rows, for a message.
+
+    >>> rows_text(range(3, 20))
+    '3, 4, 5, 6, 7, 8, 9, 10, 11, 12, ...'
+    """
+    return ", ".join(map(str, rows[:_SHOWN])) + (", ..." if len(rows) > _SHOWN else "")
+
+
 def check_finite(what: str, values: Tensor, examples: str, rows: Sequence[int]) -> None:
     """Raise a ValueError naming the rows of the ``examples`` (train or target) whose value is NaN or infinite.
 
@@ -66,7 +75,7 @@ def check_finite(what: str, values: Tensor, examples: str, rows: Sequence[int]) 
     """
     bad = (~torch.isfinite(values)).nonzero()[:, 0].tolist()
     if bad:
-        shown = ", ".join(str(rows[index]) for index in bad[:_SHOWN]) + (", ..." if len(bad) > _SHOWN else "")
+        shown = rows_text([rows[index] for index in bad])
         raise ValueError(f"{what} is NaN or infinite for {examples} rows {shown}. {_LOOK[examples]}, {_STABLER}")
 
 

@@ -13,13 +13,7 @@ import torch
 
 from lightning_trak.isolation.module_state import ModuleState, others_frozen, unchanged
 from lightning_trak.isolation.random_states import kept_generators, kept_random_states
-from lightning_trak.trainer.framework import (
-    LightningDataModule,
-    LightningModule,
-    Trainer,
-    framework_of,
-    rank_zero_warn,
-)
+from lightning_trak.trainer.framework import LightningDataModule, LightningModule, Trainer, framework_of, rank_zero_warn
 
 T = TypeVar("T")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,15 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_trak.influence import Estimator, Solved, TrainFeatures
+from lightning_trak.influence import Estimator, GaussNewton, Solved, TrainFeatures
 from lightning_trak.results.attribution import Attribution
 from lightning_trak.results.info import AttributionInfo
 from lightning_trak.results.saved import check_free
-from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.store import folder_name
 from lightning_trak.trainer.attachment import launched
 from lightning_trak.trainer.callback import find_callback
-from lightning_trak.trainer.checkpoints import naming, sums_of
 from lightning_trak.trainer.describing import described_examples
 from lightning_trak.trainer.forecast import forecast
 from lightning_trak.trainer.framework import (
@@ -29,11 +26,13 @@ from lightning_trak.trainer.framework import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_trak.trainer.job import CkptPath, Job, prepared_job
+from lightning_trak.trainer.job import Job, prepared_job
 from lightning_trak.trainer.kept import KeptFeatures
+from lightning_trak.trainer.opening import CkptPath
 from lightning_trak.trainer.progress import progress
-from lightning_trak.trainer.scoring import compute_scores
-from lightning_trak.trainer.whitening import rescaled_squares
+from lightning_trak.trainer.scoring import at_each_checkpoint, compute_scores, solved_at_each
+from lightning_trak.trainer.targets import target_features
+from lightning_trak.trainer.train_features import with_own_squares
 
 
 def attribute(
@@ -126,11 +125,9 @@ def _attribute(
 
 def _scored(job: Job, top_k: int | None) -> Attribution:
     """Featurize the targets and score."""
-    targets = job.target_features()
-    estimator, solved = job.estimator(), []
-    for entry, train, phi in zip(job.entries, estimator.trains, targets.features, strict=True):
-        with naming(entry):
-            solved.append(estimator.solve(train, phi, sums_of(entry, estimator, train)))
+    targets = target_features(job)
+    estimator = job.estimator()
+    solved = solved_at_each(job, estimator, targets.features)
     m, spread = len(targets.outputs), None
     scores: Any
     if top_k is None:
@@ -211,19 +208,11 @@ def _attribute_self(trainer: Trainer, model: Any, datamodule: Any, ckpt_path: Ck
 
 def _self_influence(job: Job) -> Tensor:
     """Return the self-influences of the train set, averaged over checkpoints."""
-    estimator, total = job.estimator(), torch.zeros(job.store.n_train)
-    with progress(job.trainer, "Scoring", len(job.entries)) as advance:
-        for entry, train, scales in zip(job.entries, estimator.trains, job.scales, strict=True):
-            with naming(entry):
-                train = with_own_squares(entry, train, scales)
-                total += estimator.self_influence(train, sums_of(entry, estimator, train))
-            advance(1)
+    estimator = job.estimator()
+
+    def influence(number: int, train: TrainFeatures, sums: GaussNewton | None) -> Tensor:
+        return estimator.self_influence(with_own_squares(job.entries[number], train, job.scales[number]), sums)
+
+    found = at_each_checkpoint(job, estimator, "Scoring", influence)
     job.say_what_was_averaged()
-    return total / len(job.entries)
-
-
-def with_own_squares(entry: CheckpointEntry, train: TrainFeatures, scales: Tensor | None) -> TrainFeatures:
-    """Return the train set with ‖φ‖² of its features as they are scaled now; see `Job.scales`."""
-    if scales is None or train.whitened_by_rest:
-        return train
-    return replace(train, squares=rescaled_squares(entry, scales))
+    return torch.stack(found).mean(0)

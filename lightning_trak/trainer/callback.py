@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -26,7 +26,6 @@ from lightning_trak.store.weights import copy_of_weights
 from lightning_trak.trainer import arguments
 from lightning_trak.trainer.attachment import attached, undisturbed
 from lightning_trak.trainer.checkpoint_io import watch
-from lightning_trak.trainer.checkpoints import pool_of
 from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import (
     Callback,
@@ -40,8 +39,9 @@ from lightning_trak.trainer.framework import (
 from lightning_trak.trainer.loaders import train_loader_of_fit
 from lightning_trak.trainer.logs import log_largest, log_numbers
 from lightning_trak.trainer.loss_check import LossCheck
+from lightning_trak.trainer.opening import fitting_store
 from lightning_trak.trainer.pace import Coming, Pace, synchronize
-from lightning_trak.trainer.plan import DTYPE, PROJ_DIM, SEED, Plan, Settings, fitting_store, parameters_to_be
+from lightning_trak.trainer.plan import DTYPE, PROJ_DIM, SEED, Plan, Settings, parameters_to_be
 from lightning_trak.trainer.preflight import preflight
 from lightning_trak.trainer.queue import FINISH_LATER, CheckpointQueue
 from lightning_trak.trainer.reports import Reports, time_text
@@ -171,7 +171,7 @@ class TRAKCallback(Callback):
                 raise ValueError(f"estimator='trak' has no temperature, got temperature={temperature!r}. Leave it out.")
             self.curvature, self.temperature, self.damping = False, 1.0, 0.0 if damping == "auto" else damping
         self.preconditioner = arguments.choice("preconditioner", preconditioner, ("auto", "kronecker", "none"))
-        self._projects_by_default = (projector, curvature, estimator) == ("auto", True, "gauss_newton")
+        self.projects_by_default = (projector, curvature, estimator) == ("auto", True, "gauss_newton")
         if preconditioner == "kronecker":
             arguments.left_out(
                 "preconditioner='kronecker' whitens gradients before they are stored",
@@ -214,18 +214,7 @@ class TRAKCallback(Callback):
     @property
     def settings(self) -> Settings:
         """The settings on which features depend."""
-        return Settings(
-            self.proj_dim,
-            self.projector,
-            self.gradients,
-            self.parameters,
-            self.seed,
-            self.feature_dtype,
-            self.batch_size,
-            self.preconditioner,
-            self.damping,
-            self._projects_by_default,
-        )
+        return Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the wiring, and start to watch checkpoint files."""
@@ -353,7 +342,7 @@ class TRAKCallback(Callback):
                 done = count(queue.featurized, "checkpoint")
                 rank_zero_info(
                     f"TRAKCallback: {done} featurized. trainer.attribute() will average over"
-                    f" {pool_of(queue.store)}{others}."
+                    f" {_pool_of(queue.store)}{others}."
                 )
         if queue.failed:
             failed = count(queue.failed, "checkpoint")
@@ -441,3 +430,11 @@ def find_callback(trainer: Any) -> TRAKCallback:
             " Trainer(callbacks=[TRAKCallback('attributions')])."
         )
     return found[0]
+
+
+def _pool_of(store: FeatureStore) -> str:
+    """Say how many checkpoints of the store are averaged over, and from how many runs."""
+    runs = {entry.meta.get("run") for entry in store}
+    known = len(runs - {None})
+    sources = [count(known, "run")] * (known > 0) + ["files"] * (None in runs)
+    return f"{len(store)} of {len(store)} checkpoints in '{store.dirpath}', from {' and '.join(sources)}"

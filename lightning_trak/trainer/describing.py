@@ -9,7 +9,7 @@ from lightning_trak.data.annotations import Annotations, annotations_of, named
 from lightning_trak.gradients import ModelFunction
 from lightning_trak.isolation.module_state import ModuleChanged
 from lightning_trak.results.examples import Examples
-from lightning_trak.store.weights import Weights, load_weights
+from lightning_trak.store.weights import Weights
 from lightning_trak.tasks.base import TRAKMixin, own_method
 from lightning_trak.tasks.checks import described_rows
 from lightning_trak.trainer.framework import rank_zero_info, rank_zero_warn
@@ -47,8 +47,8 @@ def described_train(job: Job, reader: ExampleReader) -> Examples:
 def _described(job: Job, reader: ExampleReader, told: Annotations, names: Mapping[str, Any]) -> Examples:
     """Return what a data set tells of its examples, and what the module says of them, in every process."""
     examples = _examples(reader.size, told)
-    if not _describes(job.model):
-        return examples
+    if not isinstance(job.model, TRAKMixin) or own_method(job.model, "describe") is None:
+        return examples  # a method of this name that is not of `TRAKMixin` may be about something else
     if job.trainer.is_global_zero:
         examples = _said_by_module(job, reader, examples, names)
     described: Examples = job.trainer.strategy.broadcast(examples)
@@ -66,7 +66,7 @@ def _said_by_module(job: Job, reader: ExampleReader, examples: Examples, names: 
     """
     last = job.entries[-1]
     try:
-        said = _said_at(reader, load_weights(last.weights_path, last.digest))
+        said = _said_at(reader, last.weights())
         return examples.with_columns({name: named(values, names.get(name)) for name, values in said.items()})
     except Exception as error:  # of the user's code, after all work is done
         if isinstance(error, ModuleChanged) and not error.restored:
@@ -85,11 +85,6 @@ def _said_by_module(job: Job, reader: ExampleReader, examples: Examples, names: 
                 f" as they should be. {why}. Correct it{remedy}."
             )
         return examples
-
-
-def _describes(module: Any) -> bool:
-    """Whether a module says anything of examples; a method of this name that is not of `TRAKMixin` may not."""
-    return isinstance(module, TRAKMixin) and own_method(module, "describe") is not None
 
 
 def _said_at(reader: ExampleReader, weights: Weights) -> dict[str, list[Any]]:

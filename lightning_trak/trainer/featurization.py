@@ -7,12 +7,12 @@ from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from lightning_trak.curvature import Preconditioner
 from lightning_trak.features.featurizer import Featurizer
+from lightning_trak.features.largest import Array
 from lightning_trak.features.loss_projection import LossProjection
 from lightning_trak.features.stored import StoredForm
 from lightning_trak.gradients import Engine, LoopEngine, ModelFunction, Trial
@@ -25,24 +25,7 @@ from lightning_trak.trainer.framework import stop_if_asked
 from lightning_trak.trainer.progress import progress
 from lightning_trak.trainer.reading import ExampleReader
 
-Array = npt.NDArray[Any]
 FEW = 3  # examples that an engine is tried on: few models have an axis of this size
-
-
-class FeatureBlock(NamedTuple):
-    """What is computed of a batch of r examples.
-
-    Attributes:
-        features: φ, (r, k), on the device.
-        outputs: f, (r,).
-        loss_grad: Q, (r,); zero for targets.
-        curvature: w, (r,); zero for targets.
-    """
-
-    features: Tensor
-    outputs: Array
-    loss_grad: Array
-    curvature: Array
 
 
 class Measured(NamedTuple):
@@ -103,7 +86,7 @@ class FeaturizationLoop:
         weights: Weights,
         digest: str,
         rows: Iterable[int],
-        receive: Callable[[Sequence[int], FeatureBlock], object],
+        receive: Callable[[Sequence[int], dict[str, Array]], object],
         description: str,
         projector: Projector | None = None,
         total: int | None = None,
@@ -114,7 +97,7 @@ class FeaturizationLoop:
             weights: the checkpoint's weights.
             digest: their digest.
             rows: which examples, in this order; asked for when they are read.
-            receive: takes rows and their `FeatureBlock`, batch by batch.
+            receive: takes rows and what the store keeps of them, arrays by name, batch by batch.
             description: what the progress bar says.
             projector: used instead of the loop's own, e.g. a `Whitening`.
             total: the number of rows, if they have no length.
@@ -126,7 +109,8 @@ class FeaturizationLoop:
 
         def featurize(function: ModelFunction, engine: Engine, batch_rows: Sequence[int], batch: Any) -> None:
             featurizer = self.featurizer(function, engine, digest, projector)
-            receive(batch_rows, self._featurize(featurizer, batch_rows, batch, projection))
+            features, numbers = self._featurize(featurizer, batch_rows, batch, projection)
+            receive(batch_rows, self.form.arrays(features) | numbers)
 
         self.each_batch(weights, digest, rows, featurize, description, total)
         self._projector.forget()
@@ -187,10 +171,10 @@ class FeaturizationLoop:
                 featurizer, projection = self.featurizer(function, engine, digest, projector), self._projection()
                 memory = peak_bytes(lambda: self._featurize(featurizer, rows, batch, projection), reader.device)
                 start = perf_counter()
-                block = self._featurize(featurizer, rows, batch, projection)
+                features, _ = self._featurize(featurizer, rows, batch, projection)
                 computing = perf_counter() - start
                 together = max(computing, reading) if reader.loader.num_workers else computing + reading
-                return Measured(together / len(rows), memory, block.features)
+                return Measured(together / len(rows), memory, features)
 
             trial = partial(self._trial, function, digest)
             measured = reader.selector.attempt(function, trial, batch, len(rows), measure)
@@ -218,7 +202,8 @@ class FeaturizationLoop:
 
     def _featurize(
         self, featurizer: Featurizer, rows: Sequence[int], batch: Any, projection: LossProjection | None
-    ) -> FeatureBlock:
+    ) -> tuple[Tensor, dict[str, Array]]:
+        """Return φ of a batch of b examples, (b, k), and Q, w and f, (b,) each; Q and w are zero for targets."""
         result, examples = featurizer(batch, len(rows)), self.reader.examples
         check_size(self.reader.module, result.outputs, len(rows))
         check_finite("model_output", result.outputs, examples, rows)
@@ -231,5 +216,5 @@ class FeaturizationLoop:
         elif examples == "train":
             loss_grad, curvature = self.loss_terms(featurizer.function.call, batch, result.outputs)
         check_terms(loss_grad, curvature, examples, rows)
-        numbers = (values.float().cpu() for values in (result.outputs.detach(), loss_grad, curvature))
-        return FeatureBlock(result.features, *(values.numpy() for values in numbers))
+        numbers = {"loss_grad": loss_grad, "curvature": curvature, "outputs": result.outputs.detach()}
+        return result.features, {name: values.float().cpu().numpy() for name, values in numbers.items()}

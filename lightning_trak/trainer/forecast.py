@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lightning_trak.curvature import Whitening
 from lightning_trak.features.largest import largest_entries, matrix_of
 from lightning_trak.influence import score_products, whitening_damping
+from lightning_trak.results.terminal import size_text, table
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.files import free_space
 from lightning_trak.store.known import digest_of_set
 from lightning_trak.store.store import FeatureStore
-from lightning_trak.store.weights import Weights, load_weights, read_weights, weights_digest
-from lightning_trak.trainer.checkpoints import target_chunks
+from lightning_trak.store.weights import Weights, read_weights, weights_digest
 from lightning_trak.trainer.featurization import FeaturizationLoop, Measured
 from lightning_trak.trainer.framework import Trainer
-from lightning_trak.trainer.job import CkptPath, files_of, of_store, open_store, ready
+from lightning_trak.trainer.job import ready
+from lightning_trak.trainer.opening import CkptPath, files_of, of_store, open_store
 from lightning_trak.trainer.plan import Plan
 from lightning_trak.trainer.preflight import preflight
-from lightning_trak.trainer.reports import bytes_text, time_text
+from lightning_trak.trainer.reports import time_text
+from lightning_trak.trainer.targets import target_chunks
 from lightning_trak.trainer.whitening import estimate_curvature
 
 _FEW = 4  # examples of which curvature is estimated to measure how long that takes
@@ -80,58 +83,46 @@ class Forecast:
         """Say what would fail; an empty text if nothing is known to."""
         if self.disk <= self.free:
             return ""
-        needed = f"{bytes_text(self.disk)} are needed on the disk of the store, and {bytes_text(self.free)} are free"
+        needed = f"{size_text(self.disk)} are needed on the disk of the store, and {size_text(self.free)} are free"
         return f"{needed}. Free space, or give TRAKCallback a dirpath on another disk, or a smaller proj_dim."
 
     def __str__(self) -> str:
         rows = [("stage", "time", "disk", "memory")]
-        rows += [
-            (one.name, time_text(one.seconds), bytes_text(one.disk), bytes_text(one.memory)) for one in self.stages
-        ]
+        rows += [(one.name, time_text(one.seconds), size_text(one.disk), size_text(one.memory)) for one in self.stages]
         most = max((stage.memory for stage in self.stages), default=0)
-        rows.append(("together", time_text(self.seconds), bytes_text(self.disk), bytes_text(most)))
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        padded = [[text.ljust(width) for text, width in zip(row, [*widths, 0], strict=True)] for row in rows]
-        lines = ["  ".join(row) for row in padded]
-        lines[-1] += f"   ({bytes_text(self.free)} free)"
-        return "\n".join(filter(None, [*lines, self.problem and f"It would fail: {self.problem}"]))
+        rows.append(("together", time_text(self.seconds), size_text(self.disk), size_text(most)))
+        text = f"{table(rows)}   ({size_text(self.free)} free)"
+        return "\n".join(filter(None, [text, self.problem and f"It would fail: {self.problem}"]))
 
 
-@dataclass(frozen=True)
-class Pending:
+class Pending(NamedTuple):
     """A checkpoint that is to be attributed.
 
     Attributes:
         digest: of its weights.
+        weights: reads them.
         entry: in the store; None if it is not there yet.
-        path: of its file; empty if it is in the store.
     """
 
     digest: str
-    entry: CheckpointEntry | None = None
-    path: str | os.PathLike[str] = ""
-
-    def weights(self) -> Weights:
-        """Read the weights."""
-        if self.entry is None:
-            return read_weights(self.path)
-        return load_weights(self.entry.weights_path, self.digest)
-
-    def missing(self, n: int) -> int:
-        """Return how many of n training examples have no features here."""
-        return n if self.entry is None else n - sum(map(len, self.entry.train.present()))
+    weights: Callable[[], Weights]
+    entry: CheckpointEntry | None
 
 
 def forecast(trainer: Trainer, model: Any, dataloaders: Any, datamodule: Any, ckpt_path: CkptPath) -> Forecast:
     """Measure a batch of train set and targets; return what ``trainer.attribute`` will take. Nothing is written."""
     with ready(trainer, model, dataloaders, datamodule, ckpt_path) as (callback, module, _, loaders):
         path, files = callback.store_path(trainer), files_of(trainer, ckpt_path)
-        store = None
+        settings, reports, store = callback.settings, callback.reports, None
         if files is not None and not (path / "manifest.json").exists():
-            plan = Plan.choose(callback.settings, callback.reports, trainer, module, loaders.train())
+            plan = Plan.choose(settings, reports, trainer, module, loaders.train())
         else:
-            store, plan = open_store(trainer, module, callback, loaders, may_grow=False)
-        pending = _pending(trainer, store, ckpt_path, files)
+            store, plan = open_store(path, settings, reports, trainer, module, loaders, may_grow=False)
+        if store is not None and files is None:
+            entries = store.entries(of_store(trainer, store, ckpt_path, callback.last_saved))
+            pending = [Pending(entry.digest, entry.weights, entry) for entry in entries]
+        else:
+            pending = _of_files(store, files or [])
         weights, digest = pending[0].weights(), pending[0].digest
         train = plan.loop(trainer, module, loaders.train(), loaders.train, "train")
         targets = plan.loop(trainer, module, loaders.targets(), loaders.train, "target")
@@ -140,29 +131,24 @@ def forecast(trainer: Trainer, model: Any, dataloaders: Any, datamodule: Any, ck
             preflight(loop, pending[0].weights(), digest)
         curvature, whitening = _curvature(train, weights, digest, pending)
         of_train, of_targets = (loop.measured(pending[0].weights(), digest, whitening) for loop in (train, targets))
-        rows, count = sum(one.missing(train.reader.size) for one in pending), len(pending)
+        there, count = [one.entry for one in pending if one.entry is not None], len(pending)
+        rows = train.reader.size * count - sum(len(rows) for entry in there for rows in entry.train.present())
         stages = [
             *curvature,
             _featurizing("train set", train, of_train, rows, count),
             _featurizing("targets", targets, of_targets, _missing_targets(targets, pending), count),
             *_scoring(train, of_train, of_targets, targets.reader.size, count, callback.memory_limit),
         ]
-        added = [one for one in pending if one.entry is None]
         size = sum(value.nbytes for value in weights.values())
-        stages.insert(0, Stage("weights", disk=len(added) * size))
+        stages.insert(0, Stage("weights", disk=(count - len(there)) * size))
     return Forecast([stage for stage in stages if stage != Stage(stage.name)], free_space(path))
 
 
-def _pending(
-    trainer: Trainer, store: FeatureStore | None, ckpt_path: CkptPath, files: Sequence[str | os.PathLike[str]] | None
-) -> list[Pending]:
-    """Return the checkpoints that are to be attributed; those in the store keep their features."""
-    if files is None:
-        assert store is not None
-        return [Pending(entry.digest, entry) for entry in store.entries(of_store(trainer, store, ckpt_path))]
+def _of_files(store: FeatureStore | None, files: Sequence[str | os.PathLike[str]]) -> list[Pending]:
+    """Return the checkpoints in some files; those that are in the store keep their features."""
     found = {weights_digest(read_weights(path)): path for path in files}
     there = {} if store is None else {entry.digest: entry for entry in store.entries(found)}
-    return [Pending(digest, there.get(digest), path) for digest, path in found.items()]
+    return [Pending(digest, partial(read_weights, path), there.get(digest)) for digest, path in found.items()]
 
 
 def _curvature(

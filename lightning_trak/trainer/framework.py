@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BaseFinetuning
-from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.plugins.io import CheckpointIO as CheckpointIO
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.connectors.data_connector import _DataHookSelector
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.model_helpers import is_overridden as _is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info as rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn as rank_zero_warn
 
 if TYPE_CHECKING:
     import pytorch_lightning
@@ -35,25 +36,6 @@ else:  # a command line, for example, reads annotations at run time
     Trainer = LightningModule = LightningDataModule = Any
 
 _METHODS = ("attribute", "attribute_self", "suspects")
-
-__all__ = [
-    "Callback",
-    "CheckpointIO",
-    "Framework",
-    "LightningDataModule",
-    "LightningModule",
-    "Trainer",
-    "check_supported",
-    "extend_loaded",
-    "framework_of",
-    "is_datamodule",
-    "is_finetuning",
-    "is_overridden",
-    "rank_zero_info",
-    "rank_zero_warn",
-    "register",
-    "stop_if_asked",
-]
 
 
 class Callback(pl.Callback):
@@ -76,26 +58,22 @@ class Framework:
 
     def __init__(self, package: Any) -> None:
         self.name: str = package.__name__
+        find = self._find
         self.Trainer: type[pl.Trainer] = package.Trainer
         self.Callback: type[pl.Callback] = package.Callback
         self.LightningModule: type[pl.LightningModule] = package.LightningModule
         self.LightningDataModule: type[pl.LightningDataModule] = package.LightningDataModule
-        self.MisconfigurationException: type[Exception] = self._find(
-            "utilities.exceptions", "MisconfigurationException"
-        )
-        self.SIGTERMException: type[BaseException] = self._find("utilities.exceptions", "SIGTERMException")
-        self.BaseFinetuning: type[BaseFinetuning] = self._find("callbacks", "BaseFinetuning")
-        self.DDPStrategy: type[Strategy] = self._find("strategies", "DDPStrategy")
-        self.of_parts: tuple[type[Strategy], ...] = tuple(  # derived from DDPStrategy, and not like it
-            self._find("strategies", name) for name in ("DeepSpeedStrategy", "XLAStrategy")
-        )
-        self.SingleDeviceStrategy: type[Strategy] = self._find("strategies", "SingleDeviceStrategy")
-        self.DataHookSelector: type[_DataHookSelector] = self._find(
-            "trainer.connectors.data_connector", "_DataHookSelector"
-        )
-        self.TrainerFn: type[TrainerFn] = self._find("trainer.states", "TrainerFn")
-        self.TrainerStatus: type[TrainerStatus] = self._find("trainer.states", "TrainerStatus")
-        self.RunningStage: type[RunningStage] = self._find("trainer.states", "RunningStage")
+        self.MisconfigurationException: type[Exception] = find("utilities.exceptions", "MisconfigurationException")
+        self.SIGTERMException: type[BaseException] = find("utilities.exceptions", "SIGTERMException")
+        self.BaseFinetuning: type[BaseFinetuning] = find("callbacks", "BaseFinetuning")
+        self.DDPStrategy: type[Strategy] = find("strategies", "DDPStrategy")
+        parts = ("DeepSpeedStrategy", "XLAStrategy")  # derived from DDPStrategy, and not like it
+        self.of_parts: tuple[type[Strategy], ...] = tuple(find("strategies", name) for name in parts)
+        self.SingleDeviceStrategy: type[Strategy] = find("strategies", "SingleDeviceStrategy")
+        self.DataHookSelector: type[_DataHookSelector] = find("trainer.connectors.data_connector", "_DataHookSelector")
+        self.TrainerFn: type[TrainerFn] = find("trainer.states", "TrainerFn")
+        self.TrainerStatus: type[TrainerStatus] = find("trainer.states", "TrainerStatus")
+        self.RunningStage: type[RunningStage] = find("trainer.states", "RunningStage")
 
     def _find(self, module: str, name: str) -> Any:
         return getattr(import_module(f"{self.name}.{module}"), name)

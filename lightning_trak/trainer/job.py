@@ -3,47 +3,28 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from math import prod
-from typing import Any, NamedTuple, TypeVar
-from uuid import uuid4
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_trak.features.sparse_matrix import SparseMatrix
-from lightning_trak.gradients.function import check_fit
-from lightning_trak.influence import Estimator, Options, TrainingTime
+from lightning_trak.influence import Estimator, Options
 from lightning_trak.results.status import status_of
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.files import PARTIAL, check_space
-from lightning_trak.store.known import KnownRows, OtherSets, digest_of_set, write_examples
 from lightning_trak.store.remote import AnyPath
 from lightning_trak.store.store import FeatureStore
-from lightning_trak.store.weights import (
-    load_weights,
-    names_of_weights,
-    read_checkpoint,
-    read_weights,
-    weights_digest,
-    weights_in,
-)
+from lightning_trak.store.weights import names_of_weights, read_weights
 from lightning_trak.trainer.attachment import attached
 from lightning_trak.trainer.callback import TRAKCallback, find_callback
-from lightning_trak.trainer.checkpoints import (
-    check_some,
-    featurize_checkpoint,
-    featurize_targets,
-    mended,
-    target_chunks,
-    train_features,
-)
+from lightning_trak.trainer.checkpoints import check_some, featurize_checkpoint, mended
 from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import (
     LightningDataModule,
@@ -56,30 +37,13 @@ from lightning_trak.trainer.framework import (
     rank_zero_warn,
 )
 from lightning_trak.trainer.loaders import Loaders
-from lightning_trak.trainer.plan import Plan, fitting_store
+from lightning_trak.trainer.opening import CkptPath, files_of, fitting_store, of_files, of_store, open_store
+from lightning_trak.trainer.plan import Plan
 from lightning_trak.trainer.preflight import preflight
-from lightning_trak.trainer.reading import ExampleReader
-from lightning_trak.trainer.resumed import whole_path
+from lightning_trak.trainer.train_features import train_features
 from lightning_trak.trainer.whitening import rescaled
 
 T = TypeVar("T")
-CkptPath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
-
-
-class TargetFeatures(NamedTuple):
-    """What is known of the targets.
-
-    Attributes:
-        features: φ(z), (m, k), at every checkpoint; sparse if whitened.
-        outputs: f(z), (m,), see `Attribution.outputs`.
-        digest: of the targets' content; of no use later if they are random.
-        reader: reads them.
-    """
-
-    features: list[Tensor | SparseMatrix]
-    outputs: Tensor
-    digest: str
-    reader: ExampleReader
 
 
 @dataclass(frozen=True)
@@ -170,40 +134,12 @@ class Job:
         if loader is None:
             return
         loop, first = self.loop("train"), self.entries[0]
-        preflight(loop, load_weights(first.weights_path, first.digest), first.digest)
+        preflight(loop, first.weights(), first.digest)
         check_some(loop, [(entry, entry.train) for entry in complete])
         rows = sum(len(chunk) for entry in missing for chunk in entry.train.missing())
         check_space(self.store.dirpath, rows * loop.form.row_bytes)
         for number, entry in enumerate(missing, 1):
             featurize_checkpoint(loop, entry, f"{number}/{len(missing)}")
-
-    def target_features(self) -> TargetFeatures:
-        """Return the features of all targets at every checkpoint."""
-        loop, total, strategy = self.target_loop(), len(self.entries), self.trainer.strategy
-        first = self.entries[0]
-        digests = loop.reader.digests(load_weights(first.weights_path, first.digest))
-        kept_as = strategy.broadcast(uuid4().hex) if digests is None else digest_of_set(digests)
-        check_some(loop, [(entry, target_chunks(loop, entry, kept_as)) for entry in self.entries])
-        known = self._known_targets(loop, digests)
-        features, latest = [], {}
-        for number, (entry, scales) in enumerate(zip(self.entries, self.scales, strict=True), 1):
-            found, outputs = featurize_targets(loop, entry, f"{number}/{total}", kept_as, known)
-            features.append(found.scaled(scales) if isinstance(found, SparseMatrix) else found)
-            latest[entry.meta.get("run") or entry.digest] = outputs
-        if digests is None:  # random targets, or such as cannot be compared: of no use later
-            strategy.barrier()
-            shutil.rmtree(self.store.targets_folder(kept_as), ignore_errors=True)
-        return TargetFeatures(features, torch.stack(list(latest.values())).mean(0), kept_as, loop.reader)
-
-    def _known_targets(
-        self, loop: FeaturizationLoop, digests: Sequence[bytes] | None
-    ) -> Callable[[CheckpointEntry], KnownRows]:
-        """Return what tells which targets are stored in other sets, at a checkpoint; note this set for others."""
-        if digests is None:
-            return lambda _: KnownRows({})
-        with suppress(OSError):  # a full disk, or a read-only store: `featurize_targets` says so
-            write_examples(self.store, digests)
-        return OtherSets(self.store, digests, partial(target_chunks, loop)).known
 
     @cached_property  # each needs the curvature's file
     def scales(self) -> list[Tensor | None]:
@@ -231,8 +167,8 @@ class Job:
     def target_loop(self) -> FeaturizationLoop:
         """Return the loop of the targets, after labelling them and trying a few."""
         loop, first, last = self.loop("target"), self.entries[0], self.entries[-1]
-        loop.reader.label_targets(lambda: load_weights(last.weights_path, last.digest))
-        preflight(loop, load_weights(first.weights_path, first.digest), first.digest)
+        loop.reader.label_targets(last.weights)
+        preflight(loop, first.weights(), first.digest)
         return loop
 
     def estimator(self) -> Estimator:
@@ -255,22 +191,6 @@ def layer_of(parameter: str) -> str:
     return parameter.rpartition(".")[0] or parameter
 
 
-class Ready(NamedTuple):
-    """A model on its device, and its data.
-
-    Attributes:
-        callback: of the trainer.
-        model: the model.
-        datamodule: supplies data, unless the model does.
-        loaders: find train set and targets.
-    """
-
-    callback: TRAKCallback
-    model: LightningModule
-    datamodule: LightningDataModule | None
-    loaders: Loaders
-
-
 @contextmanager
 def prepared_job(
     trainer: Trainer, model: Any, dataloaders: Any, datamodule: LightningDataModule | None, ckpt_path: CkptPath
@@ -282,8 +202,11 @@ def prepared_job(
             plan = Plan.choose(callback.settings, callback.reports, trainer, model, loaders.train())
             store = fitting_store(path, plan, loaders.train())
         else:
-            store, plan = open_store(trainer, model, callback, loaders)
-        digests = of_store(trainer, store, ckpt_path) if files is None else _added(trainer, store, files)
+            store, plan = open_store(path, callback.settings, callback.reports, trainer, model, loaders)
+        if files is None:
+            digests = of_store(trainer, store, ckpt_path, callback.last_saved)
+        else:
+            digests = of_files(trainer, store, files)
         # Of the first process: another may find other checkpoints, if a running fit adds some.
         entries = store.entries(trainer.strategy.broadcast(digests))
         options = Options(callback.damping, callback.temperature, callback.curvature, callback.estimator)
@@ -294,21 +217,29 @@ def prepared_job(
 @contextmanager
 def ready(
     trainer: Trainer, model: Any, dataloaders: Any, datamodule: LightningDataModule | None, ckpt_path: CkptPath
-) -> Iterator[Ready]:
-    """Check model and data, and put the model on its device; everything is left as it was."""
-    callback = find_callback(trainer)
+) -> Iterator[tuple[TRAKCallback, LightningModule, LightningDataModule | None, Loaders]]:
+    """Check model and data, and put the model on its device; everything is left as it was.
+
+    Yields:
+        The trainer's callback, the model, the datamodule, and what finds the loaders.
+    """
+    callback, framework = find_callback(trainer), framework_of(trainer)
     model, dataloaders, datamodule = _sorted_out(model, dataloaders, datamodule)
-    model = _model(trainer, model)
+    model = trainer.lightning_module if model is None else model
+    model = getattr(model, "_orig_mod", model)  # compiled
+    if model is None:
+        raise TypeError("trainer.attribute() needs a model when the trainer has fitted none: attribute(model, ...).")
+    framework.check_kind("model", model, "LightningModule")
     check_supported(trainer, model)
     fitted = callback.train_loader if datamodule in (None, trainer.datamodule) else None
     datamodule = datamodule or trainer.datamodule
     if datamodule is not None:
-        framework_of(trainer).check_kind("datamodule", datamodule, "LightningDataModule")
+        framework.check_kind("datamodule", datamodule, "LightningDataModule")
     fresh = model._trainer is None
     with attached(trainer, model, datamodule):
         if fresh:
             _build(model, datamodule, callback.store_path(trainer), ckpt_path)
-        yield Ready(callback, model, datamodule, Loaders(trainer, model, datamodule, dataloaders, fitted))
+        yield callback, model, datamodule, Loaders(trainer, model, datamodule, dataloaders, fitted)
 
 
 def _sorted_out(model: Any, dataloaders: Any, datamodule: Any) -> tuple[Any, Any, Any]:
@@ -320,15 +251,6 @@ def _sorted_out(model: Any, dataloaders: Any, datamodule: Any) -> tuple[Any, Any
         raise TypeError("Several datamodules were passed, expected one. Pass it with datamodule=... alone.")
     model, dataloaders = (None if is_datamodule(value) else value for value in (model, dataloaders))
     return model, dataloaders, datamodules[0] if datamodules else datamodule
-
-
-def _model(trainer: Trainer, model: Any) -> Any:
-    model = trainer.lightning_module if model is None else model
-    model = getattr(model, "_orig_mod", model)  # compiled
-    if model is None:
-        raise TypeError("trainer.attribute() needs a model when the trainer has fitted none: attribute(model, ...).")
-    framework_of(trainer).check_kind("model", model, "LightningModule")
-    return model
 
 
 def _build(model: LightningModule, datamodule: LightningDataModule | None, store: AnyPath, ckpt_path: CkptPath) -> None:
@@ -355,77 +277,3 @@ def _names_of_weights(store: AnyPath, ckpt_path: CkptPath) -> set[str] | None:
             with suppress(FileNotFoundError):
                 return names_of_weights(path)
     return None
-
-
-def open_store(
-    trainer: Trainer, model: LightningModule, callback: TRAKCallback, data: Loaders, *, may_grow: bool = True
-) -> tuple[FeatureStore, Plan]:
-    """Open the store; check that it is of this model and data.
-
-    Args:
-        trainer: runs the model.
-        model: the model.
-        callback: of the trainer.
-        data: finds the train set.
-        may_grow: whether the store takes training examples that were added to its own.
-    """
-    path = callback.store_path(trainer)
-    if trainer.fast_dev_run and not (path / "manifest.json").exists():
-        raise framework_of(trainer).MisconfigurationException(
-            "This Trainer ran with fast_dev_run, which saves no checkpoint, so there is nothing to attribute. Fit"
-            " without fast_dev_run, or pass checkpoint files with ckpt_path=[...]."
-        )
-    store = FeatureStore(path)
-    plan = Plan(callback.settings, callback.reports, model, store.manifest)
-    store.check(plan.identity)
-    loader = data.train_if_defined()
-    if loader is not None:  # also without anything to featurize: rows must be of this data set
-        store = fitting_store(path, plan, loader, may_grow=may_grow)
-    return store, plan
-
-
-def files_of(trainer: Trainer, ckpt_path: CkptPath) -> list[str | os.PathLike[str]] | None:
-    """Return the checkpoint files that ``ckpt_path`` names; None if it names checkpoints of the store."""
-    if ckpt_path is None or ckpt_path == "last":
-        return None
-    if ckpt_path == "best":
-        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if not best:
-            raise framework_of(trainer).MisconfigurationException(
-                "ckpt_path='best', but this trainer has no ModelCheckpoint that saved a best model. Pass its path."
-            )
-        ckpt_path = best
-    paths = [ckpt_path] if isinstance(ckpt_path, (str, os.PathLike)) else list(ckpt_path)
-    if not paths:
-        raise ValueError("ckpt_path is an empty list. Pass at least one checkpoint file, or None for all in the store.")
-    return paths
-
-
-def of_store(trainer: Trainer, store: FeatureStore, ckpt_path: CkptPath) -> list[str]:
-    """Return the digests of all checkpoints of the store, or with ``"last"`` of the last alone."""
-    digests = store.digests
-    if not digests:
-        raise framework_of(trainer).MisconfigurationException(
-            f"The store '{store.dirpath}' has no checkpoints. Train with a TRAKCallback and checkpointing on (not"
-            " with fast_dev_run), or pass checkpoint files with ckpt_path=[...]."
-        )
-    if ckpt_path is None:
-        return digests
-    last = find_callback(trainer).last_saved
-    return [last] if last is not None and last in store else digests[-1:]
-
-
-def _added(trainer: Trainer, store: FeatureStore, paths: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Put files into the store; return the digests of their weights."""
-    digests = []
-    for path in paths:
-        checkpoint = read_checkpoint(path)
-        weights, training = weights_in(checkpoint, path), TrainingTime.of_checkpoint(checkpoint)
-        digest = weights_digest(weights)
-        if digest not in digests:
-            digests.append(digest)
-        check_fit(trainer.lightning_module, weights)
-        meta: dict[str, Any] = {"file": os.path.basename(path), "path": whole_path(path)}
-        meta["training_time"] = training and asdict(training)
-        store.add(digest, meta, weights)
-    return digests

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +12,10 @@ from lightning_trak.influence import Estimator, GaussNewton, Kinds, Solved, Spre
 from lightning_trak.results.split_score import SplitScore
 from lightning_trak.results.stored_scores import StoredScores
 from lightning_trak.trainer.attachment import attached
-from lightning_trak.trainer.checkpoints import naming, sums_of
-from lightning_trak.trainer.job import Job, TargetFeatures
-from lightning_trak.trainer.progress import progress
-from lightning_trak.trainer.scoring import compute_scores, compute_spread
+from lightning_trak.trainer.job import Job
+from lightning_trak.trainer.scoring import at_each_checkpoint, compute_scores, compute_spread, solved_at_each
 from lightning_trak.trainer.split import split_score
-
-T = TypeVar("T")
+from lightning_trak.trainer.targets import TargetFeatures
 
 
 @dataclass(frozen=True)
@@ -39,10 +35,10 @@ class KeptFeatures:
     def without(self, masks: Tensor) -> Tensor:
         """Return how the outputs change when sets of training examples are left out, (s, n) → (s, m)."""
 
-        def change(_: int, train: TrainFeatures, targets: Any, sums: GaussNewton | None) -> Tensor:
-            return self.estimator.without(train, targets, masks, sums)
+        def change(number: int, train: TrainFeatures, sums: GaussNewton | None) -> Tensor:
+            return self.estimator.without(train, self.targets.features[number], masks, sums)
 
-        return torch.stack(self._at_each_checkpoint("Leaving out", change)).mean(0)
+        return torch.stack(at_each_checkpoint(self.job, self.estimator, "Leaving out", change)).mean(0)
 
     def calibrated(self, masks: Tensor, outputs: Tensor) -> Tensor | StoredScores:
         """Return scores, (n, m), that predict outputs after retraining as well as possible; see `fit_weights`.
@@ -54,27 +50,27 @@ class KeptFeatures:
         layers = list(self.job.layers.values())
         count = len(self.job.entries)
 
-        def predict(_: int, train: TrainFeatures, targets: Any, sums: GaussNewton | None) -> tuple[Tensor, Tensor]:
-            kinds = Kinds(self.estimator, train, targets, sums, layers)
+        def kinds_at(number: int, train: TrainFeatures, sums: GaussNewton | None) -> Kinds:
+            return Kinds(self.estimator, train, self.targets.features[number], sums, layers)
+
+        def predict(*at: Any) -> tuple[Tensor, Tensor]:
+            kinds = kinds_at(*at)
             return kinds.predictions(masks), torch.tensor(kinds.usual) / count
 
-        predicted, usual = zip(*self._at_each_checkpoint("Predicting subsets", predict), strict=True)
+        found = at_each_checkpoint(self.job, self.estimator, "Predicting subsets", predict)
+        predicted, usual = zip(*found, strict=True)
         weights = fit_weights(torch.cat(predicted), outputs, torch.cat(usual)).split([len(one) for one in usual])
 
-        def weigh(number: int, train: TrainFeatures, targets: Any, sums: GaussNewton | None) -> Solved:
-            return Kinds(self.estimator, train, targets, sums, layers).combined(weights[number] * count)
+        def weigh(number: int, *at: Any) -> Solved:
+            return kinds_at(number, *at).combined(weights[number] * count)
 
-        solved = self._at_each_checkpoint("Weighting", weigh)
+        solved = at_each_checkpoint(self.job, self.estimator, "Weighting", weigh)
         weighted = [weight.tolist() for weight in weights]
         return compute_scores(self.job, self.estimator, solved, self.targets.digest, weighted)[0]
 
     def spread(self) -> Spread:
         """Return how scores vary from checkpoint to checkpoint."""
-
-        def solve(_: int, train: TrainFeatures, targets: Any, sums: GaussNewton | None) -> Solved:
-            return self.estimator.solve(train, targets, sums)
-
-        solved = self._at_each_checkpoint("Solving", solve)
+        solved = solved_at_each(self.job, self.estimator, self.targets.features)
         return compute_spread(self.job, self.estimator, solved, self.targets.digest)
 
     def split(self, i: int, j: int) -> SplitScore:
@@ -87,14 +83,3 @@ class KeptFeatures:
         """Train set and targets; None for a train set that is not at hand."""
         loader = self.job.loaders.train_if_defined()
         return None if loader is None else loader.dataset, self.targets.reader.dataset
-
-    def _at_each_checkpoint(self, description: str, compute: Callable[..., T]) -> list[T]:
-        """Call ``compute`` with (number, train set, targets, sums over the train set) of each checkpoint."""
-        results = []
-        with progress(self.job.trainer, description, len(self.job.entries)) as advance:
-            trains = zip(self.job.entries, self.estimator.trains, self.targets.features, strict=True)
-            for number, (entry, train, targets) in enumerate(trains):
-                with naming(entry):
-                    results.append(compute(number, train, targets, sums_of(entry, self.estimator, train)))
-                advance(1)
-        return results

@@ -7,13 +7,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lightning_trak.data.loaders import check_loader
-from lightning_trak.trainer.framework import (
-    LightningDataModule,
-    LightningModule,
-    Trainer,
-    framework_of,
-    is_overridden,
-)
+from lightning_trak.trainer.framework import LightningDataModule, LightningModule, Trainer, framework_of, is_overridden
 
 
 class Loaders:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.gradients import ModelFunction
-from lightning_trak.store.weights import Weights, load_weights
+from lightning_trak.store.weights import Weights
 from lightning_trak.tasks.checks import check_finite
 from lightning_trak.tasks.loss_terms import LossTerms
 from lightning_trak.trainer.job import Job
@@ -41,12 +41,10 @@ def _at_checkpoints(job: Job, reader: ExampleReader) -> Tensor:
         return _stored(job, "loss_grad").square()
     outputs = _stored(job, "outputs")
     if not terms.loss_needs_model:
-        last = job.entries[-1]
-        return _losses(reader, load_weights(last.weights_path, last.digest), outputs, "Computing losses")
+        return _losses(reader, job.entries[-1].weights(), outputs, "Computing losses")
     found, count = [], len(job.entries)
     for number, (entry, known) in enumerate(zip(job.entries, outputs, strict=True), 1):
-        weights, description = load_weights(entry.weights_path, entry.digest), f"Losses at checkpoint {number}/{count}"
-        found.append(_losses(reader, weights, known[None], description))
+        found.append(_losses(reader, entry.weights(), known[None], f"Losses at checkpoint {number}/{count}"))
     return torch.cat(found)
 
 

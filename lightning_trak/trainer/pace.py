@@ -9,12 +9,13 @@ from time import monotonic
 
 import torch
 
+from lightning_trak.results.terminal import size_text
 from lightning_trak.store.files import free_space
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import tensors_in
 from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import Trainer
-from lightning_trak.trainer.reports import bytes_text, time_text
+from lightning_trak.trainer.reports import time_text
 
 _TIMED = 3  # training steps after the first, which is slow
 
@@ -60,7 +61,7 @@ class Coming:
         whitened = " Gradients are whitened by the curvature of each parameter." * self.whitened
         return (
             f"at each checkpoint, featurizing {self.examples} examples takes about"
-            f" {time_text(self.seconds)}, and {bytes_text(self.bytes)} on the disk, which has room for {room}"
+            f" {time_text(self.seconds)}, and {size_text(self.bytes)} on the disk, which has room for {room}"
             f" checkpoints.{whitened}"
         )
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from lightning_trak.curvature import Preconditioner
 from lightning_trak.data.identity import fingerprint
@@ -14,11 +14,10 @@ from lightning_trak.features.stored import StoredForm
 from lightning_trak.gradients import Selector
 from lightning_trak.gradients.parameters import select_parameters
 from lightning_trak.projection import IdentityProjector, Projector, make_projector, restore_projector
-from lightning_trak.store.remote import AnyPath
-from lightning_trak.store.store import FeatureStore, rows_in_a_chunk
+from lightning_trak.store.store import rows_in_a_chunk
 from lightning_trak.tasks.base import draws_labels, of_drawing_class
 from lightning_trak.trainer.featurization import FeaturizationLoop
-from lightning_trak.trainer.framework import is_finetuning, rank_zero_info, rank_zero_warn
+from lightning_trak.trainer.framework import is_finetuning, rank_zero_warn
 from lightning_trak.trainer.reading import ExampleReader
 from lightning_trak.trainer.reports import Reports
 from lightning_trak.trainer.whitening import draws_anything, whitened_at_once
@@ -38,7 +37,7 @@ class Settings:
     gradients: str
     parameters: str | Sequence[str] | None
     seed: int
-    dtype: str
+    feature_dtype: str
     batch_size: int | None
     preconditioner: str
     damping: float | str
@@ -108,7 +107,7 @@ class Plan:
     ) -> None:
         self._reports = reports
         parameters, projector = settings.parameters or parameters, settings.projector
-        proj_dim, seed, dtype = settings.proj_dim, settings.seed, settings.dtype
+        proj_dim, seed, dtype = settings.proj_dim, settings.seed, settings.feature_dtype
         if manifest is not None:
             stored = manifest["projection"]
             parameters = list(manifest["parameters"]) if parameters is None else parameters
@@ -235,43 +234,3 @@ class Plan:
             reports=self._reports,
         )
         return FeaturizationLoop(reader, self.projector, self.preconditioner, self.dtype, self.seed)
-
-
-def fitting_store(
-    path: AnyPath, plan: Plan, loader: DataLoader[Any], seconds: float = 0.0, *, may_grow: bool = True
-) -> FeatureStore:
-    """Open the store of a plan and a train set, or make it; it takes examples that were added to its own.
-
-    Args:
-        path: of the store.
-        plan: how examples are featurized.
-        loader: of the train set.
-        seconds: how long it takes to featurize an example, where that is known.
-        may_grow: whether added examples are taken; without, such a store is returned as it is.
-
-    Raises:
-        ValueError: if it is a store of another plan or train set.
-    """
-    manifest = plan.manifest(loader, seconds)
-    if not (path / "manifest.json").exists():
-        return FeatureStore.create(path, manifest)
-    store = FeatureStore(path)
-    if store.n_train < manifest["n_train"] and "data" in store.manifest:
-        store.check(plan.identity)
-        first = fingerprint(Subset(loader.dataset, range(store.n_train)))
-        if first["data"] == store.manifest["data"]:
-            return _grown(store, manifest) if may_grow else store
-    store.check(manifest)
-    return store
-
-
-def _grown(store: FeatureStore, manifest: Mapping[str, Any]) -> FeatureStore:
-    """Let a store grow to the size of the train set, and say so."""
-    former, now = store.n_train, manifest["n_train"]
-    grown = store.grown(manifest)
-    grown.check(manifest)  # another process may have added others
-    rank_zero_info(
-        f"TRAKCallback: the train set has {now} examples, of which the store '{store.dirpath}' knew the first {former}:"
-        f" their features stay, and those of the other {now - former} are computed at each checkpoint."
-    )
-    return grown

@@ -139,9 +139,7 @@ class CheckpointQueue:
         paths = {digest: entry.meta.get("path") for digest, entry in own.items()}
         found: dict[str, str] = {}  # path of a file → digest of its weights
         for path, checkpoint in checkpoint_files(trainer, filter(None, paths.values())):
-            noted = {} if checkpoint is None else checkpoint.get(CHECKPOINT_KEY, {})
-            if checkpoint is None:
-                continue
+            noted = checkpoint.get(CHECKPOINT_KEY, {})
             if noted.get("run") == self._run:
                 training = noted.get("training_time")
                 found[path] = self._add_file(path, checkpoint, training and TrainingTime(**training))

@@ -115,11 +115,7 @@ class ExampleReader:
 
     @contextmanager
     def at(self, weights: Weights) -> Iterator[ModelFunction]:
-        """Yield the module at a checkpoint's weights, prepared; everything is left as it was.
-
-        Args:
-            weights: of the checkpoint; the module may change them.
-        """
+        """Yield the module at a checkpoint's weights, which it may change; everything else is left as it was."""
         with undisturbed(self.trainer, self.module, self.dataset, self.loader.collate_fn):
             function = self._function(weights)
             with prepared(self.module, function.prepare, self._find_train_loader):
@@ -153,11 +149,7 @@ class ExampleReader:
         return batch
 
     def digests(self, weights: Weights) -> list[bytes] | None:
-        """Return a digest of each example, as the module gets it; None if they are random, or cannot be compared.
-
-        Args:
-            weights: of any checkpoint; the module may change them.
-        """
+        """Return a digest of each example, as the module gets it; None if they are random, or cannot be compared."""
         if not self.repeatable:
             return None
         with progress(self.trainer, "Reading targets", self.size) as advance, self.at(weights):
@@ -181,11 +173,7 @@ class ExampleReader:
     ) -> None:
         """Call ``work`` with (function, rows, batch) for each batch of all examples, in order, at one checkpoint.
 
-        Args:
-            weights: of the checkpoint; the module may change them.
-            work: is called without gradients.
-            description: what the progress bar says.
-            labelled: whether targets have the labels that the module gave them.
+        With ``labelled``, targets have the labels that the module gave them.
         """
         with progress(self.trainer, description, self.size) as advance, self.at(weights) as function:
             seed_all(0)

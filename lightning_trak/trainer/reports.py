@@ -45,13 +45,3 @@ def time_text(seconds: float) -> str:
     """
     unit, size = next(one for one in (("h", 3600.0), ("min", 60.0), ("s", 0.0)) if seconds >= one[1])
     return f"{seconds / (size or 1):.2g} {unit}"
-
-
-def bytes_text(size: int) -> str:
-    """Return a size as people say it.
-
-    >>> bytes_text(1_500_000), bytes_text(0)
-    ('1.5 MB', '0')
-    """
-    unit, factor = next(one for one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("", 1)) if size >= one[1] or not one[0])
-    return f"{size / factor:.3g} {unit}".rstrip()

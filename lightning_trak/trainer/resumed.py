@@ -17,8 +17,8 @@ def whole_path(path: str | os.PathLike[str]) -> str:
     return text if "://" in text else os.path.realpath(text)
 
 
-def checkpoint_files(trainer: Trainer, known: Iterable[str]) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """Yield path and content of each checkpoint file that a resumed run may have written; None if it cannot be read.
+def checkpoint_files(trainer: Trainer, known: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield path and content of each checkpoint file that a resumed run may have written, and that can be read.
 
     These are files at known paths, that which training resumes from, and all in its folder and in those of the
     trainer's checkpoint callbacks.
@@ -30,7 +30,6 @@ def checkpoint_files(trainer: Trainer, known: Iterable[str]) -> Iterator[tuple[s
             yield path, dict(read_checkpoint(path))
         except (OSError, ValueError) as error:
             rank_zero_warn(f"Whether a checkpoint file is of this run cannot be told: {error}")
-            yield path, None
 
 
 def _candidates(trainer: Trainer) -> Iterator[str]:

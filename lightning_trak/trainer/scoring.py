@@ -1,24 +1,52 @@
-"""Scores of a job: in memory, or in chunks on disk if they are large; several processes share the latter."""
+"""Scores of a job, from its checkpoints: in memory, or in chunks on disk if they are large."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from lightning_trak.influence import Estimator, Scores, Solved, Spread
+from lightning_trak.influence import Estimator, GaussNewton, Scores, Solved, Spread, TrainFeatures
 from lightning_trak.results.stored_scores import NAME, StoredScores
 from lightning_trak.store.chunks import Chunks, shares
 from lightning_trak.store.files import check_space
+from lightning_trak.trainer.checkpoints import naming
 from lightning_trak.trainer.job import Job
 from lightning_trak.trainer.progress import progress
+from lightning_trak.trainer.train_features import sums_of
 
+T = TypeVar("T")
 _VERSION = 1  # of what is stored; to be raised when scores from the same features become others
 _FEW = 2**24  # scores that one process computes in no time, with their standard error
 _CHUNK_BYTES = 2**23
+
+
+def at_each_checkpoint(
+    job: Job,
+    estimator: Estimator,
+    description: str,
+    compute: Callable[[int, TrainFeatures, GaussNewton | None], T],
+) -> list[T]:
+    """Call ``compute`` with (number, train set, sums over the train set) of each checkpoint; return the results."""
+    results = []
+    with progress(job.trainer, description, len(job.entries)) as advance:
+        for number, (entry, train) in enumerate(zip(job.entries, estimator.trains, strict=True)):
+            with naming(entry):
+                results.append(compute(number, train, sums_of(entry, estimator, train)))
+            advance(1)
+    return results
+
+
+def solved_at_each(job: Job, estimator: Estimator, targets: Sequence[Any]) -> list[Solved]:
+    """Return what `Estimator.solve` returns at each checkpoint for the targets' features there."""
+
+    def solve(number: int, train: TrainFeatures, sums: GaussNewton | None) -> Solved:
+        return estimator.solve(train, targets[number], sums)
+
+    return at_each_checkpoint(job, estimator, "Solving", solve)
 
 
 def compute_scores(

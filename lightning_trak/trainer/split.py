@@ -16,11 +16,12 @@ from lightning_trak.gradients.engine import run_prepared
 from lightning_trak.influence import Estimator, score_products, stack
 from lightning_trak.projection import Projector
 from lightning_trak.results.split_score import SplitScore
-from lightning_trak.store.weights import Weights, load_weights
+from lightning_trak.store.weights import Weights
 from lightning_trak.tasks.base import has_parts
-from lightning_trak.trainer.checkpoints import naming, sums_of
+from lightning_trak.trainer.checkpoints import naming
 from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.job import Job, layer_of
+from lightning_trak.trainer.train_features import sums_of
 from lightning_trak.trainer.whitening import whitening_at
 
 _PAIRS = 2**26
@@ -64,7 +65,7 @@ def split_score(job: Job, estimator: Estimator, targets: Sequence[Any], i: int, 
     shapes: list[torch.Size] = []  # of the parts, the same at every checkpoint
     for entry, train, phi, scales in zip(job.entries, estimator.trains, targets, job.scales, strict=True):
         with naming(entry, can_leave_out=False):
-            weights = load_weights(entry.weights_path, entry.digest)
+            weights = entry.weights()
             at = (entry.digest, weights, whitening_at(loops[0], entry, weights))
             one = _Example(loops[0], i, *at, train.rows(torch.tensor([i])), scales)
             other = _Example(loops[1], j, *at, phi[torch.tensor([j])], scales)

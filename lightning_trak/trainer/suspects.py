@@ -10,18 +10,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_trak.features.sparse_matrix import SparseMatrix
-from lightning_trak.influence import Estimator, Sketch, findings, nearest
+from lightning_trak.influence import Estimator, GaussNewton, Sketch, TrainFeatures, findings, nearest
 from lightning_trak.results.suspects import Suspects
-from lightning_trak.store.weights import load_weights
 from lightning_trak.tasks.loss_terms import LossTerms
 from lightning_trak.trainer.attachment import launched
-from lightning_trak.trainer.attribute import with_own_squares
-from lightning_trak.trainer.checkpoints import naming, sums_of
 from lightning_trak.trainer.describing import described_examples, described_train
 from lightning_trak.trainer.framework import LightningDataModule, LightningModule, Trainer
-from lightning_trak.trainer.job import CkptPath, Job, TargetFeatures, prepared_job
+from lightning_trak.trainer.job import Job, prepared_job
 from lightning_trak.trainer.losses import loss_grads, typical_losses
+from lightning_trak.trainer.opening import CkptPath
 from lightning_trak.trainer.progress import progress
+from lightning_trak.trainer.scoring import at_each_checkpoint, solved_at_each
+from lightning_trak.trainer.targets import TargetFeatures, target_features
+from lightning_trak.trainer.train_features import with_own_squares
 
 
 def suspects(
@@ -90,7 +91,7 @@ def _suspects(trainer: Trainer, model: Any, datamodule: Any, ckpt_path: CkptPath
 def _found(job: Job, with_targets: bool) -> Suspects:
     """Featurize the targets, if there are any, and compute all numbers."""
     reader, estimator = job.loop("train").reader, job.estimator()
-    targets = job.target_features() if with_targets else None
+    targets = target_features(job) if with_targets else None
     own, theirs = Sketch(reader.size), None if targets is None else Sketch(len(targets.outputs))
     influence = _compare(job, estimator, targets, own, theirs)
     loss, train = typical_losses(job, reader), described_train(job, reader)
@@ -110,26 +111,24 @@ def _compare(
     job: Job, estimator: Estimator, targets: TargetFeatures | None, own: Sketch, theirs: Sketch | None
 ) -> Tensor:
     """Return the self-influences, (n,), and add the whitened features of train set and targets to their sketches."""
-    total = torch.zeros(job.store.n_train)
-    with progress(job.trainer, "Comparing", len(job.entries)) as advance:
-        trains = zip(job.entries, estimator.trains, job.scales, strict=True)
-        for number, (entry, train, scales) in enumerate(trains):
-            with naming(entry):
-                train = with_own_squares(entry, train, scales)
-                whiten, width = estimator.whitening(train, sums_of(entry, estimator, train)), 0
-                if train.squares is not None:
-                    total += estimator.self_influence(train)
-                for rows, features, loss_grad, _ in train.blocks(device=estimator.device):
-                    whitened, width = whiten(features), features.shape[1]
-                    own.add(rows, whitened, number)
-                    if train.squares is None:
-                        total[rows] += (loss_grad.square() * whitened.square().sum(1)).cpu()
-                if targets is not None and theirs is not None:
-                    phi = targets.features[number]
-                    phi = phi if isinstance(phi, Tensor) else _shortened(phi, width, scales)
-                    theirs.add(slice(0, len(phi)), whiten(phi), number)
-            advance(1)
-    return total / len(job.entries)
+
+    def compare(number: int, train: TrainFeatures, sums: GaussNewton | None) -> Tensor:
+        scales = job.scales[number]
+        train = with_own_squares(job.entries[number], train, scales)
+        whiten, width = estimator.whitening(train, sums), 0
+        influence = torch.zeros(job.store.n_train) if train.squares is None else estimator.self_influence(train)
+        for rows, features, loss_grad, _ in train.blocks(device=estimator.device):
+            whitened, width = whiten(features), features.shape[1]
+            own.add(rows, whitened, number)
+            if train.squares is None:
+                influence[rows] = (loss_grad.square() * whitened.square().sum(1)).cpu()
+        if targets is not None and theirs is not None:
+            phi = targets.features[number]
+            phi = phi if isinstance(phi, Tensor) else _shortened(phi, width, scales)
+            theirs.add(slice(0, len(phi)), whiten(phi), number)
+        return influence
+
+    return torch.stack(at_each_checkpoint(job, estimator, "Comparing", compare)).mean(0)
 
 
 def _shortened(targets: SparseMatrix, width: int, scales: Tensor | None) -> SparseMatrix:
@@ -147,11 +146,8 @@ def _harm(job: Job, estimator: Estimator, targets: TargetFeatures) -> Tensor:
     """
     signs, last = torch.ones(len(targets.outputs)), job.entries[-1]
     if not LossTerms(job.model).loss_needs_model:
-        signs = loss_grads(targets.reader, load_weights(last.weights_path, last.digest), targets.outputs).sign()
-    solved = []
-    for entry, train, phi in zip(job.entries, estimator.trains, targets.features, strict=True):
-        with naming(entry):
-            solved.append(estimator.solve(train, phi, sums_of(entry, estimator, train)))
+        signs = loss_grads(targets.reader, last.weights(), targets.outputs).sign()
+    solved = solved_at_each(job, estimator, targets.features)
     harm, of_rows = torch.zeros(job.store.n_train), estimator.score_rows(solved)
     with progress(job.trainer, "Scoring", len(harm)) as advance:
         for rows in estimator.trains[0].slices(len(signs)):

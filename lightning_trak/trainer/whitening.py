@@ -6,16 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from lightning_trak.curvature import Curvature, Eigenvalues, Preconditioner, SecondMoments, Whitening, rescaling
 from lightning_trak.data.batch import with_more
 from lightning_trak.data.identity import sampled_rows
-from lightning_trak.features.largest import ENTRIES, difference, matrix_of
-from lightning_trak.features.stored import dense
 from lightning_trak.gradients import Engine, ModelFunction, Sink
 from lightning_trak.gradients.engine import run_prepared
 from lightning_trak.influence import TrainingTime, whitening_damping
@@ -26,8 +22,6 @@ from lightning_trak.tasks.checks import check_finite
 from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.reading import ExampleReader
 
-Array = npt.NDArray[Any]
-READ_ROWS = 4096  # of stored features at once
 _AT_ONCE, _AT_ONCE_ON_GPU = 2**25, 2**29  # entries of whitened gradients; more take no less time on a CPU
 
 
@@ -59,16 +53,6 @@ def _drawn_labels(function: ModelFunction, batch: Any, rows: Sequence[int], seed
         except ValueError:
             check_finite("model_output", function.of("model_output").output(batch), "train", rows)
             raise
-
-
-def same_features(new: Mapping[str, Array], stored: Mapping[str, Array]) -> bool:
-    """Say whether features are the same up to rounding."""
-    return difference(new, stored) <= 0.05 if "indices" in new else same(dense(new).numpy(), dense(stored).numpy())
-
-
-def same(new: Array, stored: Array) -> bool:
-    """Say whether two arrays are the same up to rounding."""
-    return not np.linalg.norm(new - stored) > 0.05 * np.linalg.norm(stored) + 1e-4  # damage by NaN is told later
 
 
 def whitening_at(
@@ -124,18 +108,6 @@ def rescaled(entries: Sequence[CheckpointEntry], own: Preconditioner, sizes: Map
         else:
             scales.append(rescaling(_curvature_of(entry), sizes, former["damping"], damping))
     return scales
-
-
-def rescaled_squares(entry: CheckpointEntry, scales: Tensor) -> Array:
-    """Return ‖φ‖² of all training examples at a checkpoint, (n,), whose features are multiplied with ``scales``, (p,).
-
-    The entries that are not stored are taken to change as the stored ones of their example do.
-    """
-    tiny = torch.finfo(torch.float32).tiny
-    blocks = (matrix_of(block) for block in entry.train.blocks(ENTRIES, READ_ROWS))
-    ratios = [block.scaled(scales).squares() / block.squares().clamp(min=tiny) for block in blocks]
-    squares: Array = entry.train.column("squares") * torch.cat(ratios).numpy()
-    return squares
 
 
 def _trainings(entries: Sequence[CheckpointEntry], own: Preconditioner) -> list[TrainingTime]:

@@ -16,8 +16,8 @@ import torch
 
 from lightning_trak.influence import Estimator, Options, Solved, TrainFeatures
 from lightning_trak.store.chunks import Chunks
-from lightning_trak.trainer.checkpoints import StoredFeatures
 from lightning_trak.trainer.scoring import compute_scores
+from lightning_trak.trainer.train_features import StoredFeatures
 from tests.benchmarks.measuring import print_table, seconds, trainer
 
 LARGE = (  # n, m, k, checkpoints, top_k

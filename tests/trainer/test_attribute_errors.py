@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 import lightning_trak as lt
 from lightning_trak import FeatureStore, TRAKCallback
+from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.weights import load_weights, read_weights, weights_digest
 from tests.conftest import Blobs, Classifier, make_data, make_trainer
 from tests.trainer.references import fresh
@@ -161,13 +162,13 @@ def test_a_checkpoint_that_training_discards_in_the_meantime_is_left_out(tmp_pat
         torch.nn.init.normal_(module.net[0].weight)
         torch.save(module.state_dict(), file)
     expected = fresh(tmp_path / "one").attribute(Classifier(), datamodule=Blobs(), ckpt_path=files[0]).scores
-    digests, load = [weights_digest(read_weights(file)) for file in files], load_weights
+    digests, load = [weights_digest(read_weights(file)) for file in files], CheckpointEntry.weights
 
-    def discarding(path, digest):
+    def discarding(entry):
         FeatureStore(tmp_path / "store").discard(digests[1])
-        return load(path, digest)
+        return load(entry)
 
-    monkeypatch.setattr("lightning_trak.trainer.checkpoints.load_weights", discarding)
+    monkeypatch.setattr(CheckpointEntry, "weights", discarding)
     with pytest.warns(UserWarning, match=f"{digests[1]} was deleted from the store in the meantime, and is left out"):
         found = fresh(tmp_path).attribute(Classifier(), datamodule=Blobs(), ckpt_path=files)
     assert found.info.checkpoints == (digests[0],)

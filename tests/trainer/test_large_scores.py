@@ -99,7 +99,7 @@ import resource, sys
 import numpy as np, torch
 from lightning_trak import FeatureStore
 from lightning_trak.influence import Estimator, Options
-from lightning_trak.trainer.checkpoints import train_features
+from lightning_trak.trainer.train_features import train_features
 store = FeatureStore.create(sys.argv[1], {"n_train": 6, "parameters": {}, "projection": {}, "chunk_rows": 2})
 rng = np.random.default_rng(0)
 for number in range(int(sys.argv[2])):

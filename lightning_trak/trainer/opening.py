@@ -1,0 +1,145 @@
+"""Opens the store of a model and a train set, and chooses its checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch.utils.data import DataLoader, Subset
+
+from lightning_trak.data.identity import fingerprint
+from lightning_trak.gradients.function import check_fit
+from lightning_trak.influence import TrainingTime
+from lightning_trak.store.remote import AnyPath
+from lightning_trak.store.store import FeatureStore
+from lightning_trak.store.weights import read_checkpoint, weights_digest, weights_in
+from lightning_trak.trainer.framework import LightningModule, Trainer, framework_of, rank_zero_info
+from lightning_trak.trainer.loaders import Loaders
+from lightning_trak.trainer.plan import Plan, Settings
+from lightning_trak.trainer.reports import Reports
+from lightning_trak.trainer.resumed import whole_path
+
+CkptPath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
+
+
+def open_store(
+    path: AnyPath,
+    settings: Settings,
+    reports: Reports,
+    trainer: Trainer,
+    model: LightningModule,
+    loaders: Loaders,
+    *,
+    may_grow: bool = True,
+) -> tuple[FeatureStore, Plan]:
+    """Open the store; check that it is of this model and data.
+
+    Args:
+        path: of the store.
+        settings: what the user asked for.
+        reports: takes messages to the user.
+        trainer: runs the model.
+        model: the model.
+        loaders: finds the train set.
+        may_grow: whether the store takes training examples that were added to its own.
+    """
+    if trainer.fast_dev_run and not (path / "manifest.json").exists():
+        raise framework_of(trainer).MisconfigurationException(
+            "This Trainer ran with fast_dev_run, which saves no checkpoint, so there is nothing to attribute. Fit"
+            " without fast_dev_run, or pass checkpoint files with ckpt_path=[...]."
+        )
+    store = FeatureStore(path)
+    plan = Plan(settings, reports, model, store.manifest)
+    store.check(plan.identity)
+    loader = loaders.train_if_defined()
+    if loader is not None:  # also without anything to featurize: rows must be of this data set
+        store = fitting_store(path, plan, loader, may_grow=may_grow)
+    return store, plan
+
+
+def fitting_store(
+    path: AnyPath, plan: Plan, loader: DataLoader[Any], seconds: float = 0.0, *, may_grow: bool = True
+) -> FeatureStore:
+    """Open the store of a plan and a train set, or make it; it takes examples that were added to its own.
+
+    Args:
+        path: of the store.
+        plan: how examples are featurized.
+        loader: of the train set.
+        seconds: how long it takes to featurize an example, where that is known.
+        may_grow: whether added examples are taken; without, such a store is returned as it is.
+
+    Raises:
+        ValueError: if it is a store of another plan or train set.
+    """
+    manifest = plan.manifest(loader, seconds)
+    if not (path / "manifest.json").exists():
+        return FeatureStore.create(path, manifest)
+    store = FeatureStore(path)
+    if store.n_train < manifest["n_train"] and "data" in store.manifest:
+        store.check(plan.identity)
+        first = fingerprint(Subset(loader.dataset, range(store.n_train)))
+        if first["data"] == store.manifest["data"]:
+            return _grown(store, manifest) if may_grow else store
+    store.check(manifest)
+    return store
+
+
+def _grown(store: FeatureStore, manifest: Mapping[str, Any]) -> FeatureStore:
+    """Let a store grow to the size of the train set, and say so."""
+    former, now = store.n_train, manifest["n_train"]
+    grown = store.grown(manifest)
+    grown.check(manifest)  # another process may have added others
+    rank_zero_info(
+        f"TRAKCallback: the train set has {now} examples, of which the store '{store.dirpath}' knew the first {former}:"
+        f" their features stay, and those of the other {now - former} are computed at each checkpoint."
+    )
+    return grown
+
+
+def files_of(trainer: Trainer, ckpt_path: CkptPath) -> list[str | os.PathLike[str]] | None:
+    """Return the checkpoint files that ``ckpt_path`` names; None if it names checkpoints of the store."""
+    if ckpt_path is None or ckpt_path == "last":
+        return None
+    if ckpt_path == "best":
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if not best:
+            raise framework_of(trainer).MisconfigurationException(
+                "ckpt_path='best', but this trainer has no ModelCheckpoint that saved a best model. Pass its path."
+            )
+        ckpt_path = best
+    paths = [ckpt_path] if isinstance(ckpt_path, (str, os.PathLike)) else list(ckpt_path)
+    if not paths:
+        raise ValueError("ckpt_path is an empty list. Pass at least one checkpoint file, or None for all in the store.")
+    return paths
+
+
+def of_store(trainer: Trainer, store: FeatureStore, ckpt_path: CkptPath, last: str | None) -> list[str]:
+    """Return the digests of all checkpoints of the store, or with ``"last"`` of the last alone, that of ``last``."""
+    digests = store.digests
+    if not digests:
+        raise framework_of(trainer).MisconfigurationException(
+            f"The store '{store.dirpath}' has no checkpoints. Train with a TRAKCallback and checkpointing on (not"
+            " with fast_dev_run), or pass checkpoint files with ckpt_path=[...]."
+        )
+    if ckpt_path is None:
+        return digests
+    return [last] if last is not None and last in store else digests[-1:]
+
+
+def of_files(trainer: Trainer, store: FeatureStore, paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Put files into the store; return the digests of their weights."""
+    digests = []
+    for path in paths:
+        checkpoint = read_checkpoint(path)
+        weights, training = weights_in(checkpoint, path), TrainingTime.of_checkpoint(checkpoint)
+        digest = weights_digest(weights)
+        if digest not in digests:
+            digests.append(digest)
+        check_fit(trainer.lightning_module, weights)
+        meta: dict[str, Any] = {"file": os.path.basename(path), "path": whole_path(path)}
+        meta["training_time"] = training and asdict(training)
+        store.add(digest, meta, weights)
+    return digests
