@@ -34,7 +34,6 @@ from lightning_trak.trainer.framework import (
     check_supported,
     extend_loaded,
     framework_of,
-    rank_zero_info,
 )
 from lightning_trak.trainer.loaders import train_loader_of_fit
 from lightning_trak.trainer.logs import log_largest, log_numbers
@@ -43,8 +42,8 @@ from lightning_trak.trainer.opening import fitting_store
 from lightning_trak.trainer.pace import Coming, Pace, synchronize
 from lightning_trak.trainer.plan import DTYPE, PROJ_DIM, SEED, Plan, Settings, parameters_to_be
 from lightning_trak.trainer.preflight import preflight
-from lightning_trak.trainer.queue import FINISH_LATER, CheckpointQueue
-from lightning_trak.trainer.reports import Reports, time_text
+from lightning_trak.trainer.queue import CheckpointQueue
+from lightning_trak.trainer.reports import Reports
 
 _LOOK_AGAIN = 50  # steps, where the Trainer logs nothing
 
@@ -254,9 +253,9 @@ class TRAKCallback(Callback):
         self._run = trainer.strategy.broadcast(self._run or uuid4().hex)
         self._queue, self._attributed = CheckpointQueue(store, loop, self._run, self.reports), set(plan.parameters)
         if not trainer.checkpoint_callbacks:
-            rank_zero_info(
-                "TRAKCallback: this Trainer has no ModelCheckpoint. If no checkpoint is saved by hand, the final"
-                " weights are featurized when fit ends."
+            self.reports.tell(
+                "this Trainer has no ModelCheckpoint. If no checkpoint is saved by hand, the final weights are"
+                " featurized when fit ends."
             )
         if trainer.global_step == 0:
             self._training = TrainingTime()
@@ -328,32 +327,24 @@ class TRAKCallback(Callback):
             queue.add_weights_of(pl_module, trainer, self._training)
         queue.saved()  # in all processes: the first may have discarded some since
         queue.share(trainer)
-        self._say_what_waited(queue)
+        if self._pace is not None:
+            queue.say_what_waited(self._pace)
         if len(queue):
             with attached(trainer, pl_module, trainer.datamodule):
                 self._featurize(trainer, queue, limited=False)
         with queue.training_goes_on("The feature store could not be read"):
-            own = [entry for entry in queue.store if entry.meta.get("run") == self._run and entry.complete]
+            own = [entry for entry in queue.own() if entry.complete]
             if own and self.train_loader is not None:
                 log_largest(trainer, self.reports, own, self.train_loader.dataset)
-            if len(queue.store):
-                alone = {entry.meta.get("run") for entry in queue.store} <= {self._run}
-                others = "" if alone else " (with those of earlier runs; TRAKCallback(overwrite=True) deletes them)"
-                done = count(queue.featurized, "checkpoint")
-                rank_zero_info(
-                    f"TRAKCallback: {done} featurized. trainer.attribute() will average over"
-                    f" {_pool_of(queue.store)}{others}."
-                )
-        if queue.failed:
-            failed = count(queue.failed, "checkpoint")
-            rank_zero_info(f"TRAKCallback: {failed} could not be featurized. {FINISH_LATER}")
+            queue.say_what_is_there()
+        queue.say_what_failed()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say what waits to be featurized when training is stopped."""
         if self._queue is not None and len(self._queue):
+            waited = count(len(self._queue), "checkpoint")
             self.reports.tell(
-                f"{count(len(self._queue), 'checkpoint')} of this run waited to be featurized."
-                " trainer.attribute(...) or a resumed fit does it."
+                f"{waited} of this run waited to be featurized. trainer.attribute(...) or a resumed fit does it."
             )
 
     def _featurize(self, trainer: Trainer, queue: CheckpointQueue, *, limited: bool) -> None:
@@ -366,20 +357,6 @@ class TRAKCallback(Callback):
                 "share_of_training_time": self._pace.spent,
             }
             log_numbers(trainer, self.reports, {**seconds, **far})
-
-    def _say_what_waited(self, queue: CheckpointQueue) -> None:
-        """Say what the budget put off."""
-        waited, budget = len(queue.put_off & queue.pending), f"by budget={self.budget}"
-        if waited and self._pace is not None:
-            self.reports.tell(
-                f"{count(waited, 'checkpoint')} waited for the end of training, {budget}. Featurizing takes about"
-                f" {time_text(waited * self._pace.expected)}. If you stop it, trainer.attribute(...) does the rest."
-            )
-        if queue.dropped:
-            self.reports.tell(
-                f"{count(queue.dropped, 'checkpoint')} were deleted while they waited, {budget}, and are not averaged."
-                " ModelCheckpoint(save_top_k=-1) keeps all."
-            )
 
     def store_path(self, trainer: Trainer) -> AnyPath:
         """Return the directory of the feature store."""
@@ -430,11 +407,3 @@ def find_callback(trainer: Any) -> TRAKCallback:
             " Trainer(callbacks=[TRAKCallback('attributions')])."
         )
     return found[0]
-
-
-def _pool_of(store: FeatureStore) -> str:
-    """Say how many checkpoints of the store are averaged over, and from how many runs."""
-    runs = {entry.meta.get("run") for entry in store}
-    known = len(runs - {None})
-    sources = [count(known, "run")] * (known > 0) + ["files"] * (None in runs)
-    return f"{len(store)} of {len(store)} checkpoints in '{store.dirpath}', from {' and '.join(sources)}"

@@ -1,4 +1,4 @@
-"""The job before scoring: open the store, choose checkpoints, and featurize train set and targets at them."""
+"""The job before scoring: a model on its device, checkpoints of its store, and the train set featurized at them."""
 
 from __future__ import annotations
 

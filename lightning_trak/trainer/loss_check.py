@@ -106,7 +106,7 @@ class LossCheck:
             self._warn("batch", _other_batch(module))
         if seen is None:
             return
-        if not _same_batch(seen, batch):
+        if len(tensors_of(seen)) != len(tensors_of(batch)) or not same_tensors(seen, batch):
             self._warn("batch", _other_batch(module))
         elif expected is not None and isinstance(outputs, Mapping) and "loss" in outputs:
             trained = outputs["loss"].item() * trainer.accumulate_grad_batches
@@ -181,11 +181,6 @@ def _evaluating(parts: list[nn.Module]) -> Iterator[None]:
 
 def _differ(one: float, other: float, chance: float = 0.0) -> bool:
     return abs(one - other) > _TOLERANCE * max(abs(one), abs(other)) + 1e-3 + chance
-
-
-def _same_batch(one: Any, other: Any) -> bool:
-    """Tell whether two batches have equally many tensors, with equal values."""
-    return len(tensors_of(one)) == len(tensors_of(other)) and same_tensors(one, other)
 
 
 def _other_loss(module: Any, trained: float, expected: float) -> str:

@@ -91,18 +91,18 @@ class Pace:
         wait: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        self._share, self.expected, self._wait, self._clock = share, expected, wait, clock
+        self.share, self.expected, self._wait, self._clock = share, expected, wait, clock
         self._began, self._spent = clock(), 0.0
         self._steps, self._since = 0, 0.0
 
     @property
     def limited(self) -> bool:
         """Whether featurizing has a limit."""
-        return self._share is not None
+        return self.share is not None
 
     def allows_another(self) -> bool:
         """Whether featurizing at another checkpoint stays within the share."""
-        return self._share is None or self._spent + self.expected <= self._share * self._trained()
+        return self.share is None or self._spent + self.expected <= self.share * self._trained()
 
     @property
     def spent(self) -> float:

@@ -143,18 +143,10 @@ class Plan:
         parameters: str | Sequence[str] | None = None,
         manifest: dict[str, Any] | None = None,
     ) -> Plan:
-        """Return the plan for a train set. ``preconditioner="auto"`` is that of the store, or follows from the data.
+        """Return the plan for a train set, which ``loader`` reads.
 
-        Of two classes, no label is left to draw, so there is nothing to whiten.
-
-        Args:
-            settings: what the user asked for.
-            reports: takes messages to the user.
-            trainer: runs the model.
-            module: the model.
-            loader: of the train set.
-            parameters: which to attribute, if the settings name none.
-            manifest: of a store that is there.
+        ``preconditioner="auto"`` is that of the store, if ``manifest`` is one's, or follows from the data: of two
+        classes, no label is left to draw, so there is nothing to whiten.
         """
 
         def plan_with(preconditioner: str) -> Plan:

@@ -10,16 +10,18 @@ from typing import Any
 
 from lightning_trak.influence.training_time import CHECKPOINT_KEY, TrainingTime
 from lightning_trak.isolation.module_state import ModuleChanged
+from lightning_trak.results.terminal import count
+from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import Weights, copy_of_weights, tensors_in, weights_digest, weights_in
 from lightning_trak.trainer.checkpoints import featurize_checkpoint
 from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import LightningModule, Trainer
 from lightning_trak.trainer.pace import Pace
-from lightning_trak.trainer.reports import Reports
+from lightning_trak.trainer.reports import Reports, time_text
 from lightning_trak.trainer.resumed import checkpoint_files, whole_path
 
-FINISH_LATER = "trainer.attribute(...) computes what is missing, once the cause is fixed."
+_FINISH_LATER = "trainer.attribute(...) computes what is missing, once the cause is fixed."
 
 
 class CheckpointQueue:
@@ -38,16 +40,14 @@ class CheckpointQueue:
         last_saved: the digest of the weights that were saved last; None before.
         anything_saved: whether a checkpoint file was written.
         featurized: the number of checkpoints that were featurized.
-        failed: the number of failures.
-        put_off: the digests of checkpoints that the pace did not allow when their turn came.
-        dropped: the number of these that were discarded later, with their files.
     """
 
     def __init__(self, store: FeatureStore, loop: FeaturizationLoop, run: str, reports: Reports) -> None:
         self.store, self._loop, self._run, self._reports = store, loop, run, reports
         self.last_saved: str | None = None
-        self.anything_saved, self.featurized, self.failed, self.dropped = False, 0, 0, 0
-        self.put_off: set[str] = set()
+        self.anything_saved, self.featurized, self._failed = False, 0, 0
+        self._put_off: set[str] = set()  # digests that the pace did not allow when their turn came
+        self._dropped = 0  # of these, those that were discarded later, with their files
         self._files: dict[str, str] = {}  # path of a checkpoint file → digest of its weights
         self._pending: dict[str, bool] = {}  # digest to featurize → whether this run has added it
         self._unshared = True
@@ -56,10 +56,9 @@ class CheckpointQueue:
         """Return how many checkpoints wait to be featurized."""
         return len(self._pending)
 
-    @property
-    def pending(self) -> set[str]:
-        """The digests of the checkpoints that wait to be featurized."""
-        return set(self._pending)
+    def own(self) -> list[CheckpointEntry]:
+        """Return the checkpoints of this run."""
+        return [entry for entry in self.store if entry.meta.get("run") == self._run]
 
     def file_saved(self, path: str, checkpoint: Mapping[str, Any], training: TrainingTime | None) -> None:
         """Put the weights of a checkpoint file into the store."""
@@ -74,8 +73,8 @@ class CheckpointQueue:
         if digest is None or digest in self._files.values():
             return
         if self._pending.pop(digest, False):
-            self.dropped += digest in self.put_off
-            self.put_off.discard(digest)
+            self._dropped += digest in self._put_off
+            self._put_off.discard(digest)
             with self.training_goes_on("The weights of a deleted checkpoint could not be removed"):
                 self.store.discard(digest)
 
@@ -115,7 +114,7 @@ class CheckpointQueue:
         """
         for digest in list(self._pending):
             if limited and pace.limited and not trainer.strategy.broadcast(pace.allows_another()):
-                self.put_off |= set(self._pending)
+                self._put_off |= set(self._pending)
                 return
             del self._pending[digest]
             seconds: Mapping[str, float] = {}
@@ -135,7 +134,7 @@ class CheckpointQueue:
             trainer: says where files are.
             kept_alone: whether only checkpoints whose files are still there are to be featurized.
         """
-        own = {entry.digest: entry for entry in self.store if entry.meta.get("run") == self._run}
+        own = {entry.digest: entry for entry in self.own()}
         paths = {digest: entry.meta.get("path") for digest, entry in own.items()}
         found: dict[str, str] = {}  # path of a file → digest of its weights
         for path, checkpoint in checkpoint_files(trainer, filter(None, paths.values())):
@@ -167,10 +166,41 @@ class CheckpointQueue:
         except Exception as error:
             if isinstance(error, ModuleChanged) and not error.restored:
                 raise
-            self.failed += 1
+            self._failed += 1
             kind = type(error).__name__
-            warning = f"{what}: {kind}: {str(error).rstrip('.')}. Training goes on. {FINISH_LATER}"
+            warning = f"{what}: {kind}: {str(error).rstrip('.')}. Training goes on. {_FINISH_LATER}"
             self._reports.warn(warning, about=f"a failure of kind {kind}")
+
+    def say_what_waited(self, pace: Pace) -> None:
+        """Say what the pace put off."""
+        waited, budget = len(self._put_off & self._pending.keys()), f"by budget={pace.share}"
+        if waited:
+            self._reports.tell(
+                f"{count(waited, 'checkpoint')} waited for the end of training, {budget}. Featurizing takes about"
+                f" {time_text(waited * pace.expected)}. If you stop it, trainer.attribute(...) does the rest."
+            )
+        if self._dropped:
+            self._reports.tell(
+                f"{count(self._dropped, 'checkpoint')} were deleted while they waited, {budget}, and are not averaged."
+                " ModelCheckpoint(save_top_k=-1) keeps all."
+            )
+
+    def say_what_is_there(self) -> None:
+        """Say how many checkpoints will be averaged over, and from how many runs."""
+        total, runs = len(self.store), {entry.meta.get("run") for entry in self.store}
+        known = len(runs - {None})
+        sources = " and ".join([count(known, "run")] * (known > 0) + ["files"] * (None in runs))
+        others = " (with those of earlier runs; TRAKCallback(overwrite=True) deletes them)" * (not runs <= {self._run})
+        if total:
+            self._reports.tell(
+                f"{count(self.featurized, 'checkpoint')} featurized. trainer.attribute() will average over {total} of"
+                f" {total} checkpoints in '{self.store.dirpath}', from {sources}{others}."
+            )
+
+    def say_what_failed(self) -> None:
+        """Say how many checkpoints could not be featurized."""
+        if self._failed:
+            self._reports.tell(f"{count(self._failed, 'checkpoint')} could not be featurized. {_FINISH_LATER}")
 
     def _add_file(self, path: str, checkpoint: Mapping[str, Any], training: TrainingTime | None) -> str:
         """Put the weights of a file into the store; return their digest."""
