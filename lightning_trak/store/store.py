@@ -303,12 +303,12 @@ class FeatureStore:
         )
 
 
-def rows_in_a_chunk(row_bytes: int, seconds: float = 0.0) -> int:
+def rows_in_a_chunk(row_bytes: int, seconds: float | None = None) -> int:
     """Return how many rows a chunk has: about 2 MiB, no more than a minute's work, and 64 if that is unknown.
 
     Args:
         row_bytes: how much is stored of a training example.
-        seconds: how long it takes to compute it, where that is known.
+        seconds: how long it takes to compute it; None if that is unknown.
 
     >>> rows_in_a_chunk(8200), rows_in_a_chunk(8200, seconds=2.0)
     (64, 30)

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 
 from lightning_trak.features.stored import DTYPES
 from lightning_trak.gradients import ENGINES
-from lightning_trak.gradients.memory import is_out_of_memory
 from lightning_trak.influence.training_time import CHECKPOINT_KEY, TrainingTime
 from lightning_trak.isolation.random_states import kept_generators
 from lightning_trak.projection import Projector, check_projector
@@ -26,7 +25,6 @@ from lightning_trak.store.weights import copy_of_weights
 from lightning_trak.trainer import arguments
 from lightning_trak.trainer.attachment import attached, undisturbed
 from lightning_trak.trainer.checkpoint_io import watch
-from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import (
     Callback,
     LightningModule,
@@ -41,7 +39,7 @@ from lightning_trak.trainer.loss_check import LossCheck
 from lightning_trak.trainer.opening import fitting_store
 from lightning_trak.trainer.pace import Coming, Pace, synchronize
 from lightning_trak.trainer.plan import DTYPE, PROJ_DIM, SEED, Plan, Settings, parameters_to_be
-from lightning_trak.trainer.preflight import preflight
+from lightning_trak.trainer.preflight import measured_seconds, preflight
 from lightning_trak.trainer.queue import CheckpointQueue
 from lightning_trak.trainer.reports import Reports
 
@@ -238,7 +236,7 @@ class TRAKCallback(Callback):
             plan = Plan.choose(self.settings, self.reports, trainer, pl_module, loader, parameters, manifest)
             loop = plan.loop(trainer, pl_module, loader, lambda: loader, "train")
             seconds = preflight(loop, copy_of_weights(pl_module), thorough=True)
-            seconds = self._measured(loop, pl_module, seconds)
+            seconds = measured_seconds(loop, copy_of_weights(pl_module)) or seconds
             self.train_loader = loader
             if trainer.fast_dev_run:
                 return  # it saves no checkpoint
@@ -267,15 +265,6 @@ class TRAKCallback(Callback):
             ):
                 self._queue.reconcile(trainer, kept_alone=self.featurize_on == "fit_end")
         self._pace = Pace(self.budget, self._coming.seconds, partial(synchronize, loop.reader.device))
-
-    def _measured(self, loop: FeaturizationLoop, module: LightningModule, seconds: float) -> float:
-        """Return how long an example takes; ``seconds``, as in preflight, if the batch cannot be featurized."""
-        try:
-            return loop.measured(copy_of_weights(module), "").seconds
-        except (ValueError, RuntimeError) as error:
-            if not is_out_of_memory(error):  # batches are halved when they are featurized
-                self.reports.warn(f"The first batch cannot be featurized now: {error}", about="the first batch")
-            return seconds
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Featurize what was saved since the last training step; compute the loss of an epoch's first batch."""

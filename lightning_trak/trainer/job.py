@@ -21,7 +21,7 @@ from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.files import PARTIAL, check_space
 from lightning_trak.store.remote import AnyPath
 from lightning_trak.store.store import FeatureStore
-from lightning_trak.store.weights import names_of_weights, read_weights
+from lightning_trak.store.weights import copy_of_weights, names_of_weights, read_weights
 from lightning_trak.trainer.attachment import attached
 from lightning_trak.trainer.callback import TRAKCallback, find_callback
 from lightning_trak.trainer.checkpoints import check_some, featurize_checkpoint, mended
@@ -39,11 +39,12 @@ from lightning_trak.trainer.framework import (
 from lightning_trak.trainer.loaders import Loaders
 from lightning_trak.trainer.opening import CkptPath, files_of, fitting_store, of_files, of_store, open_store
 from lightning_trak.trainer.plan import Plan
-from lightning_trak.trainer.preflight import preflight
+from lightning_trak.trainer.preflight import measured_seconds, preflight
 from lightning_trak.trainer.train_features import train_features
 from lightning_trak.trainer.whitening import rescaled
 
 T = TypeVar("T")
+_MANY = 64  # batches of a train set, of which two are featurized to measure how long they take
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def prepared_job(
         path, files = callback.store_path(trainer), files_of(trainer, ckpt_path)
         if ckpt_path is not None and not (path / "manifest.json").exists():
             plan = Plan.choose(callback.settings, callback.reports, trainer, model, loaders.train())
-            store = fitting_store(path, plan, loaders.train())
+            store = fitting_store(path, plan, loaders.train(), _seconds(plan, trainer, model, loaders.train()))
         else:
             store, plan = open_store(path, callback.settings, callback.reports, trainer, model, loaders)
         if files is None:
@@ -212,6 +213,14 @@ def prepared_job(
         options = Options(callback.damping, callback.temperature, callback.curvature, callback.estimator)
         limit, whole = callback.memory_limit, ckpt_path is None
         yield Job(trainer, model, store, plan, entries, loaders, datamodule, options, limit, whole)
+
+
+def _seconds(plan: Plan, trainer: Trainer, model: LightningModule, loader: DataLoader[Any]) -> float | None:
+    """Return how long featurizing an example takes, measured where that is little of the whole; else None."""
+    if len(loader) < _MANY:
+        return None
+    loop = plan.loop(trainer, model, loader, lambda: loader, "train")
+    return measured_seconds(loop, copy_of_weights(model))
 
 
 @contextmanager
@@ -237,9 +246,10 @@ def ready(
         framework.check_kind("datamodule", datamodule, "LightningDataModule")
     fresh = model._trainer is None
     with attached(trainer, model, datamodule):
+        loaders = Loaders(trainer, model, datamodule, dataloaders, fitted)
         if fresh:
-            _build(model, datamodule, callback.store_path(trainer), ckpt_path)
-        yield callback, model, datamodule, Loaders(trainer, model, datamodule, dataloaders, fitted)
+            _build(model, loaders, callback.store_path(trainer), ckpt_path)
+        yield callback, model, datamodule, loaders
 
 
 def _sorted_out(model: Any, dataloaders: Any, datamodule: Any) -> tuple[Any, Any, Any]:
@@ -253,16 +263,13 @@ def _sorted_out(model: Any, dataloaders: Any, datamodule: Any) -> tuple[Any, Any
     return model, dataloaders, datamodules[0] if datamodules else datamodule
 
 
-def _build(model: LightningModule, datamodule: LightningDataModule | None, store: AnyPath, ckpt_path: CkptPath) -> None:
+def _build(model: LightningModule, loaders: Loaders, store: AnyPath, ckpt_path: CkptPath) -> None:
     """Let a model that was never fitted build layers in its hooks, which are called in Lightning's order."""
     model.configure_model()
     names = _names_of_weights(store, ckpt_path)
     if names is None or names <= set(model.state_dict()):
         return
-    if datamodule is not None:
-        datamodule.prepare_data()
-        datamodule.setup("fit")
-    model.setup("fit")
+    loaders.set_up("fit")
     model.configure_model()
 
 

@@ -69,16 +69,25 @@ class Loaders:
             f" {' or '.join(type(owner).__name__ for owner in self._owners)}. Pass datamodule=..."
         )
 
+    def set_up(self, stage: str) -> None:
+        """Prepare and set up datamodule and module, in this order, unless that is done."""
+        for owner in self._owners:
+            self._set_up(owner, stage)
+
     def _request(self, owner: Any, hook: str, stage: str) -> Any:
-        """Call a loader hook of a datamodule or module, after preparing and setting it up as Lightning does."""
+        """Call a loader hook of a datamodule or module, after preparing and setting it up."""
+        self._set_up(owner, stage)
+        return getattr(owner, hook)()
+
+    def _set_up(self, owner: Any, stage: str) -> None:
+        """Prepare a datamodule or module once for every machine, as in ``fit``, and set it up for a stage."""
         if not any(prepared == id(owner) for prepared, _ in self._prepared):
-            if self._trainer.local_rank == 0:  # once for every machine, as in ``fit``
+            if self._trainer.local_rank == 0:
                 owner.prepare_data()
             self._trainer.strategy.barrier()
         if (id(owner), stage) not in self._prepared:
             owner.setup(stage)
             self._prepared.add((id(owner), stage))
-        return getattr(owner, hook)()
 
 
 TRAIN_REMEDY = (

@@ -60,7 +60,7 @@ def open_store(
 
 
 def fitting_store(
-    path: AnyPath, plan: Plan, loader: DataLoader[Any], seconds: float = 0.0, *, may_grow: bool = True
+    path: AnyPath, plan: Plan, loader: DataLoader[Any], seconds: float | None = None, *, may_grow: bool = True
 ) -> FeatureStore:
     """Open the store of a plan and a train set, or make it; it takes examples that were added to its own.
 
@@ -68,7 +68,7 @@ def fitting_store(
         path: of the store.
         plan: how examples are featurized.
         loader: of the train set.
-        seconds: how long it takes to featurize an example, where that is known.
+        seconds: how long it takes to featurize an example; None if that is unknown.
         may_grow: whether added examples are taken; without, such a store is returned as it is.
 
     Raises:

@@ -187,12 +187,12 @@ class Plan:
         preconditioner = None if own is None else own.configuration
         return {"parameters": self.shapes, "preconditioner": preconditioner, "projection": projection}
 
-    def manifest(self, loader: DataLoader[Any], seconds: float = 0.0) -> dict[str, Any]:
+    def manifest(self, loader: DataLoader[Any], seconds: float | None = None) -> dict[str, Any]:
         """Return the store's manifest for a train set.
 
         Args:
             loader: of the train set.
-            seconds: how long it takes to featurize an example, where that is known.
+            seconds: how long it takes to featurize an example; None if that is unknown.
         """
         data = fingerprint(loader.dataset)
         entries = None if self.preconditioner is None else self.proj_dim

@@ -122,6 +122,36 @@ def test_layers_that_need_the_datamodule(tmp_path):
     torch.testing.assert_close(fresh(tmp_path).attribute(Sized(), datamodule=Data()).scores, trainer.attribute().scores)
 
 
+def test_data_are_prepared_and_set_up_once_for_layers_and_loaders(tmp_path, monkeypatch):
+    """In Lightning's order, and by one process of each machine."""
+    called = []
+
+    class Noting:
+        def prepare_data(self):
+            called.append((type(self).__name__, "prepare"))
+
+        def setup(self, stage):
+            called.append((type(self).__name__, stage))
+            super().setup(stage)
+
+    class Module(Noting, Late):
+        pass
+
+    class Data(Noting, Blobs):
+        val_dataloader = L.LightningDataModule.val_dataloader
+
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store"), max_epochs=1)
+    trainer.fit(Module(), datamodule=Data())
+    called.clear()
+    fresh(tmp_path).attribute(Module(), datamodule=Data())
+    assert called[:4] == [("Data", "prepare"), ("Data", "fit"), ("Module", "prepare"), ("Module", "fit")]
+    assert len(called) == len({*called})
+    called.clear()
+    monkeypatch.setattr(L.Trainer, "local_rank", 1)
+    fresh(tmp_path).attribute(Module(), datamodule=Data())
+    assert not any(what == "prepare" for _, what in called)
+
+
 @pytest.mark.parametrize("fitted", [True, False])
 def test_a_module_that_builds_its_layers_in_every_setup_keeps_its_weights(tmp_path, fitted):
     class Rebuilds(Late):
