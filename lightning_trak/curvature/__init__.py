@@ -5,6 +5,7 @@ Per-sample gradients of a loss with drawn labels come in, eigenbases and eigenva
 """
 
 from lightning_trak.curvature.kronecker import Curvature, EigenBasis, Eigenvalues, SecondMoments
-from lightning_trak.curvature.whitening import Preconditioner, Whitening, rescaling
+from lightning_trak.curvature.preconditioner import Preconditioner
+from lightning_trak.curvature.whitening import Whitening, rescaling
 
 __all__ = ["Curvature", "EigenBasis", "Eigenvalues", "Preconditioner", "SecondMoments", "Whitening", "rescaling"]

@@ -1,4 +1,4 @@
-"""From one call of a layer, seen in the backward pass, to the gradients of its parameters."""
+"""Applies a layer's rule to one call of the layer, seen in the backward pass, and checks what the rule returns."""
 
 from __future__ import annotations
 

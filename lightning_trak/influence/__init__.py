@@ -7,10 +7,10 @@ from lightning_trak.influence.calibration import Kinds, fit_weights
 from lightning_trak.influence.damping import Damping, whitening_damping
 from lightning_trak.influence.estimator import Estimator, Options, Solved
 from lightning_trak.influence.gauss_newton import SUMS_VERSION, GaussNewton
+from lightning_trak.influence.neighbours import Sketch, nearest
 from lightning_trak.influence.outliers import outliers
 from lightning_trak.influence.output_curvature import Corrected, OutputCurvature
 from lightning_trak.influence.scores import Extremes, Ranked, Scores, Spread, extremes_of, rank, score_products
-from lightning_trak.influence.similarity import Sketch, nearest
 from lightning_trak.influence.suspicion import Findings, findings
 from lightning_trak.influence.temperature import is_logistic
 from lightning_trak.influence.train_features import TrainFeatures, stack

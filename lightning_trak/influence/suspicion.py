@@ -1,4 +1,4 @@
-"""What is wrong with which training examples, from numbers about them; with the limits that decide it."""
+"""What is wrong with which training examples: mislabelled, near-duplicate, leak, harmful; and the limits for each."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from lightning_trak.influence import Extremes, Ranked, Spread, extremes_of, fit_
 from lightning_trak.influence.train_features import evenly_spaced
 from lightning_trak.isolation.random_states import kept_random_states
 from lightning_trak.metrics import predicted_outputs
-from lightning_trak.results.convergence import Convergence, convergence_of
+from lightning_trak.results.convergence import Convergence, agreement_of_all, convergence_of
 from lightning_trak.results.examples import Examples, plain
 from lightning_trak.results.info import AttributionInfo
 from lightning_trak.results.kept import Kept
@@ -28,7 +28,7 @@ from lightning_trak.results.report.content import Known
 from lightning_trak.results.report.page import notebook_page, write_report
 from lightning_trak.results.saved import Saved, check_saved, read_saved, write_saved
 from lightning_trak.results.split_score import SplitScore
-from lightning_trak.results.status import agreement_of_all, status_of
+from lightning_trak.results.status import status_of
 from lightning_trak.results.stored_scores import StoredScores, scores_at
 from lightning_trak.results.subsets import kept_subset, masks_of
 from lightning_trak.results.tables import Table, long_frame, long_table, wide_frame, write_csv, write_parquet

@@ -1,4 +1,4 @@
-"""What an attribution asks of the features behind its scores."""
+"""What is asked of features after scoring: leaving out, calibration, spread, splitting. The trainer's room answers."""
 
 from __future__ import annotations
 

@@ -2,51 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from lightning_trak.metrics import spearman
 from lightning_trak.results.terminal import count
 
 _ENOUGH = 2 / 3  # then all checkpoints together agree to 0.8 with as many others (Spearman and Brown)
-_MOST = 100  # targets that are compared for one line
-
-
-def agreement_of(sample: Tensor, number: int, splits: int, seed: int) -> float:
-    """Return how well the scores of two halves of some checkpoints agree.
-
-    Args:
-        sample: scores at each checkpoint, (checkpoints, r, m).
-        number: of checkpoints that are drawn and split into halves; even.
-        splits: the number of random splits.
-        seed: of the splits.
-
-    Returns:
-        Spearman's rank correlation over training examples, averaged over targets and splits.
-
-    >>> agreement_of(torch.arange(12.0).reshape(2, 6, 1), 2, splits=3, seed=0)
-    1.0
-    """
-    generator = torch.Generator().manual_seed(seed)
-    drawn = (torch.randperm(len(sample), generator=generator)[:number].tolist() for _ in range(splits))
-    times = Counter(frozenset(tuple(sorted(half)) for half in (one[::2], one[1::2])) for one in drawn)
-    agreement = {halves: spearman(*(sample[list(half)].mean(0) for half in halves)).mean().item() for halves in times}
-    return sum(agreement[halves] * often for halves, often in times.items()) / splits
-
-
-def agreement_of_all(sample: Tensor | None) -> float | None:
-    """Return the agreement of two halves of all checkpoints; None where it is unknown.
-
-    Of many targets some are compared, evenly spaced.
-    """
-    if sample is None or len(sample) < 2 or sample.shape[1] < 2 or sample.shape[2] < 1:
-        return None
-    few = sample[:, :, :: math.ceil(sample.shape[2] / _MOST)]
-    return agreement_of(few, len(sample) // 2 * 2, splits=20, seed=0)
 
 
 def status_of(

@@ -130,11 +130,11 @@ class Suspects:
 
         Further columns of the train set are appended.
         """
-        extra = {name: values for name, values in self.train.columns.items() if name not in ("label", "prediction")}
         rows = []
         for suspect in self:
             own = {**asdict(suspect), "wrong": "; ".join(suspect.wrong)}
-            rows.append({**{name: values[suspect.row] for name, values in extra.items()}, **own})
+            known = {name: values[suspect.row] for name, values in self.train.columns.items()}
+            rows.append(own | {name: value for name, value in known.items() if name not in own})
         return rows
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:

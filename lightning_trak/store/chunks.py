@@ -19,6 +19,7 @@ from lightning_trak.store.files import Damaged, check_own, explained_os_errors, 
 from lightning_trak.store.remote import AnyPath, fetch, reading, writable
 
 _END = ".safetensors"
+_BYTES, _SECONDS, _ROWS = 2**21, 60.0, 64  # of a chunk: at most, at most, and if the seconds are unknown
 _AHEAD = 16  # chunks in an object store that are copied at once
 _WAIT = 0.5  # seconds between two looks whether another process is done
 _REMEDY = "trainer.attribute(...) with a train set computes its rows again."
@@ -303,6 +304,20 @@ class Claim:
         with suppress(OSError):  # Windows does not delete what is open
             Path(lock.lock_file).unlink()
         lock.release()
+
+
+def rows_in_a_chunk(row_bytes: int, seconds: float | None = None) -> int:
+    """Return how many rows a chunk has: about 2 MiB, no more than a minute's work, and 64 if that is unknown.
+
+    Args:
+        row_bytes: how much is stored of a training example.
+        seconds: how long it takes to compute it; None if that is unknown.
+
+    >>> rows_in_a_chunk(8200), rows_in_a_chunk(8200, seconds=2.0)
+    (64, 30)
+    """
+    rows = int(_SECONDS / seconds) if seconds else _ROWS
+    return max(1, min(rows, _BYTES // row_bytes))
 
 
 def shares(chunks: Chunks, waiting: Callable[[], object] = lambda: None) -> Iterator[tuple[Claim, Iterator[range]]]:

@@ -25,7 +25,6 @@ from lightning_trak.store.weights import save_weights
 
 FORMAT_VERSION = 2
 CHUNK_ROWS = 256  # unless the manifest says another number
-_CHUNK_BYTES, _CHUNK_SECONDS, _CHUNK_ROWS = 2**21, 60.0, 64
 _LONGEST_NAME = 200  # bytes; names of files that are being written are longer
 _ANEW = "Use another dirpath, or start anew with TRAKCallback(overwrite=True)."
 _FIELDS = {  # that every manifest has
@@ -301,20 +300,6 @@ class FeatureStore:
             f"FeatureStore('{self.dirpath}', n_train={self.n_train}, checkpoints={len(found)}, featurized={sum(found)},"
             f" projection={_short(self.manifest.get('projection'))})"
         )
-
-
-def rows_in_a_chunk(row_bytes: int, seconds: float | None = None) -> int:
-    """Return how many rows a chunk has: about 2 MiB, no more than a minute's work, and 64 if that is unknown.
-
-    Args:
-        row_bytes: how much is stored of a training example.
-        seconds: how long it takes to compute it; None if that is unknown.
-
-    >>> rows_in_a_chunk(8200), rows_in_a_chunk(8200, seconds=2.0)
-    (64, 30)
-    """
-    rows = int(_CHUNK_SECONDS / seconds) if seconds else _CHUNK_ROWS
-    return max(1, min(rows, _CHUNK_BYTES // row_bytes))
 
 
 def _is_manifest(path: Path) -> bool:

@@ -17,6 +17,7 @@ from lightning_trak.results.saved import check_free
 from lightning_trak.store.store import folder_name
 from lightning_trak.trainer.attachment import launched
 from lightning_trak.trainer.callback import find_callback
+from lightning_trak.trainer.ckpt_path import CkptPath
 from lightning_trak.trainer.describing import described_examples
 from lightning_trak.trainer.forecast import forecast
 from lightning_trak.trainer.framework import (
@@ -28,10 +29,9 @@ from lightning_trak.trainer.framework import (
 )
 from lightning_trak.trainer.job import Job, prepared_job
 from lightning_trak.trainer.kept import KeptFeatures
-from lightning_trak.trainer.opening import CkptPath
 from lightning_trak.trainer.progress import progress
 from lightning_trak.trainer.scoring import at_each_checkpoint, compute_scores, solved_at_each
-from lightning_trak.trainer.targets import target_features
+from lightning_trak.trainer.target_features import target_features
 from lightning_trak.trainer.train_features import with_own_squares
 
 

@@ -20,10 +20,10 @@ from lightning_trak.store.chunks import Chunks, Claim, shares
 from lightning_trak.store.files import Damaged, check_space
 from lightning_trak.store.known import KnownRows, known_of_train
 from lightning_trak.store.weights import Weights
+from lightning_trak.trainer.curvature import whitening_at
 from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import rank_zero_warn, stop_if_asked
 from lightning_trak.trainer.reading import ExampleReader
-from lightning_trak.trainer.whitening import whitening_at
 
 T = TypeVar("T")
 _CHECKED = 8  # stored rows that are computed again

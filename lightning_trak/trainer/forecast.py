@@ -20,15 +20,16 @@ from lightning_trak.store.files import free_space
 from lightning_trak.store.known import digest_of_set
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import Weights, read_weights, weights_digest
+from lightning_trak.trainer.ckpt_path import CkptPath, files_of, of_store
+from lightning_trak.trainer.curvature import estimate_curvature
 from lightning_trak.trainer.featurization import FeaturizationLoop, Measured
 from lightning_trak.trainer.framework import Trainer
 from lightning_trak.trainer.job import ready
-from lightning_trak.trainer.opening import CkptPath, files_of, of_store, open_store
+from lightning_trak.trainer.opening import open_store
 from lightning_trak.trainer.plan import Plan
 from lightning_trak.trainer.preflight import preflight
 from lightning_trak.trainer.reports import time_text
-from lightning_trak.trainer.targets import target_chunks
-from lightning_trak.trainer.whitening import estimate_curvature
+from lightning_trak.trainer.target_features import target_chunks
 
 _FEW = 4  # examples of which curvature is estimated to measure how long that takes
 _ROWS, _TARGETS = 256, 64  # of the product that is measured

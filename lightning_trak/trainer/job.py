@@ -25,6 +25,8 @@ from lightning_trak.store.weights import copy_of_weights, names_of_weights, read
 from lightning_trak.trainer.attachment import attached
 from lightning_trak.trainer.callback import TRAKCallback, find_callback
 from lightning_trak.trainer.checkpoints import check_some, featurize_checkpoint, mended
+from lightning_trak.trainer.ckpt_path import CkptPath, files_of, of_files, of_store
+from lightning_trak.trainer.curvature import rescaled
 from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import (
     LightningDataModule,
@@ -37,11 +39,10 @@ from lightning_trak.trainer.framework import (
     rank_zero_warn,
 )
 from lightning_trak.trainer.loaders import Loaders
-from lightning_trak.trainer.opening import CkptPath, files_of, fitting_store, of_files, of_store, open_store
+from lightning_trak.trainer.opening import fitting_store, open_store
 from lightning_trak.trainer.plan import Plan
 from lightning_trak.trainer.preflight import measured_seconds, preflight
 from lightning_trak.trainer.train_features import train_features
-from lightning_trak.trainer.whitening import rescaled
 
 T = TypeVar("T")
 _MANY = 64  # batches of a train set, of which two are featurized to measure how long they take

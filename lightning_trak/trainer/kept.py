@@ -15,7 +15,7 @@ from lightning_trak.trainer.attachment import attached
 from lightning_trak.trainer.job import Job
 from lightning_trak.trainer.scoring import at_each_checkpoint, compute_scores, compute_spread, solved_at_each
 from lightning_trak.trainer.split import split_score
-from lightning_trak.trainer.targets import TargetFeatures
+from lightning_trak.trainer.target_features import TargetFeatures
 
 
 @dataclass(frozen=True)

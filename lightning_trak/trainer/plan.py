@@ -14,13 +14,13 @@ from lightning_trak.features.stored import StoredForm
 from lightning_trak.gradients import Selector
 from lightning_trak.gradients.parameters import select_parameters
 from lightning_trak.projection import IdentityProjector, Projector, make_projector, restore_projector
-from lightning_trak.store.store import rows_in_a_chunk
+from lightning_trak.store.chunks import rows_in_a_chunk
 from lightning_trak.tasks.base import draws_labels, of_drawing_class
+from lightning_trak.trainer.curvature import draws_anything, whitened_at_once
 from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import is_finetuning, rank_zero_warn
 from lightning_trak.trainer.reading import ExampleReader
 from lightning_trak.trainer.reports import Reports
-from lightning_trak.trainer.whitening import draws_anything, whitened_at_once
 
 PROJ_DIM, SEED, DTYPE = 2048, 0, "float32"  # the callback's defaults; a store that exists replaces them by its own
 

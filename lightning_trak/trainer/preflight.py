@@ -23,9 +23,9 @@ from lightning_trak.tasks.checks import (
     check_unchanged,
     versions_of,
 )
+from lightning_trak.trainer.curvature import check_drawn
 from lightning_trak.trainer.featurization import FEW, FeaturizationLoop
 from lightning_trak.trainer.reading import ExampleReader
-from lightning_trak.trainer.whitening import check_drawn
 
 _TRIED = 8  # examples tried before training
 _FEWER = 2  # targets tried: gradients were checked on the train set

@@ -1,4 +1,4 @@
-"""The checkpoints that a run saves, and those of them that are to be featurized."""
+"""The checkpoints that a run saves: which are to be featurized, and what becomes of one whose file is deleted."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lightning_trak.results.terminal import count
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import Weights, copy_of_weights, tensors_in, weights_digest, weights_in
+from lightning_trak.trainer.checkpoint_files import checkpoint_files, whole_path
 from lightning_trak.trainer.checkpoints import featurize_checkpoint
 from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import LightningModule, Trainer
 from lightning_trak.trainer.pace import Pace
 from lightning_trak.trainer.reports import Reports, time_text
-from lightning_trak.trainer.resumed import checkpoint_files, whole_path
 
 _FINISH_LATER = "trainer.attribute(...) computes what is missing, once the cause is fixed."
 

@@ -19,10 +19,10 @@ from lightning_trak.results.split_score import SplitScore
 from lightning_trak.store.weights import Weights
 from lightning_trak.tasks.base import has_parts
 from lightning_trak.trainer.checkpoints import naming
+from lightning_trak.trainer.curvature import whitening_at
 from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.job import Job, layer_of
 from lightning_trak.trainer.train_features import sums_of
-from lightning_trak.trainer.whitening import whitening_at
 
 _PAIRS = 2**26
 _TOLERANCE = 0.05  # relative to all parts: what is stored was rounded to float16

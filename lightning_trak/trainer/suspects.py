@@ -14,14 +14,14 @@ from lightning_trak.influence import Estimator, GaussNewton, Sketch, TrainFeatur
 from lightning_trak.results.suspects import Suspects
 from lightning_trak.tasks.loss_terms import LossTerms
 from lightning_trak.trainer.attachment import launched
+from lightning_trak.trainer.ckpt_path import CkptPath
 from lightning_trak.trainer.describing import described_examples, described_train
 from lightning_trak.trainer.framework import LightningDataModule, LightningModule, Trainer
 from lightning_trak.trainer.job import Job, prepared_job
 from lightning_trak.trainer.losses import loss_grads, typical_losses
-from lightning_trak.trainer.opening import CkptPath
 from lightning_trak.trainer.progress import progress
 from lightning_trak.trainer.scoring import at_each_checkpoint, solved_at_each
-from lightning_trak.trainer.targets import TargetFeatures, target_features
+from lightning_trak.trainer.target_features import TargetFeatures, target_features
 from lightning_trak.trainer.train_features import with_own_squares
 
 

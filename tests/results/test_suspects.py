@@ -12,7 +12,7 @@ import torch
 
 from lightning_trak.influence import Findings
 from lightning_trak.results.examples import Examples
-from lightning_trak.results.suspects import Suspects
+from lightning_trak.results.suspects import Suspect, Suspects
 
 N = 12
 FINDINGS = Findings(
@@ -78,6 +78,7 @@ def test_rows_are_plain_values():
         "harm": pytest.approx(-1 + 8 / 11),
         "wrong": "probably mislabelled; harmful on average",
     }
+    assert list(rows[0]) == [*Suspect.__dataclass_fields__, "source"]  # columns of the train set come last
     assert rows[-1]["wrong"] == ""
 
 

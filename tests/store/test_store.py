@@ -16,9 +16,8 @@ import torch
 
 from lightning_trak import FeatureStore
 from lightning_trak.store.checkpoint import META
-from lightning_trak.store.chunks import Claim
+from lightning_trak.store.chunks import Claim, rows_in_a_chunk
 from lightning_trak.store.files import Damaged, check_space, read_json
-from lightning_trak.store.store import rows_in_a_chunk
 from tests.store.processes import output_of, start
 
 MANIFEST = {

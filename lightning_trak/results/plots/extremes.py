@@ -23,8 +23,8 @@ from lightning_trak.results.plots.axes import (
     pyplot,
     without_ticks,
 )
+from lightning_trak.results.plots.data_set import Reader
 from lightning_trak.results.plots.grid import Cell, draw_grid
-from lightning_trak.results.plots.reader import Reader
 from lightning_trak.results.sides import check_finite, of_sign
 from lightning_trak.results.subsets import rows_of
 

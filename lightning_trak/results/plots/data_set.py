@@ -1,4 +1,4 @@
-"""What is written and drawn of the rows of a data set."""
+"""Rows of a data set as a picture shows them: id, label, verdict and parts; each is read once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checkpoint files of a run that is resumed: what happened to them while nobody watched."""
+"""Finds and reads the checkpoint files of a run that is resumed; `whole_path`: the one path of a file."""
 
 from __future__ import annotations
 

@@ -17,16 +17,15 @@ from lightning_trak.features.largest import Array, matrix_of
 from lightning_trak.features.sparse_matrix import SparseMatrix
 from lightning_trak.features.stored import dense
 from lightning_trak.store.checkpoint import CheckpointEntry
-from lightning_trak.store.chunks import Chunks, scattered
+from lightning_trak.store.chunks import Chunks, rows_in_a_chunk, scattered
 from lightning_trak.store.known import KnownRows, OtherSets, digest_of_set, write_examples
-from lightning_trak.store.store import rows_in_a_chunk
 from lightning_trak.tasks.checks import rows_text
 from lightning_trak.trainer.checkpoints import check_some, fill, naming
+from lightning_trak.trainer.curvature import whitening_at
 from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import rank_zero_warn
 from lightning_trak.trainer.job import Job
 from lightning_trak.trainer.reading import ExampleReader
-from lightning_trak.trainer.whitening import whitening_at
 
 _SHARED = 16  # chunks, which several processes share, at least
 

@@ -1,4 +1,4 @@
-"""Whitening at a checkpoint: its curvature, estimated once, and what is stored of whitened gradients."""
+"""The curvature of a checkpoint: estimated once, from labels drawn for a few examples; it whitens all gradients."""
 
 from __future__ import annotations
 
