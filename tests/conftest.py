@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core, so one thread in each; torch reads it when imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import lightning as L
 import pytest

@@ -100,10 +100,12 @@ def test_rooms_need_no_lightning():
         root.__path__ = [{str(PACKAGE)!r}]
         sys.modules["lightning_trak"] = root
         sys.modules["lightning"] = sys.modules["pytorch_lightning"] = None
-        for name in {[room for room in ROOMS if room not in ("trainer", "evaluation")]!r}:
+        rooms = {[room for room in ROOMS if room not in ("trainer", "evaluation")]!r}
+        for place, name in enumerate(rooms):
             room = importlib.import_module("lightning_trak." + name)
             for module in pkgutil.walk_packages(room.__path__, room.__name__ + "."):
-                importlib.import_module(module.name)"""
+                importlib.import_module(module.name)
+            assert not any("lightning_trak." + later in sys.modules for later in rooms[place + 1:]), name"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

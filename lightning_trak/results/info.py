@@ -58,7 +58,7 @@ class AttributionInfo:
 
     @classmethod
     def loaded(cls, fields: Mapping[str, Any]) -> AttributionInfo:
-        """Return it from what JSON gives back of its fields."""
+        """Return the info whose fields were saved as JSON, where tuples became lists."""
         known: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
         }

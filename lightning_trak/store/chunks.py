@@ -19,7 +19,8 @@ from lightning_trak.store.files import Damaged, check_own, explained_os_errors, 
 from lightning_trak.store.remote import AnyPath, fetch, reading, writable
 
 _END = ".safetensors"
-_BYTES, _SECONDS, _ROWS = 2**21, 60.0, 64  # of a chunk: at most, at most, and if the seconds are unknown
+_BYTES, _SECONDS = 2**21, 60.0  # of a chunk, at most
+_ROWS, _PARTS = 64, 128  # in a chunk at least, and chunks at most, if the seconds are unknown
 _AHEAD = 16  # chunks in an object store that are copied at once
 _WAIT = 0.5  # seconds between two looks whether another process is done
 _REMEDY = "trainer.attribute(...) with a train set computes its rows again."
@@ -306,17 +307,20 @@ class Claim:
         lock.release()
 
 
-def rows_in_a_chunk(row_bytes: int, seconds: float | None = None) -> int:
-    """Return how many rows a chunk has: about 2 MiB, no more than a minute's work, and 64 if that is unknown.
+def rows_in_a_chunk(row_bytes: int, n: int, seconds: float | None = None) -> int:
+    """Return how many rows a chunk has: at most 2 MiB, and a minute's work.
+
+    If it is unknown how long they take, a chunk has a 128th of all rows, or 64 if that is more.
 
     Args:
-        row_bytes: how much is stored of a training example.
-        seconds: how long it takes to compute it; None if that is unknown.
+        row_bytes: how much is stored of an example.
+        n: the number of all rows.
+        seconds: how long it takes to compute one; None if that is unknown.
 
-    >>> rows_in_a_chunk(8200), rows_in_a_chunk(8200, seconds=2.0)
-    (64, 30)
+    >>> rows_in_a_chunk(8200, 1000), rows_in_a_chunk(8200, 10**6), rows_in_a_chunk(8200, 1000, seconds=2.0)
+    (64, 255, 30)
     """
-    rows = int(_SECONDS / seconds) if seconds else _ROWS
+    rows = int(_SECONDS / seconds) if seconds else max(_ROWS, n // _PARTS)
     return max(1, min(rows, _BYTES // row_bytes))
 
 

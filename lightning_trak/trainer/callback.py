@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -37,9 +37,9 @@ from lightning_trak.trainer.loaders import train_loader_of_fit
 from lightning_trak.trainer.logs import log_largest, log_numbers
 from lightning_trak.trainer.loss_check import LossCheck
 from lightning_trak.trainer.opening import fitting_store
-from lightning_trak.trainer.pace import Coming, Pace, synchronize
+from lightning_trak.trainer.pace import Coming, Pace, measured_seconds, synchronize
 from lightning_trak.trainer.plan import DTYPE, PROJ_DIM, SEED, Plan, Settings, parameters_to_be
-from lightning_trak.trainer.preflight import measured_seconds, preflight
+from lightning_trak.trainer.preflight import preflight
 from lightning_trak.trainer.queue import CheckpointQueue
 from lightning_trak.trainer.reports import Reports
 
@@ -168,7 +168,7 @@ class TRAKCallback(Callback):
                 raise ValueError(f"estimator='trak' has no temperature, got temperature={temperature!r}. Leave it out.")
             self.curvature, self.temperature, self.damping = False, 1.0, 0.0 if damping == "auto" else damping
         self.preconditioner = arguments.choice("preconditioner", preconditioner, ("auto", "kronecker", "none"))
-        self.projects_by_default = (projector, curvature, estimator) == ("auto", True, "gauss_newton")
+        self._projects_by_default = (projector, curvature, estimator) == ("auto", True, "gauss_newton")
         if preconditioner == "kronecker":
             arguments.left_out(
                 "preconditioner='kronecker' whitens gradients before they are stored",
@@ -211,7 +211,8 @@ class TRAKCallback(Callback):
     @property
     def settings(self) -> Settings:
         """The settings on which features depend."""
-        return Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
+        own = {name: getattr(self, name) for name in Settings.__dataclass_fields__ if name != "projects_by_default"}
+        return Settings(**own, projects_by_default=self._projects_by_default)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the wiring, and start to watch checkpoint files."""
@@ -236,7 +237,7 @@ class TRAKCallback(Callback):
             plan = Plan.choose(self.settings, self.reports, trainer, pl_module, loader, parameters, manifest)
             loop = plan.loop(trainer, pl_module, loader, lambda: loader, "train")
             seconds = preflight(loop, copy_of_weights(pl_module), thorough=True)
-            seconds = measured_seconds(loop, copy_of_weights(pl_module)) or seconds
+            seconds = measured_seconds(loop, partial(copy_of_weights, pl_module)) or seconds
             self.train_loader = loader
             if trainer.fast_dev_run:
                 return  # it saves no checkpoint

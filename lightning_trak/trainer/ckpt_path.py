@@ -35,7 +35,10 @@ def files_of(trainer: Trainer, ckpt_path: CkptPath) -> list[str | os.PathLike[st
 
 
 def of_store(trainer: Trainer, store: FeatureStore, ckpt_path: CkptPath, last: str | None) -> list[str]:
-    """Return the digests of all checkpoints of the store, or with ``"last"`` of the last alone, that of ``last``."""
+    """Return the digests of all checkpoints of the store.
+
+    With ``"last"`` there is one: ``last`` if the store has it, else the newest.
+    """
     digests = store.digests
     if not digests:
         raise framework_of(trainer).MisconfigurationException(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.reading import ExampleReader
 
 _AT_ONCE, _AT_ONCE_ON_GPU = 2**25, 2**29  # entries of whitened gradients; more take no less time on a CPU
+FEW = 4  # examples of which curvature is estimated to measure how long that takes
 
 
 def whitened_at_once(dimension: int, device: torch.device) -> int:
@@ -147,3 +149,17 @@ def _adding(
         run_prepared(engine, loss, drawn, size, send)
 
     return add
+
+
+def trial_whitening(loop: FeaturizationLoop, weights: Weights, digest: str) -> Whitening | None:
+    """Return a whitening by the curvature of a few examples, to measure how long whitening takes.
+
+    None without a preconditioner.
+    """
+    own = loop.preconditioner
+    if own is None:
+        return None
+    small = replace(own, basis_examples=FEW, examples=FEW)
+    curvature = estimate_curvature(loop, small, weights, digest, "Measuring")
+    damping = whitening_damping(curvature.means, own.damping, [])
+    return Whitening(curvature.to(loop.reader.device), loop.reader.sizes, damping)

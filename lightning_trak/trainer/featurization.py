@@ -146,10 +146,10 @@ class FeaturizationLoop:
         """Return what turns batches into features at a checkpoint; see `run`."""
         return Featurizer(function, engine, projector or self._projector, projection_key(self._seed, digest))
 
-    def prepare(self, function: ModelFunction, digest: str) -> Engine:
-        """Return the engine for a checkpoint, tried on a few examples."""
+    def prepare(self, function: ModelFunction, digest: str, first: Any = None) -> Engine:
+        """Return the engine for a checkpoint, tried on a few examples: the batch ``first``, if it is as many."""
         reader = self.reader
-        return reader.selector.prepare(function, digest, partial(self._trial, function, digest), reader.largest)
+        return reader.selector.prepare(function, digest, partial(self._trial, function, digest, first), reader.largest)
 
     def measured(self, weights: Weights, digest: str, projector: Projector | None = None) -> Measured:
         """Featurize the first batch twice; measure the second time.
@@ -181,13 +181,14 @@ class FeaturizationLoop:
         self._projector.forget()
         return measured
 
-    def _trial(self, function: ModelFunction, digest: str) -> Trial:
-        """Return a few examples to try an engine on; if as many were just differentiated, these."""
-        tried, (weights, *_) = function.tried or (None, ((),))
-        batch, size, first = self._few()
-        batch = tried if len(weights) == size else batch
+    def _trial(self, function: ModelFunction, digest: str, first: Any = None) -> Trial:
+        """Return a few examples to try an engine on: those of the batch ``first`` if they were just differentiated."""
+        size = min(FEW, self.reader.size)
+        known = function.tried is not None and function.tried[0] is first and len(function.tried[1][0]) == size
+        batch = first if known else self.reader.read_once(range(size))
+        one = self.reader.read_once([0])
         rehearsal = self.featurizer(function, LoopEngine(), digest).rehearsal
-        return Trial(function, batch, size, first, rehearsal)
+        return Trial(function, batch, size, one, rehearsal)
 
     def _projection(self) -> LossProjection | None:
         """Return what finds Q by projection, if it must be found so."""

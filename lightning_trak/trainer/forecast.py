@@ -21,7 +21,7 @@ from lightning_trak.store.known import digest_of_set
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import Weights, read_weights, weights_digest
 from lightning_trak.trainer.ckpt_path import CkptPath, files_of, of_store
-from lightning_trak.trainer.curvature import estimate_curvature
+from lightning_trak.trainer.curvature import FEW, estimate_curvature
 from lightning_trak.trainer.featurization import FeaturizationLoop, Measured
 from lightning_trak.trainer.framework import Trainer
 from lightning_trak.trainer.job import ready
@@ -31,7 +31,6 @@ from lightning_trak.trainer.preflight import preflight
 from lightning_trak.trainer.reports import time_text
 from lightning_trak.trainer.target_features import target_chunks
 
-_FEW = 4  # examples of which curvature is estimated to measure how long that takes
 _ROWS, _TARGETS = 256, 64  # of the product that is measured
 
 
@@ -119,11 +118,11 @@ def forecast(trainer: Trainer, model: Any, dataloaders: Any, datamodule: Any, ck
             plan = Plan.choose(settings, reports, trainer, module, loaders.train())
         else:
             store, plan = open_store(path, settings, reports, trainer, module, loaders, may_grow=False)
-        if store is not None and files is None:
-            entries = store.entries(of_store(trainer, store, ckpt_path, callback.last_saved))
-            pending = [Pending(entry.digest, entry.weights, entry) for entry in entries]
+        if files is not None:
+            pending = _of_files(store, files)
         else:
-            pending = _of_files(store, files or [])
+            entries = [] if store is None else store.entries(of_store(trainer, store, ckpt_path, callback.last_saved))
+            pending = [Pending(entry.digest, entry.weights, entry) for entry in entries]
         weights, digest = pending[0].weights(), pending[0].digest
         train = plan.loop(trainer, module, loaders.train(), loaders.train, "train")
         targets = plan.loop(trainer, module, loaders.targets(), loaders.train, "target")
@@ -149,7 +148,10 @@ def _of_files(store: FeatureStore | None, files: Sequence[str | os.PathLike[str]
     """Return the checkpoints in some files; those that are in the store keep their features."""
     found = {weights_digest(read_weights(path)): path for path in files}
     there = {} if store is None else {entry.digest: entry for entry in store.entries(found)}
-    return [Pending(digest, partial(read_weights, path), there.get(digest)) for digest, path in found.items()]
+    load = {
+        digest: there[digest].weights if digest in there else partial(read_weights, found[digest]) for digest in found
+    }
+    return [Pending(digest, load[digest], there.get(digest)) for digest in found]
 
 
 def _curvature(
@@ -160,16 +162,16 @@ def _curvature(
     if own is None:
         return [], None
     start = perf_counter()
-    small = replace(own, basis_examples=_FEW, examples=_FEW)
+    small = replace(own, basis_examples=FEW, examples=FEW)
     curvature = estimate_curvature(loop, small, weights, digest, "Measuring")
     few = perf_counter() - start
     start = perf_counter()
-    estimate_curvature(loop, replace(small, examples=2 * _FEW), weights, digest, "Measuring")
-    each = max(0.0, perf_counter() - start - few) / _FEW
+    estimate_curvature(loop, replace(small, examples=2 * FEW), weights, digest, "Measuring")
+    each = max(0.0, perf_counter() - start - few) / FEW
     examples = sum(min(loop.reader.size, size) for size in (own.basis_examples, own.examples))
     count = sum(one.entry is None or not one.entry.whitening_notes for one in pending)
     size = sum(value.nbytes for value in curvature.tensors().values())
-    stage = Stage("curvature", count * (few + each * max(0, examples - 2 * _FEW)), count * size, 2 * size)
+    stage = Stage("curvature", count * (few + each * max(0, examples - 2 * FEW)), count * size, 2 * size)
     damping = whitening_damping(curvature.means, own.damping, [])
     return [stage] * (count > 0), Whitening(curvature.to(loop.reader.device), loop.reader.sizes, damping)
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from math import prod
 from typing import Any, TypeVar
 
@@ -21,7 +20,7 @@ from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.files import PARTIAL, check_space
 from lightning_trak.store.remote import AnyPath
 from lightning_trak.store.store import FeatureStore
-from lightning_trak.store.weights import copy_of_weights, names_of_weights, read_weights
+from lightning_trak.store.weights import names_of_weights, read_weights
 from lightning_trak.trainer.attachment import attached
 from lightning_trak.trainer.callback import TRAKCallback, find_callback
 from lightning_trak.trainer.checkpoints import check_some, featurize_checkpoint, mended
@@ -41,11 +40,10 @@ from lightning_trak.trainer.framework import (
 from lightning_trak.trainer.loaders import Loaders
 from lightning_trak.trainer.opening import fitting_store, open_store
 from lightning_trak.trainer.plan import Plan
-from lightning_trak.trainer.preflight import measured_seconds, preflight
+from lightning_trak.trainer.preflight import preflight
 from lightning_trak.trainer.train_features import train_features
 
 T = TypeVar("T")
-_MANY = 64  # batches of a train set, of which two are featurized to measure how long they take
 
 
 @dataclass(frozen=True)
@@ -151,16 +149,6 @@ class Job:
             return [None] * len(self.entries)
         return rescaled(self.entries, own, {name: prod(shape) for name, shape in self.plan.shapes.items()})
 
-    @property
-    def layers(self) -> dict[str, slice]:
-        """The layers by name, with the columns that each has in whitened features."""
-        layers, start = {}, 0
-        for layer, shapes in groupby(self.plan.shapes.items(), key=lambda item: layer_of(item[0])):
-            stop = start + sum(prod(shape) for _, shape in shapes)
-            layers[layer] = slice(start, stop)
-            start = stop
-        return layers
-
     def loop(self, examples: str) -> FeaturizationLoop:
         """Return the loop that featurizes the ``"train"`` set or the ``"target"`` set."""
         loader = self.loaders.targets() if examples == "target" else self.loaders.train()
@@ -184,15 +172,6 @@ class Job:
         return Estimator(trains, self.options, device)
 
 
-def layer_of(parameter: str) -> str:
-    """Return the name of the layer that a parameter belongs to: its module, or itself.
-
-    >>> layer_of("net.0.weight"), layer_of("scale")
-    ('net.0', 'scale')
-    """
-    return parameter.rpartition(".")[0] or parameter
-
-
 @contextmanager
 def prepared_job(
     trainer: Trainer, model: Any, dataloaders: Any, datamodule: LightningDataModule | None, ckpt_path: CkptPath
@@ -200,9 +179,9 @@ def prepared_job(
     """Open the store and choose its checkpoints; `Job.featurized` featurizes the train set at them."""
     with ready(trainer, model, dataloaders, datamodule, ckpt_path) as (callback, model, datamodule, loaders):
         path, files = callback.store_path(trainer), files_of(trainer, ckpt_path)
-        if ckpt_path is not None and not (path / "manifest.json").exists():
+        if files is not None and not (path / "manifest.json").exists():
             plan = Plan.choose(callback.settings, callback.reports, trainer, model, loaders.train())
-            store = fitting_store(path, plan, loaders.train(), _seconds(plan, trainer, model, loaders.train()))
+            store = fitting_store(path, plan, loaders.train())
         else:
             store, plan = open_store(path, callback.settings, callback.reports, trainer, model, loaders)
         if files is None:
@@ -214,14 +193,6 @@ def prepared_job(
         options = Options(callback.damping, callback.temperature, callback.curvature, callback.estimator)
         limit, whole = callback.memory_limit, ckpt_path is None
         yield Job(trainer, model, store, plan, entries, loaders, datamodule, options, limit, whole)
-
-
-def _seconds(plan: Plan, trainer: Trainer, model: LightningModule, loader: DataLoader[Any]) -> float | None:
-    """Return how long featurizing an example takes, measured where that is little of the whole; else None."""
-    if len(loader) < _MANY:
-        return None
-    loop = plan.loop(trainer, model, loader, lambda: loader, "train")
-    return measured_seconds(loop, copy_of_weights(model))
 
 
 @contextmanager

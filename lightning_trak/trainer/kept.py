@@ -47,22 +47,22 @@ class KeptFeatures:
             masks: (s, n), bool; row t says which training examples are in subset t.
             outputs: of the targets after training on each subset, (s, m).
         """
-        layers = list(self.job.layers.values())
+        layers = list(self.job.plan.layers.values())
         count = len(self.job.entries)
 
         def kinds_at(number: int, train: TrainFeatures, sums: GaussNewton | None) -> Kinds:
             return Kinds(self.estimator, train, self.targets.features[number], sums, layers)
 
-        def predict(*at: Any) -> tuple[Tensor, Tensor]:
-            kinds = kinds_at(*at)
+        def predict(number: int, train: TrainFeatures, sums: GaussNewton | None) -> tuple[Tensor, Tensor]:
+            kinds = kinds_at(number, train, sums)
             return kinds.predictions(masks), torch.tensor(kinds.usual) / count
 
         found = at_each_checkpoint(self.job, self.estimator, "Predicting subsets", predict)
         predicted, usual = zip(*found, strict=True)
         weights = fit_weights(torch.cat(predicted), outputs, torch.cat(usual)).split([len(one) for one in usual])
 
-        def weigh(number: int, *at: Any) -> Solved:
-            return kinds_at(number, *at).combined(weights[number] * count)
+        def weigh(number: int, train: TrainFeatures, sums: GaussNewton | None) -> Solved:
+            return kinds_at(number, train, sums).combined(weights[number] * count)
 
         solved = at_each_checkpoint(self.job, self.estimator, "Weighting", weigh)
         weighted = [weight.tolist() for weight in weights]

@@ -25,7 +25,7 @@ class Loaders:
         self._owners = [owner for owner in (datamodule, model) if owner is not None]
         self._dataloaders = dataloaders
         self._train = fitted
-        self._prepared: set[tuple[int, str]] = set()
+        self._set_ups: set[tuple[int, str]] = set()
 
     def targets(self) -> DataLoader[Any]:
         """Return the loader of the targets."""
@@ -70,7 +70,7 @@ class Loaders:
         )
 
     def set_up(self, stage: str) -> None:
-        """Prepare and set up datamodule and module, in this order, unless that is done."""
+        """Prepare datamodule and module, then set both up, unless that is done."""
         for owner in self._owners:
             self._set_up(owner, stage)
 
@@ -80,14 +80,16 @@ class Loaders:
         return getattr(owner, hook)()
 
     def _set_up(self, owner: Any, stage: str) -> None:
-        """Prepare a datamodule or module once for every machine, as in ``fit``, and set it up for a stage."""
-        if not any(prepared == id(owner) for prepared, _ in self._prepared):
-            if self._trainer.local_rank == 0:
-                owner.prepare_data()
+        """Set up a datamodule or module for a stage; before, prepare both, once for every machine as in ``fit``."""
+        if not self._set_ups:
+            for each in self._owners:
+                first = self._trainer.local_rank == 0 and (each.prepare_data_per_node or self._trainer.node_rank == 0)
+                if first:
+                    each.prepare_data()
             self._trainer.strategy.barrier()
-        if (id(owner), stage) not in self._prepared:
+        if (id(owner), stage) not in self._set_ups:
             owner.setup(stage)
-            self._prepared.add((id(owner), stage))
+            self._set_ups.add((id(owner), stage))
 
 
 TRAIN_REMEDY = (

@@ -110,7 +110,7 @@ class LossCheck:
             self._warn("batch", _other_batch(module))
         elif expected is not None and isinstance(outputs, Mapping) and "loss" in outputs:
             trained = outputs["loss"].item() * trainer.accumulate_grad_batches
-            # It evaluates several losses a step, at new weights.
+            # LBFGS evaluates several losses a step, at new weights.
             several = any(isinstance(one, torch.optim.LBFGS) for one in trainer.optimizers)
             if _differ(trained, expected) and not several:
                 self._warn("loss", _other_loss(module, trained, expected))

@@ -9,10 +9,12 @@ from time import monotonic
 
 import torch
 
+from lightning_trak.gradients.memory import is_out_of_memory
 from lightning_trak.results.terminal import size_text
 from lightning_trak.store.files import free_space
 from lightning_trak.store.store import FeatureStore
-from lightning_trak.store.weights import tensors_in
+from lightning_trak.store.weights import Weights, tensors_in
+from lightning_trak.trainer.curvature import trial_whitening
 from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import Trainer
 from lightning_trak.trainer.reports import time_text
@@ -24,6 +26,22 @@ def synchronize(device: torch.device) -> None:
     """Return when a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def measured_seconds(loop: FeaturizationLoop, load: Callable[[], Weights]) -> float | None:
+    """Return how many seconds an example takes in the first batch; None, with a warning, if that cannot be featurized.
+
+    Args:
+        loop: featurizes the examples. Gradients are whitened as they will be, by the curvature of a few examples.
+        load: returns weights that the module may change.
+    """
+    try:
+        return loop.measured(load(), "", trial_whitening(loop, load(), "")).seconds
+    except (ValueError, RuntimeError) as error:
+        if not is_out_of_memory(error):  # batches are halved when they are featurized
+            what = f"The first batch cannot be featurized now; it is tried again at the first checkpoint: {error}"
+            loop.reader.reports.warn(what, about="the first batch")
+        return None
 
 
 @dataclass(frozen=True)

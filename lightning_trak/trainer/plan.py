@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from math import prod
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -30,7 +32,7 @@ _OF_THE_PLAN = ("proj_dim", "seed", "dtype")  # in the store's projection, and n
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of `TRAKCallback` with these names."""
+    """What features depend on: arguments of `TRAKCallback`, and whether some are left at their defaults."""
 
     proj_dim: int
     projector: str | Projector
@@ -187,6 +189,16 @@ class Plan:
         preconditioner = None if own is None else own.configuration
         return {"parameters": self.shapes, "preconditioner": preconditioner, "projection": projection}
 
+    @property
+    def layers(self) -> dict[str, slice]:
+        """The layers by name, with the columns that each has in whitened features."""
+        layers, start = {}, 0
+        for layer, shapes in groupby(self.shapes.items(), key=lambda item: layer_of(item[0])):
+            stop = start + sum(prod(shape) for _, shape in shapes)
+            layers[layer] = slice(start, stop)
+            start = stop
+        return layers
+
     def manifest(self, loader: DataLoader[Any], seconds: float | None = None) -> dict[str, Any]:
         """Return the store's manifest for a train set.
 
@@ -199,7 +211,7 @@ class Plan:
         row_bytes = StoredForm(self.dimension, self.dtype, entries).row_bytes
         return {
             "n_train": data["n_train"],
-            "chunk_rows": rows_in_a_chunk(row_bytes, seconds),
+            "chunk_rows": rows_in_a_chunk(row_bytes, data["n_train"], seconds),
             **self.identity,
             **data,
         }
@@ -226,3 +238,12 @@ class Plan:
             reports=self._reports,
         )
         return FeaturizationLoop(reader, self.projector, self.preconditioner, self.dtype, self.seed)
+
+
+def layer_of(parameter: str) -> str:
+    """Return the name of the layer that a parameter belongs to: its module, or itself.
+
+    >>> layer_of("net.0.weight"), layer_of("scale")
+    ('net.0', 'scale')
+    """
+    return parameter.rpartition(".")[0] or parameter

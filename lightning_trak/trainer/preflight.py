@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lightning_trak.features.loss_projection import PER_SAMPLE_LOSS
 from lightning_trak.gradients import Engine, EngineUnsuitable, ModelFunction, Selector, numbered_gradient
-from lightning_trak.gradients.memory import is_out_of_memory
 from lightning_trak.store.weights import Weights
 from lightning_trak.tasks.checks import (
     check_dependent,
@@ -41,7 +40,7 @@ def preflight(loop: FeaturizationLoop, weights: Weights, digest: str = "", *, th
         thorough: whether to try more examples, and to check all outputs of the first batch.
 
     Returns:
-        How many seconds an example takes at most, as far as known.
+        Seconds for an example: an upper bound, from a few examples.
 
     Raises:
         ValueError: if outputs have the wrong shape, do not depend on the parameters, depend on the rest of the batch,
@@ -69,26 +68,10 @@ def preflight(loop: FeaturizationLoop, weights: Weights, digest: str = "", *, th
                 Selector(reader.selector.gradients).choose(losses, batch, len(rows))
         else:
             check_terms(*loop.loss_terms(function.call, batch, outputs), reader.examples, rows)
-        engine = loop.prepare(function, digest)
+        engine = loop.prepare(function, digest, batch)
         if thorough:
             _try_whole_batch(reader, function, engine)
         return seconds
-
-
-def measured_seconds(loop: FeaturizationLoop, weights: Weights) -> float | None:
-    """Return how many seconds an example takes in the first batch; None if that cannot be featurized.
-
-    Args:
-        loop: featurizes the examples.
-        weights: of any checkpoint; the module may change them.
-    """
-    try:
-        return loop.measured(weights, "").seconds
-    except (ValueError, RuntimeError) as error:
-        if not is_out_of_memory(error):  # batches are halved when they are featurized
-            what = f"The first batch cannot be featurized now: {error}"
-            loop.reader.reports.warn(what, about="the first batch")
-        return None
 
 
 def _try(reader: ExampleReader, function: ModelFunction, batch: Any, alone: Sequence[int], size: int) -> Tensor:

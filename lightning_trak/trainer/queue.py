@@ -47,7 +47,7 @@ class CheckpointQueue:
         self.last_saved: str | None = None
         self.anything_saved, self.featurized, self._failed = False, 0, 0
         self._put_off: set[str] = set()  # digests that the pace did not allow when their turn came
-        self._dropped = 0  # of these, those that were discarded later, with their files
+        self._dropped = 0  # of those that were put off, how many lost their files since
         self._files: dict[str, str] = {}  # path of a checkpoint file → digest of its weights
         self._pending: dict[str, bool] = {}  # digest to featurize → whether this run has added it
         self._unshared = True
@@ -193,8 +193,8 @@ class CheckpointQueue:
         others = " (with those of earlier runs; TRAKCallback(overwrite=True) deletes them)" * (not runs <= {self._run})
         if total:
             self._reports.tell(
-                f"{count(self.featurized, 'checkpoint')} featurized. trainer.attribute() will average over {total} of"
-                f" {total} checkpoints in '{self.store.dirpath}', from {sources}{others}."
+                f"{count(self.featurized, 'checkpoint')} featurized. trainer.attribute() will average over"
+                f" {count(total, 'checkpoint')} in '{self.store.dirpath}', from {sources}{others}."
             )
 
     def say_what_failed(self) -> None:

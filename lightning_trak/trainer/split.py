@@ -21,7 +21,8 @@ from lightning_trak.tasks.base import has_parts
 from lightning_trak.trainer.checkpoints import naming
 from lightning_trak.trainer.curvature import whitening_at
 from lightning_trak.trainer.featurization import FeaturizationLoop
-from lightning_trak.trainer.job import Job, layer_of
+from lightning_trak.trainer.job import Job
+from lightning_trak.trainer.plan import layer_of
 from lightning_trak.trainer.train_features import sums_of
 
 _PAIRS = 2**26
@@ -61,7 +62,7 @@ def split_score(job: Job, estimator: Estimator, targets: Sequence[Any], i: int, 
         j: row of the targets.
     """
     loops, parted = (job.loop("train"), job.target_loop()), has_parts(job.model)
-    by_layer, by_parts = torch.zeros(len(job.layers)), []
+    by_layer, by_parts = torch.zeros(len(job.plan.layers)), []
     shapes: list[torch.Size] = []  # of the parts, the same at every checkpoint
     for entry, train, phi, scales in zip(job.entries, estimator.trains, targets, job.scales, strict=True):
         with naming(entry, can_leave_out=False):
@@ -73,7 +74,7 @@ def split_score(job: Job, estimator: Estimator, targets: Sequence[Any], i: int, 
                 shapes = [_shape_of_parts(example) for example in (one, other)]
                 _check_pairs(shapes)
             split = bool(shapes) and all(shapes)
-            own, others = [_by_layer(one, job.layers)], [other.features]
+            own, others = [_by_layer(one, job.plan.layers)], [other.features]
             if split:
                 own.append(_by_parts(one, shapes[0]))
                 others.append(_by_parts(other, shapes[1]))
@@ -91,7 +92,7 @@ def split_score(job: Job, estimator: Estimator, targets: Sequence[Any], i: int, 
             f"The parts of the examples {i} and {j} add up to {parts.sum().item():.3g}, their score is {score:.3g}: the"
             " data or model_output have changed since they were featurized, or one of them is random."
         )
-    return SplitScore(score, dict(zip(job.layers, by_layer.tolist(), strict=True)), parts)
+    return SplitScore(score, dict(zip(job.plan.layers, by_layer.tolist(), strict=True)), parts)
 
 
 def _by_layer(example: _Example, layers: dict[str, slice]) -> Any:

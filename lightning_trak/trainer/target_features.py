@@ -67,7 +67,7 @@ def target_features(job: Job) -> TargetFeatures:
 def _known_targets(
     job: Job, loop: FeaturizationLoop, digests: Sequence[bytes] | None
 ) -> Callable[[CheckpointEntry], KnownRows]:
-    """Return what tells which targets are stored in other sets, at a checkpoint; note this set for others."""
+    """Return a function, checkpoint → targets that are stored in other sets; note this set for others."""
     if digests is None:
         return lambda _: KnownRows({})
     with suppress(OSError):  # a full disk, or a read-only store: `_featurize_targets` says so
@@ -85,7 +85,7 @@ def target_chunks(loop: FeaturizationLoop, entry: CheckpointEntry, digest: str, 
         m: their number; by default, of those that the loop reads.
     """
     m = loop.reader.size if m is None else m
-    return entry.targets(digest, m, min(max(1, m // _SHARED), rows_in_a_chunk(loop.form.row_bytes)))
+    return entry.targets(digest, m, min(max(1, m // _SHARED), rows_in_a_chunk(loop.form.row_bytes, m)))
 
 
 def _featurize_targets(

@@ -163,10 +163,12 @@ def test_the_number_of_rows_in_a_chunk_is_that_of_the_store(tmp_path):
 
 
 def test_rows_in_a_chunk():
-    assert rows_in_a_chunk(2**30) == 1
-    assert rows_in_a_chunk(2**11, seconds=1e-6) == 2**10
-    assert rows_in_a_chunk(2**11) == 64
-    assert rows_in_a_chunk(2**11, seconds=600.0) == 1
+    assert rows_in_a_chunk(2**30, 100) == 1
+    assert rows_in_a_chunk(2**11, 100, seconds=1e-6) == 2**10
+    assert rows_in_a_chunk(2**11, 100, seconds=600.0) == 1
+    assert rows_in_a_chunk(2**11, 100) == 64
+    assert rows_in_a_chunk(2**11, 128 * 200) == 200
+    assert rows_in_a_chunk(2**11, 128 * 2000) == 2**10
 
 
 def test_checkpoints_are_one_each_in_the_order_of_arrival(tmp_path):

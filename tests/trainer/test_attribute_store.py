@@ -45,16 +45,6 @@ def test_store_settings_hold_where_the_callback_says_nothing(tmp_path):
             fresh(tmp_path, **other).attribute(Classifier(), datamodule=Blobs())
 
 
-@pytest.mark.parametrize(("n", "measured"), [(500, False), (520, True)])
-def test_chunks_of_files_are_large_where_there_are_many_examples(tmp_path, run, n, measured):
-    """Of many batches two are measured, which says how many rows are a minute's work; of few that is too dear."""
-    file = min((run[0] / "files").iterdir())
-    other = fresh(tmp_path, proj_dim=8, preconditioner="none", feature_dtype="float32")
-    other.attribute(Classifier(), datamodule=Blobs(n), ckpt_path=file)
-    rows = FeatureStore(tmp_path / "store").manifest["chunk_rows"]
-    assert rows > 64 if measured else rows == 64
-
-
 @pytest.mark.parametrize("preconditioner", ["none", "kronecker"])
 def test_features_are_read_twice_at_most_and_sums_over_them_are_kept(tmp_path, run, monkeypatch, preconditioner):
     """Once to sum H, once to score; a second call sums nothing anew, but takes a sample of whitened ones again."""

@@ -144,7 +144,7 @@ def test_data_are_prepared_and_set_up_once_for_layers_and_loaders(tmp_path, monk
     trainer.fit(Module(), datamodule=Data())
     called.clear()
     fresh(tmp_path).attribute(Module(), datamodule=Data())
-    assert called[:4] == [("Data", "prepare"), ("Data", "fit"), ("Module", "prepare"), ("Module", "fit")]
+    assert called[:4] == [("Data", "prepare"), ("Module", "prepare"), ("Data", "fit"), ("Module", "fit")]
     assert len(called) == len({*called})
     called.clear()
     monkeypatch.setattr(L.Trainer, "local_rank", 1)

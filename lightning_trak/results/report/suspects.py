@@ -16,7 +16,7 @@ from lightning_trak.results.values import value_text
 _MOST = 500  # suspects that are shown
 _ROW, _ID = "row", "id"
 _SELF_INFLUENCE = "self-influence"
-_WRONG, _WHAT_IS_WRONG = "wrong", "what is wrong"
+_WRONG = "wrong"
 
 
 class ListedSuspects:
@@ -25,7 +25,7 @@ class ListedSuspects:
     Args:
         given: what was passed as ``suspects``: an object with ``to_rows()``, a sequence of mappings, or self-influence,
             (n,), a tensor. A mapping names its training example by "row" or "id"; its other values are shown under
-            their names.
+            their names, "wrong" first; names without any value are left out.
         train: the n training examples.
 
     Raises:
@@ -50,7 +50,7 @@ class ListedSuspects:
     def content(self, train: DataSet) -> dict[str, Any]:
         """Return what is shown: places among the training examples, and columns with numbers to sort by."""
         given = dict.fromkeys(name for suspect in self._shown for name in suspect if name not in (_ROW, _ID))
-        known = [name for name in given if any(suspect.get(name) not in (None, "") for suspect in self._shown)]
+        known = [name for name in given if any(suspect.get(name) is not None for suspect in self._shown)]
         names = sorted(known, key=lambda name: name != _WRONG)  # what is wrong comes first
         return {
             "count": self.count,
@@ -105,7 +105,7 @@ def _column(name: str, values: Sequence[Any]) -> dict[str, Any]:
     known = [value for value in scalars if value is not None]
     numeric = bool(known) and all(isinstance(value, (int, float)) and math.isfinite(value) for value in known)
     return {
-        "name": _WHAT_IS_WRONG if name == _WRONG else value_text(name.replace("_", " ")),
+        "name": value_text(name.replace("_", " ")),
         "texts": [_text(value) for value in scalars],
         "numbers": scalars if numeric else None,
     }

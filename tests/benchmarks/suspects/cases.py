@@ -58,9 +58,9 @@ class Case:
         task: has right labels.
         faults: what is planted.
         evaluate: computes losses and embeddings: ``evaluate(module, fields)``.
-        n_inputs: so many fields of an example are inputs, where copies differ from others.
+        n_inputs: the first so many fields of an example are inputs; copies are told by them.
         has_classes: whether the labels are classes, as `cleanlab` needs them.
-        memorised: whether nothing is wrong with the labels by the end of training, as far as the loss tells.
+        memorised: whether wrong labels have a low loss at the end of training.
     """
 
     task: Task

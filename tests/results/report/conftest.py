@@ -6,7 +6,6 @@ import os
 import shutil
 
 import pytest
-from selenium import webdriver
 
 SIZES = {"wide": (1280, 900), "narrow": (400, 800)}
 
@@ -18,6 +17,8 @@ def chromium():
     driver = shutil.which("chromedriver")
     if program is None or driver is None:
         pytest.skip("Chromium or its driver is not installed: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
     options = webdriver.ChromeOptions()
     options.binary_location = program
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
