@@ -11,6 +11,7 @@ import torch
 from lightning_trak import Attribution
 from lightning_trak.influence import Extremes, Ranked, Spread
 from lightning_trak.metrics import spearman
+from lightning_trak.results.convergence import agreement_of_all
 from lightning_trak.results.info import AttributionInfo
 from lightning_trak.results.status import status_of
 
@@ -113,3 +114,16 @@ def test_dampings():
     assert line([0.3, 0.3], ["as given"] * 2) == "2 checkpoints, damping 0.3 as given"
     assert line([0.3, 0.1], ["as given", "by chance"]) == "2 checkpoints, damping 0.1 to 0.3 as given or by chance"
     assert line([0.3, 0.3], ["least, as at an optimum"] * 2).endswith("damping 0.3 (least, as at an optimum)")
+
+
+@pytest.mark.parametrize(("checkpoints", "distinct"), [(2, 1), (4, 3)])
+def test_each_split_of_few_checkpoints_is_compared_once(monkeypatch, checkpoints, distinct):
+    compared = []
+
+    def noting(*halves):
+        compared.append(halves)
+        return spearman(*halves)
+
+    monkeypatch.setattr("lightning_trak.results.convergence.spearman", noting)
+    agreement_of_all(torch.randn(checkpoints, 9, 3))
+    assert len(compared) == distinct

@@ -376,7 +376,8 @@ def test_progress_joins_a_live_rich_display(tmp_path):
         "Curvature of checkpoint 1 (epoch 0, step 5): eigenvalues",
     )
     stages += ("Featurizing checkpoint 1 (epoch 0, step 5)",)
-    assert RichLike.progress.tasks == {stage: [40, 40, False] for stage in stages}
+    measuring = {f"Measuring: {what}": [4, 4, False] for what in ("factors", "eigenvalues")}
+    assert RichLike.progress.tasks == measuring | {stage: [40, 40, False] for stage in stages}
 
 
 def test_models_that_vmap_cannot_differentiate_fall_back_to_the_loop(tmp_path):
@@ -745,9 +746,9 @@ def test_weights_that_are_changed_for_good_end_training(tmp_path):
 
 def test_runs_that_are_pooled_are_told_of_and_can_be_left_behind(tmp_path, said):
     fit(tmp_path, TRAKCallback(tmp_path / "store"), every_epoch(tmp_path / "a"))
-    assert said()[-1].endswith(f"average over 3 of 3 checkpoints in '{tmp_path / 'store'}', from 1 run.")
+    assert said()[-1].endswith(f"average over 3 checkpoints in '{tmp_path / 'store'}', from 1 run.")
     trainer, _ = fit(tmp_path, TRAKCallback(tmp_path / "store"), every_epoch(tmp_path / "b"), seed=1)
-    assert "6 of 6 checkpoints" in said()[-1]
+    assert "average over 6 checkpoints" in said()[-1]
     assert "from 2 runs (with those of earlier runs; TRAKCallback(overwrite=True) deletes them)." in said()[-1]
     assert trainer.attribute().status.startswith("6 checkpoints of 2 runs, ")
     assert said()[-1].startswith("TRAKCallback: 6 checkpoints of 2 runs, ")

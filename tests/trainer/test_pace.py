@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_trak import FeatureStore, TRAKCallback
+from lightning_trak.curvature import Whitening
+from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.pace import Coming, Pace
 from tests.conftest import Blobs, Classifier, make_trainer
 
@@ -230,3 +232,30 @@ def test_a_budget_is_a_number(budget):
 def test_a_budget_has_no_use_where_all_is_featurized_at_the_end():
     with pytest.raises(ValueError, match=r"nothing during training, so budget must be left out, got budget=0\.2"):
         TRAKCallback(featurize_on="fit_end", budget=0.2)
+
+
+@pytest.mark.parametrize(("preconditioner", "whitened"), [("kronecker", True), ("none", False)])
+def test_gradients_are_measured_as_they_will_be_featurized(tmp_path, monkeypatch, preconditioner, whitened):
+    measured, seen = FeaturizationLoop.measured, []
+
+    def noting(self, weights, digest, projector=None):
+        seen.append(isinstance(projector, Whitening))
+        return measured(self, weights, digest, projector)
+
+    monkeypatch.setattr(FeaturizationLoop, "measured", noting)
+    callback = TRAKCallback(tmp_path / "store", preconditioner=preconditioner)
+    make_trainer(tmp_path, callback, max_epochs=1).fit(Classifier(), datamodule=Blobs())
+    assert seen == [whitened]
+
+
+def test_a_first_batch_that_cannot_be_featurized_is_told_and_training_goes_on(tmp_path, monkeypatch):
+    def fails(self, *_):
+        raise RuntimeError("no kernel for this")
+
+    monkeypatch.setattr(FeaturizationLoop, "measured", fails)
+    trainer = make_trainer(tmp_path, TRAKCallback(tmp_path / "store"), max_epochs=1)
+    with pytest.warns(
+        UserWarning, match="cannot be featurized now; it is tried again at the first checkpoint: no kern"
+    ):
+        trainer.fit(Classifier(), datamodule=Blobs())
+    assert all(entry.complete for entry in FeatureStore(tmp_path / "store"))
