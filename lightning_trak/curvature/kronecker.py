@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -154,10 +154,11 @@ def _eigenvectors(moment: Tensor | None) -> Tensor | None:
     """Return the eigenvectors of a second moment, (d, d); in float64 where float32 is too coarse for it."""
     if moment is None:
         return None
-    try:
-        return torch.linalg.eigh(moment)[1]
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined] # of low rank, with many equal eigenvalues
-        return torch.linalg.eigh(moment.double().cpu())[1].to(moment)
+    with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined] # of low rank, with many equal eigenvalues
+        vectors = torch.linalg.eigh(moment)[1]
+        if bool(vectors.isfinite().all()):  # for want of that, LAPACK may say nothing
+            return vectors
+    return torch.linalg.eigh(moment.double().cpu())[1].to(moment)
 
 
 class Eigenvalues:

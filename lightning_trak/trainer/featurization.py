@@ -172,6 +172,7 @@ class FeaturizationLoop:
                 memory = peak_bytes(lambda: self._featurize(featurizer, rows, batch, projection), reader.device)
                 start = perf_counter()
                 features, _ = self._featurize(featurizer, rows, batch, projection)
+                self.form.arrays(features)
                 computing = perf_counter() - start
                 together = max(computing, reading) if reader.loader.num_workers else computing + reading
                 return Measured(together / len(rows), memory, features)

@@ -274,3 +274,27 @@ def test_a_block_of_entries_cannot_be_whitened():
     whitening = Whitening(curvature_of({"weight": outer()}), {"weight": 10}, {"weight": 1.0})
     with pytest.raises(NotImplementedError, match="add_gradient_"):
         whitening.add_(torch.zeros(1, 10), torch.zeros(1, 10), 0, 0)
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_eigenvectors_that_float32_does_not_find(monkeypatch, silent):
+    """Of moments of low rank LAPACK may return NaN and no error, or an error."""
+    eigh, gradients = torch.linalg.eigh, torch.randn(4, 3, 9)
+
+    def coarse(moment):
+        if moment.dtype == torch.float64:
+            return eigh(moment)
+        if silent:
+            return torch.full_like(moment[0], torch.nan), torch.full_like(moment, torch.nan)
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    moments = SecondMoments()
+    with moments.batch() as sink:
+        sink(slice(0, 4), "weight", DenseGradient(gradients))
+    monkeypatch.setattr(torch.linalg, "eigh", coarse)
+    basis = moments.bases()["weight"]
+    for vectors, subscripts in ((basis.left, "nij,nkj->ik"), (basis.right, "nji,njk->ik")):
+        moment = torch.einsum(subscripts, gradients, gradients)
+        rotated = vectors.T @ moment @ vectors
+        torch.testing.assert_close(rotated, rotated.diag().diag(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(vectors.T @ vectors, torch.eye(len(vectors)), atol=1e-5, rtol=0)
