@@ -77,6 +77,11 @@ def by_slurm(folder, files):
     return [([sys.executable, "-m", PROGRAM, folder, "ddp", 2, *files], variables(task)) for task in range(2)]
 
 
+def assert_same(found, expected):
+    """Up to rounding: stored entries have 11 bits, and a score may be a small difference of large products."""
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """One process trains; returns its checkpoint files, its store, and what it finds."""
@@ -90,8 +95,8 @@ def test_files_are_attributed_as_by_one_process(tmp_path, alone, case):
     files, store, found = alone
     scores, own = run(tmp_path / "run", *case.split(), *map(str, files))
     assert scores.shape == (N, M)
-    torch.testing.assert_close(scores, found[0], rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(own, found[1], rtol=1e-3, atol=1e-5)
+    assert_same(scores, found[0])
+    assert_same(own, found[1])
     shared = FeatureStore(tmp_path / "run" / "store")
     assert sorted(shared.digests) == sorted(store.digests)
     for entry in shared:
@@ -110,15 +115,15 @@ def test_fewer_examples_than_processes(tmp_path, alone):
     three = run(tmp_path / "three", "ddp", 3, *files, **few)
     assert three[0].shape == (2, 1)
     for found, expected in zip(three, one, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+        assert_same(found, expected)
 
 
 @pytest.mark.parametrize("launcher", [by_torchrun, by_torchrun_on_two_nodes, by_slurm])
 def test_launchers_of_clusters(tmp_path, alone, launcher):
     files, _, found = alone
     scores, own = run_together(tmp_path / "run", launcher(tmp_path / "run", files))
-    torch.testing.assert_close(scores, found[0], rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(own, found[1], rtol=1e-3, atol=1e-5)
+    assert_same(scores, found[0])
+    assert_same(own, found[1])
     store = FeatureStore(tmp_path / "run" / "store")
     assert len(store) == len(files)
     assert all(entry.complete for entry in store)
