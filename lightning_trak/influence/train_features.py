@@ -75,7 +75,7 @@ class TrainFeatures:
     n_trainable: int = 0
     squares: Array | None = None
     whitened_by_rest: bool = False
-    block_rows: int = 4096
+    block_rows: int = 2048  # of 2048 features 16 MiB; memory for more than 32 MiB is new each time, and slow
 
     @property
     def shape(self) -> tuple[int, int]:

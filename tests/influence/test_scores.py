@@ -191,10 +191,10 @@ def test_blocks_do_not_show_in_extremes():
 
 
 @pytest.mark.parametrize(
-    ("n", "m", "blocks"), [(4096, 1, 1), (4097, 1, 2), (4096, 2**14, 1), (4096, 2**15, 2), (9, 10**9, 9)]
+    ("n", "m", "blocks"), [(2048, 1, 1), (2049, 1, 2), (2048, 2**15, 1), (2048, 2**16, 2), (9, 10**9, 9)]
 )
 def test_many_targets_make_small_blocks(n, m, blocks):
-    """Of at most 4096 rows, and 2²⁶ scores."""
+    """Of at most 2048 rows, and 2²⁶ scores."""
     features = np.broadcast_to(np.float32(0), (n, 1))
     slices = TrainFeatures(features, np.zeros(n), np.zeros(n)).slices(m)
     assert len(slices) == blocks
