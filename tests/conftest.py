@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core, so one thread in each; torch reads it when imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +17,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_trak as lt
 from lightning_trak.gradients.rules.registry import _RULES
+
+
+@pytest.fixture(autouse=True)
+def figures_closed():
+    """No test finds figures that another left open, whichever ran before in this process."""
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 def make_data(n: int, seed: int = 0) -> TensorDataset:

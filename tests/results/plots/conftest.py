@@ -12,7 +12,7 @@ mpl.use("Agg")
 def closed():
     import matplotlib.pyplot as plt
 
-    plt.close("all")  # those of other tests
+    assert not plt.get_fignums()
     yield
     for number in plt.get_fignums():
         plt.figure(number).canvas.draw()  # whatever was drawn can be shown
