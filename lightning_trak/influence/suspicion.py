@@ -63,8 +63,8 @@ def findings(
     """Decide what is wrong with each training example.
 
     - Mislabelled: √loss is an outlier, see `outliers`. Squared errors thus count as distances from the label.
-    - Near-duplicate: the cosine c with an earlier example is at least 0.97, and 1 − c is at most a fifth of its median
-      over examples, so that classes whose examples are all alike do not count; or c is at least 0.999. Removing all
+    - Near-duplicate: the cosine c with an earlier example is at least 0.999; or at least 0.97, and 1 − c at most a
+      fifth of its median over examples. So classes whose examples are all alike do not count. Removing all
       near-duplicates leaves one of each.
     - Leak: the same with the nearest target.
     - Harmful: the harm is positive, and an outlier.

@@ -40,6 +40,7 @@ class _SaveConfig(SaveConfigCallback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose the name of the file, then save as Lightning does."""
         folder = trainer.log_dir  # in all processes, since it broadcasts
         if self.save_to_log_dir and not self.overwrite and not self.already_saved and folder is not None:
             exists, (stem, ending) = get_filesystem(folder).exists, os.path.splitext(self.config_filename)

@@ -151,15 +151,15 @@ def _adding(
     return add
 
 
-def trial_whitening(loop: FeaturizationLoop, weights: Weights, digest: str) -> Whitening | None:
-    """Return a whitening by the curvature of a few examples, to measure how long whitening takes.
+def trial_curvature(
+    loop: FeaturizationLoop, own: Preconditioner, weights: Weights, digest: str, examples: int = FEW
+) -> Curvature:
+    """Estimate the curvature from a few examples, to measure how long that takes, and whitening with it."""
+    small = replace(own, basis_examples=FEW, examples=examples)
+    return estimate_curvature(loop, small, weights, digest, "Measuring")
 
-    None without a preconditioner.
-    """
-    own = loop.preconditioner
-    if own is None:
-        return None
-    small = replace(own, basis_examples=FEW, examples=FEW)
-    curvature = estimate_curvature(loop, small, weights, digest, "Measuring")
+
+def trial_whitening(loop: FeaturizationLoop, own: Preconditioner, curvature: Curvature) -> Whitening:
+    """Return the whitening by a curvature that is not in the store."""
     damping = whitening_damping(curvature.means, own.damping, [])
     return Whitening(curvature.to(loop.reader.device), loop.reader.sizes, damping)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import torch
 
 from lightning_trak.curvature import Whitening
 from lightning_trak.features.largest import largest_entries, matrix_of
-from lightning_trak.influence import score_products, whitening_damping
+from lightning_trak.influence import score_products
 from lightning_trak.results.terminal import size_text, table
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.files import free_space
@@ -21,7 +21,7 @@ from lightning_trak.store.known import digest_of_set
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import Weights, read_weights, weights_digest
 from lightning_trak.trainer.ckpt_path import CkptPath, files_of, of_store
-from lightning_trak.trainer.curvature import FEW, estimate_curvature
+from lightning_trak.trainer.curvature import FEW, trial_curvature, trial_whitening
 from lightning_trak.trainer.featurization import FeaturizationLoop, Measured
 from lightning_trak.trainer.framework import Trainer
 from lightning_trak.trainer.job import ready
@@ -148,10 +148,9 @@ def _of_files(store: FeatureStore | None, files: Sequence[str | os.PathLike[str]
     """Return the checkpoints in some files; those that are in the store keep their features."""
     found = {weights_digest(read_weights(path)): path for path in files}
     there = {} if store is None else {entry.digest: entry for entry in store.entries(found)}
-    load = {
-        digest: there[digest].weights if digest in there else partial(read_weights, found[digest]) for digest in found
-    }
-    return [Pending(digest, load[digest], there.get(digest)) for digest in found]
+    loads: dict[str, Callable[[], Weights]] = {digest: partial(read_weights, path) for digest, path in found.items()}
+    loads |= {digest: entry.weights for digest, entry in there.items()}
+    return [Pending(digest, load, there.get(digest)) for digest, load in loads.items()]
 
 
 def _curvature(
@@ -162,18 +161,16 @@ def _curvature(
     if own is None:
         return [], None
     start = perf_counter()
-    small = replace(own, basis_examples=FEW, examples=FEW)
-    curvature = estimate_curvature(loop, small, weights, digest, "Measuring")
+    curvature = trial_curvature(loop, own, weights, digest)
     few = perf_counter() - start
     start = perf_counter()
-    estimate_curvature(loop, replace(small, examples=2 * FEW), weights, digest, "Measuring")
+    trial_curvature(loop, own, weights, digest, examples=2 * FEW)
     each = max(0.0, perf_counter() - start - few) / FEW
     examples = sum(min(loop.reader.size, size) for size in (own.basis_examples, own.examples))
     count = sum(one.entry is None or not one.entry.whitening_notes for one in pending)
     size = sum(value.nbytes for value in curvature.tensors().values())
     stage = Stage("curvature", count * (few + each * max(0, examples - 2 * FEW)), count * size, 2 * size)
-    damping = whitening_damping(curvature.means, own.damping, [])
-    return [stage] * (count > 0), Whitening(curvature.to(loop.reader.device), loop.reader.sizes, damping)
+    return [stage] * (count > 0), trial_whitening(loop, own, curvature)
 
 
 def _featurizing(name: str, loop: FeaturizationLoop, measured: Measured, rows: int, checkpoints: int) -> Stage:

@@ -83,8 +83,7 @@ class Loaders:
         """Set up a datamodule or module for a stage; before, prepare both, once for every machine as in ``fit``."""
         if not self._set_ups:
             for each in self._owners:
-                first = self._trainer.local_rank == 0 and (each.prepare_data_per_node or self._trainer.node_rank == 0)
-                if first:
+                if self._trainer.local_rank == 0 and (each.prepare_data_per_node or self._trainer.node_rank == 0):
                     each.prepare_data()
             self._trainer.strategy.barrier()
         if (id(owner), stage) not in self._set_ups:

@@ -14,7 +14,7 @@ from lightning_trak.results.terminal import size_text
 from lightning_trak.store.files import free_space
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import Weights, tensors_in
-from lightning_trak.trainer.curvature import trial_whitening
+from lightning_trak.trainer.curvature import trial_curvature, trial_whitening
 from lightning_trak.trainer.featurization import FeaturizationLoop
 from lightning_trak.trainer.framework import Trainer
 from lightning_trak.trainer.reports import time_text
@@ -35,8 +35,10 @@ def measured_seconds(loop: FeaturizationLoop, load: Callable[[], Weights]) -> fl
         loop: featurizes the examples. Gradients are whitened as they will be, by the curvature of a few examples.
         load: returns weights that the module may change.
     """
+    own = loop.preconditioner
     try:
-        return loop.measured(load(), "", trial_whitening(loop, load(), "")).seconds
+        whitening = None if own is None else trial_whitening(loop, own, trial_curvature(loop, own, load(), ""))
+        return loop.measured(load(), "", whitening).seconds
     except (ValueError, RuntimeError) as error:
         if not is_out_of_memory(error):  # batches are halved when they are featurized
             what = f"The first batch cannot be featurized now; it is tried again at the first checkpoint: {error}"
