@@ -10,7 +10,17 @@ from lightning_trak.influence.gauss_newton import SUMS_VERSION, GaussNewton
 from lightning_trak.influence.neighbours import Sketch, nearest
 from lightning_trak.influence.outliers import outliers
 from lightning_trak.influence.output_curvature import Corrected, OutputCurvature
-from lightning_trak.influence.scores import Extremes, Ranked, Scores, Spread, extremes_of, rank, score_products
+from lightning_trak.influence.scores import (
+    Extremes,
+    Ranked,
+    Scores,
+    Spread,
+    extremes_of,
+    merged_extremes,
+    rank,
+    sampled_rows,
+    score_products,
+)
 from lightning_trak.influence.suspicion import Findings, findings
 from lightning_trak.influence.temperature import is_logistic
 from lightning_trak.influence.train_features import TrainFeatures, stack
@@ -38,9 +48,11 @@ __all__ = [
     "findings",
     "fit_weights",
     "is_logistic",
+    "merged_extremes",
     "nearest",
     "outliers",
     "rank",
+    "sampled_rows",
     "score_products",
     "stack",
     "whitening_damping",

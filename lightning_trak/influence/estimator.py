@@ -32,10 +32,6 @@ from lightning_trak.influence.scores import (
     Extremes,
     Scores,
     extreme_scores,
-    mean_and_standard_error,
-    mean_of,
-    sample_of,
-    score_blocks,
     scores,
     self_influence,
     with_mean_loss_grad,
@@ -189,7 +185,12 @@ class Estimator:
         return lambda features: whitened(state, features.to(self.device))
 
     def scores(
-        self, solved: Sequence[Solved], advance: Callable[[], object] = lambda: None, *, spread: bool = True
+        self,
+        solved: Sequence[Solved],
+        advance: Callable[[], object] = lambda: None,
+        *,
+        spread: bool = True,
+        rows: range | None = None,
     ) -> Scores:
         """Return τ, (n, m), averaged over checkpoints. The train features are read once.
 
@@ -197,29 +198,23 @@ class Estimator:
             solved: what `solve` returned at each checkpoint.
             advance: called after every block of rows, for progress.
             spread: whether to return how scores vary from checkpoint to checkpoint.
+            rows: of a range of training examples; None for all.
         """
-        vectors = [one.vectors for one in solved]
-        return scores(self._corrected(solved), vectors, advance, self.device, spread=spread)
+        trains, vectors = _corrected(self.trains, solved), [one.vectors for one in solved]
+        return scores(trains, vectors, advance, self.device, spread=spread, rows=rows)
 
-    def score_rows(self, solved: Sequence[Solved], *, spread: bool = False) -> Callable[[slice], Tensor]:
-        """Return a function that gives the scores of some rows, (r, m); or, with ``spread``, their standard error."""
-        trains, vectors = self._corrected(solved), [one.vectors for one in solved]
-
-        def of_rows(rows: slice) -> Tensor:
-            blocks = score_blocks(trains, vectors, rows, self.device)
-            found = mean_and_standard_error(blocks, len(trains))[1] if spread else mean_of(blocks)
-            return found.cpu()
-
-        return of_rows
-
-    def sample(self, solved: Sequence[Solved]) -> Tensor:
-        """Return the scores of some rows at each checkpoint: see `Spread`."""
-        return sample_of(self._corrected(solved), [one.vectors for one in solved], self.device)
-
-    def extremes(self, solved: Sequence[Solved], k: int, advance: Callable[[], object] = lambda: None) -> Extremes:
+    def extremes(
+        self,
+        solved: Sequence[Solved],
+        k: int,
+        advance: Callable[[], object] = lambda: None,
+        *,
+        rows: range | None = None,
+    ) -> Extremes:
         """Return the k highest and lowest scores of each target; arguments as of `scores`, no (n, m) matrix is made."""
-        k = min(k, self.trains[0].shape[0])
-        return extreme_scores(self._corrected(solved), [one.vectors for one in solved], k, advance, self.device)
+        trains, vectors = _corrected(self.trains, solved), [one.vectors for one in solved]
+        k = min(k, trains[0].shape[0] if rows is None else len(rows))
+        return extreme_scores(trains, vectors, k, advance, self.device, rows)
 
     def without(self, train: TrainFeatures, targets: Any, masks: Tensor, sums: GaussNewton | None = None) -> Tensor:
         """Return the change of f(z) when sets of training examples are left out, (s, m), at one checkpoint.
@@ -249,14 +244,6 @@ class Estimator:
         _check_rank(sums, damping)
         return step_without(sums, damping, targets, left_out, curvature=self.options.curvature)
 
-    def _corrected(self, solved: Sequence[Solved]) -> list[TrainFeatures]:
-        """Return the train set at each checkpoint, with Q times the factor of the solution."""
-        pairs = zip(self.trains, solved, strict=True)
-        return [
-            train if one.factor is None else replace(train, loss_grad=train.loss_grad * one.factor.numpy())
-            for train, one in pairs
-        ]
-
     def _given(self, train: TrainFeatures) -> Damping:
         """Return the damping with which gradients were whitened."""
         given = self.options.damping
@@ -279,6 +266,14 @@ class Estimator:
         if not isinstance(self.options.damping, str):
             return Damping(self.options.damping, "as given")
         return damping_of(sums, self._trainings)
+
+
+def _corrected(trains: Sequence[TrainFeatures], solved: Sequence[Solved]) -> list[TrainFeatures]:
+    """Return the train set at each checkpoint, with Q times the factor of the solution."""
+    return [
+        train if one.factor is None else replace(train, loss_grad=train.loss_grad * one.factor.numpy())
+        for train, one in zip(trains, solved, strict=True)
+    ]
 
 
 def _check_rank(sums: GaussNewton, damping: float) -> None:

@@ -60,11 +60,12 @@ class Extremes:
 
 def scores(
     trains: Sequence[TrainFeatures],
-    solved: Sequence[Tensor],
+    solved: Sequence[Any],
     advance: Callable[[], object] = lambda: None,
     device: torch.device = CPU,
     *,
     spread: bool = True,
+    rows: range | None = None,
 ) -> Scores:
     """Average φ(z)ᵀ H⁻¹ φ(zᵢ) qᵢ over checkpoints, each with its own q.
 
@@ -74,24 +75,38 @@ def scores(
         advance: called after every block of rows, for progress.
         device: where blocks are multiplied.
         spread: whether to return how scores vary, which needs another (n, m) numbers.
+        rows: of a range of training examples; None for all.
 
     Returns:
         τ, (n, m), float32, on the CPU; and how it varies from checkpoint to checkpoint, if there are two or more.
     """
-    (n, _), m, checkpoints = trains[0].shape, len(solved[0]), len(trains)
-    mean, sampled = torch.zeros(n, m), evenly_spaced(n, _SAMPLED)
-    known = None
+    rows = range(trains[0].shape[0]) if rows is None else rows
+    r, m, checkpoints, sampled = len(rows), len(solved[0]), len(trains), sampled_rows(trains[0].shape[0], rows)
+    mean, known = torch.zeros(r, m), None
     if spread and checkpoints > 1:
-        known = Spread(torch.zeros(n, m), torch.zeros(checkpoints, len(sampled), m))
-    for rows in trains[0].slices(m):
-        blocks = score_blocks(trains, solved, rows, device)
+        known = Spread(torch.zeros(r, m), torch.zeros(checkpoints, len(sampled), m))
+    for block in trains[0].slices(m, rows):
+        at_each, here = (
+            score_blocks(trains, solved, block, device),
+            slice(block.start - rows.start, block.stop - rows.start),
+        )
         if known is None:
-            mean[rows] = mean_of(blocks)
+            mean[here] = mean_of(at_each)
         else:
-            blocks = _noting(blocks, sampled, rows, known.sample)
-            mean[rows], known.standard_error[rows] = mean_and_standard_error(blocks, checkpoints)
+            at_each = _noting(at_each, sampled, block, known.sample)
+            mean[here], known.standard_error[here] = mean_and_standard_error(at_each, checkpoints)
         advance()
     return Scores(mean, known)
+
+
+def sampled_rows(n: int, rows: range) -> Tensor:
+    """Return which training examples of a range are in the ``sample`` of a `Spread`.
+
+    >>> sampled_rows(n=1000, rows=range(100, 150))
+    tensor([111, 127, 143])
+    """
+    sampled = evenly_spaced(n, _SAMPLED)
+    return sampled[(sampled >= rows.start) & (sampled < rows.stop)]
 
 
 def mean_and_standard_error(blocks: Iterable[Tensor], checkpoints: int) -> tuple[Tensor, Tensor]:
@@ -117,30 +132,22 @@ def _noting(blocks: Iterable[Tensor], sampled: Tensor, rows: slice, sample: Tens
         yield block
 
 
-def sample_of(trains: Sequence[TrainFeatures], solved: Sequence[Any], device: torch.device) -> Tensor:
-    """Return the ``sample`` of a `Spread`, without scores of other rows; the train features are read once."""
-    sampled = evenly_spaced(trains[0].shape[0], _SAMPLED)
-    found = []
-    for train, vectors in zip(trains, solved, strict=True):
-        loss_grad = torch.from_numpy(train.loss_grad)[sampled]
-        found.append(score_products(train.rows(sampled, device), loss_grad, vectors, device).cpu())
-    return torch.stack(found)
-
-
 def extreme_scores(
     trains: Sequence[TrainFeatures],
     solved: Sequence[Tensor],
     k: int,
     advance: Callable[[], object] = lambda: None,
     device: torch.device = CPU,
+    rows: range | None = None,
 ) -> Extremes:
     """Return the k highest and k lowest scores of every target. The (n, m) matrix is never formed.
 
-    See `scores` for the arguments.
+    See `scores` for the arguments. With ``rows``, those of a range of training examples.
     """
+    span = rows
 
     def blocks() -> Iterator[tuple[slice, Tensor]]:
-        for rows in trains[0].slices(len(solved[0])):
+        for rows in trains[0].slices(len(solved[0]), span):
             yield rows, mean_of(score_blocks(trains, solved, rows, device))
             advance()
 
@@ -158,6 +165,16 @@ def extremes_of(blocks: Iterable[tuple[slice, Tensor]], k: int) -> Extremes:
         top = _keep(top, rows.start, values.T, k, largest=True)
         bottom = _keep(bottom, rows.start, values.T, k, largest=False)
     return Extremes(*(Ranked(kept.indices.cpu(), kept.values.cpu()) for kept in (top, bottom) if kept is not None))
+
+
+def merged_extremes(parts: Sequence[Extremes], k: int) -> Extremes:
+    """Return the k highest and k lowest scores of every target, from those of parts of the train set."""
+    sides = []
+    for largest in (True, False):
+        ranked = [part.top if largest else part.bottom for part in parts]
+        values = torch.cat([one.values for one in ranked], 1)
+        sides.append(rank(values, k, largest, torch.cat([one.indices for one in ranked], 1)))
+    return Extremes(*sides)
 
 
 def self_influence(

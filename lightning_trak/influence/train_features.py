@@ -88,10 +88,11 @@ class TrainFeatures:
         for rows in self.slices(n_targets):
             yield rows, *self.block(rows, device)
 
-    def slices(self, n_targets: int = 1) -> list[slice]:
-        """Return the rows of every block, in order."""
-        n, size = self.shape[0], min(self.block_rows, max(1, _BLOCK_SCORES // n_targets))
-        return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+    def slices(self, n_targets: int = 1, rows: range | None = None) -> list[slice]:
+        """Return the rows of every block, in order: of all rows, or of a range of them."""
+        rows = range(self.shape[0]) if rows is None else rows
+        size = min(self.block_rows, max(1, _BLOCK_SCORES // n_targets))
+        return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
 
     def block(self, rows: slice, device: torch.device = CPU) -> tuple[Any, Tensor, Tensor]:
         """Return Φ, Q and w of some rows."""
@@ -102,10 +103,13 @@ class TrainFeatures:
     def rows(self, chosen: Tensor, device: torch.device = CPU) -> Any:
         """Return the features of some examples, in order; ``chosen`` are ascending row numbers."""
         parts = []
-        for rows, features, *_ in self.blocks(device=device):
-            here = chosen[(chosen >= rows.start) & (chosen < rows.stop)] - rows.start
-            parts.append(features[here.to(device)])
-        return stack(parts)
+        for rows in self.slices():
+            here = chosen[(chosen >= rows.start) & (chosen < rows.stop)]
+            if len(here):  # of a block, what is before and after them is not read
+                first = int(here[0])
+                features, *_ = self.block(slice(first, int(here[-1]) + 1), device)
+                parts.append(features[(here - first).to(device)])
+        return stack(parts) if parts else self.block(slice(1), device)[0][chosen.to(device)]
 
 
 def _matrix(array: Array | Matrix) -> Matrix:

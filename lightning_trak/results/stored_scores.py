@@ -15,6 +15,7 @@ from lightning_trak.store.chunks import Chunks
 from lightning_trak.store.files import Damaged
 
 NAME = "scores"  # of the array in each chunk
+_REMEDY = "Delete it, then compute the scores again with trainer.attribute(...)."
 
 
 class StoredScores:
@@ -116,9 +117,14 @@ class StoredScores:
         return StoredScores(self.chunks, self.shape[1], self.factor * factor)
 
     def _read(self, rows: range) -> Tensor:
-        array = self.chunks.read(rows, [NAME])[NAME]
+        try:
+            array = self.chunks.read(rows, [NAME])[NAME]
+        except Damaged as error:
+            raise Damaged(error.path, error.why, _REMEDY) from error
         if array.dtype != np.float32 or array.shape != (len(rows), self.shape[1]):
-            raise Damaged(self.chunks.path(rows.start), f"it has {array.dtype} {array.shape} in place of scores")
+            raise Damaged(
+                self.chunks.path(rows.start), f"it has {array.dtype} {array.shape} in place of scores", _REMEDY
+            )
         return torch.from_numpy(array) * self.factor
 
     def __repr__(self) -> str:

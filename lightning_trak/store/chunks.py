@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
@@ -22,7 +22,7 @@ _END = ".safetensors"
 _BYTES, _SECONDS = 2**21, 60.0  # of a chunk, at most
 _ROWS, _PARTS = 64, 128  # in a chunk at least, and chunks at most, if the seconds are unknown
 _AHEAD = 16  # chunks in an object store that are copied at once
-_WAIT = 0.5  # seconds between two looks whether another process is done
+_SHORTEST, _WAIT = 0.01, 0.5  # seconds between two looks whether another process is done, at first and later
 _REMEDY = "trainer.attribute(...) with a train set computes its rows again."
 
 
@@ -37,6 +37,7 @@ class Chunks:
         place: names what the rows belong to; see `write_arrays`.
         n: the number of rows.
         size: of a chunk; the last may be smaller.
+        whole: names of arrays that belong to a chunk as a whole, and have any form.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -46,9 +47,9 @@ class Chunks:
     ([range(0, 2), range(4, 5)], {'x': array([3.])})
     """
 
-    def __init__(self, folder: AnyPath, place: str, n: int, size: int) -> None:
+    def __init__(self, folder: AnyPath, place: str, n: int, size: int, whole: Collection[str] = ()) -> None:
         self.folder, self.n, self.size = folder, n, size
-        self.place = place
+        self.place, self._whole = place, whole
 
     def all(self) -> list[range]:
         """Return the rows of every chunk."""
@@ -104,7 +105,8 @@ class Chunks:
             raise Damaged(path, "it is missing", _REMEDY) from error
         except Damaged as error:
             raise Damaged(path, error.why, _REMEDY) from error
-        wrong = [name for name, array in arrays.items() if array.shape[:1] != (len(rows),)]
+        of_rows = {name: array for name, array in arrays.items() if name not in self._whole}
+        wrong = [name for name, array in of_rows.items() if array.shape[:1] != (len(rows),)]
         if wrong:
             raise Damaged(path, f"it has another number of rows than {len(rows)} in {', '.join(wrong)}", _REMEDY)
         return arrays
@@ -279,9 +281,13 @@ class Claim:
                 if len({*found}) < len(found):
                     raise ValueError(f"Of the chunk that begins with row {start}, rows came twice: {found}.")
                 parts = [([row - start for row in part], one) for part, one in held]
-                self._chunks.write(start, scattered(parts, len(found)))
                 del self._rows[start]
-                self._release(start)
+                self.write_whole(start, scattered(parts, len(found)))
+
+    def write_whole(self, start: int, arrays: Mapping[str, Array]) -> None:
+        """Write all rows of a claimed chunk, in order, without a copy of them."""
+        self._chunks.write(start, arrays)
+        self._release(start)
 
     def _take(self, start: int) -> bool:
         """Lock a chunk; say whether it is this process's to compute."""
@@ -331,13 +337,15 @@ def shares(chunks: Chunks, waiting: Callable[[], object] = lambda: None) -> Iter
         chunks: to be filled.
         waiting: called again and again while other processes have all chunks that are missing.
     """
+    wait = _SHORTEST
     while chunks.missing():
         with Claim(chunks) as claim:
             own = claim.chunks()
             first = next(own, None)
             if first is None:
                 waiting()
-                sleep(_WAIT)
+                sleep(wait)
+                wait = min(2 * wait, _WAIT)
             else:
                 yield claim, chain([first], own)
 

@@ -14,7 +14,7 @@ from lightning_trak.store.files import PARTIAL, Damaged
 from lightning_trak.store.known import EXAMPLES, read_examples
 from lightning_trak.store.locks import is_held
 from lightning_trak.store.remote import writable
-from lightning_trak.store.store import FeatureStore
+from lightning_trak.store.store import FeatureStore, scores_name
 from lightning_trak.store.weights import load_weights
 
 UNFINISHED = re.compile(rf".+\.[0-9a-f]{{32}}{re.escape(PARTIAL)}")  # what a killed process leaves of what it wrote
@@ -184,13 +184,20 @@ def inspect_targets(
 
 def _check_target(store: FeatureStore, path: Path) -> None:
     """Verify features or scores of targets; only a call with the same targets knows whether they are theirs."""
-    place, targets = verified_place(path), path.parents[1].name
-    try:
-        own = [f"{entry.place}|targets {targets}|" for entry in store.entries([path.parent.name])] or [f"{targets}|"]
-    except Damaged:
-        own = [""]  # of the checkpoint, whose damage is told elsewhere
-    if not place.startswith(own[0]) or f"|rows {int(path.stem)} to " not in place:
+    place, folder = verified_place(path), path.parent
+    of, _, rows = place.rpartition("|rows ")
+    targets, _, key = of.partition("|")
+    of_scores = targets == folder.parent.name and folder.name == scores_name(key)
+    if not (of_scores or _is_of_checkpoint(store, folder, of)) or not rows.startswith(f"{int(path.stem)} to "):
         raise Damaged(path, "it belongs elsewhere")
+
+
+def _is_of_checkpoint(store: FeatureStore, folder: Path, of: str) -> bool:
+    """Say whether features of targets are those of the checkpoint that their folder is named for."""
+    try:
+        return any(of == f"{entry.place}|targets {folder.parent.name}" for entry in store.entries([folder.name]))
+    except Damaged:
+        return True  # the checkpoint is, which is told elsewhere
 
 
 def _check_examples(store: FeatureStore, path: Path) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_trak.data.identity import ROW_CHARACTERS, difference, sampled_rows
 from lightning_trak.store.checkpoint import META, WEIGHTS, CheckpointEntry, targets_folder
+from lightning_trak.store.chunks import Chunks
 from lightning_trak.store.files import PARTIAL, Damaged, atomically, explained_os_errors, read_json, to_disk, write_json
 from lightning_trak.store.remote import AnyPath, RemotePath, path_of, writable
 from lightning_trak.store.weights import save_weights
@@ -57,7 +58,7 @@ class FeatureStore:
                                        former/<n>/<row>.safetensors  the last rows, when the train set had n
         <dirpath>/targets/<digest of the targets>/<checkpoint>/<row>.safetensors  φ and f of a range of targets
                                        examples.safetensors     digests of all targets, by which sets are compared
-                                       scores-*/<row>.safetensors  τ of a range of rows, if it is large
+                                       scores-*/<row>.safetensors  τ of a range of rows, and other numbers of scores
         <dirpath>/scores/<name>/...
 
     A checkpoint is named by the digest of its weights, so the same weights twice are one entry. All entries share one
@@ -274,6 +275,17 @@ class FeatureStore:
         """Return the folder of all that is kept of some targets, of whose content this is the digest."""
         return targets_folder(self.dirpath, digest)
 
+    def score_chunks(self, digest: str, key: str, size: int, whole: Collection[str] = ()) -> Chunks:
+        """Return the chunks of some numbers of scores, by training examples; see `Chunks`.
+
+        Args:
+            digest: of the targets.
+            key: all that the numbers depend on besides the targets.
+            size: how many training examples a chunk has.
+            whole: names of arrays of a chunk as a whole.
+        """
+        return Chunks(self.targets_folder(digest) / scores_name(key), f"{digest}|{key}", self.n_train, size, whole)
+
     @property
     def _folder(self) -> AnyPath:
         return self.dirpath / "checkpoints"
@@ -300,6 +312,11 @@ class FeatureStore:
             f"FeatureStore('{self.dirpath}', n_train={self.n_train}, checkpoints={len(found)}, featurized={sum(found)},"
             f" projection={_short(self.manifest.get('projection'))})"
         )
+
+
+def scores_name(key: str) -> str:
+    """Return the name of the folder of scores, from all that they depend on besides the targets."""
+    return f"scores-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
 
 
 def _is_manifest(path: Path) -> bool:

@@ -29,8 +29,7 @@ from lightning_trak.trainer.framework import (
 )
 from lightning_trak.trainer.job import Job, prepared_job
 from lightning_trak.trainer.kept import KeptFeatures
-from lightning_trak.trainer.progress import progress
-from lightning_trak.trainer.scoring import at_each_checkpoint, compute_scores, solved_at_each
+from lightning_trak.trainer.scoring import Scoring, at_each_checkpoint, solved_at_each
 from lightning_trak.trainer.target_features import target_features
 from lightning_trak.trainer.train_features import with_own_squares
 
@@ -128,17 +127,12 @@ def _scored(job: Job, top_k: int | None) -> Attribution:
     targets = target_features(job)
     estimator = job.estimator()
     solved = solved_at_each(job, estimator, targets.features)
-    m, spread = len(targets.outputs), None
-    scores: Any
-    if top_k is None:
-        scores, spread = compute_scores(job, estimator, solved, targets.digest)
-    else:
-        with progress(job.trainer, "Scoring", len(estimator.trains[0].slices(m))) as advance:
-            scores = estimator.extremes(solved, top_k, lambda: advance(1))
+    scoring = Scoring(job, estimator, solved, targets)
+    scores, spread = scoring.scores() if top_k is None else (scoring.extremes(top_k), None)
     examples, described = described_examples(job, targets.reader)
     attribution = Attribution(
         scores,
-        _info(job, estimator, solved, m),
+        _info(job, estimator, solved, len(targets.outputs)),
         spread,
         outputs=targets.outputs,
         kept=KeptFeatures(job, estimator, targets),

@@ -29,6 +29,7 @@ from lightning_trak.trainer.opening import open_store
 from lightning_trak.trainer.plan import Plan
 from lightning_trak.trainer.preflight import preflight
 from lightning_trak.trainer.reports import time_text
+from lightning_trak.trainer.scoring import bytes_of_scores
 from lightning_trak.trainer.target_features import target_chunks
 
 _ROWS, _TARGETS = 256, 64  # of the product that is measured
@@ -194,8 +195,8 @@ def _scoring(
     loop: FeaturizationLoop, train: Measured, targets: Measured, m: int, checkpoints: int, limit: float
 ) -> list[Stage]:
     """Return what H and scores take, from products of the measured features."""
-    n, k, scores = loop.reader.size, loop.dimension, 4 * loop.reader.size * m
-    disk, memory = (scores, 0) if scores > limit else (0, scores)
+    n, k = loop.reader.size, loop.dimension
+    disk, memory = bytes_of_scores(n, m, checkpoints, limit)
     if loop.preconditioner is not None:
         rows, vectors = (matrix_of(largest_entries(one.features, loop.form.entries or k)) for one in (train, targets))
         seconds = _seconds_of_product(rows, vectors, loop.reader.device)

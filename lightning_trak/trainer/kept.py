@@ -13,7 +13,7 @@ from lightning_trak.results.split_score import SplitScore
 from lightning_trak.results.stored_scores import StoredScores
 from lightning_trak.trainer.attachment import attached
 from lightning_trak.trainer.job import Job
-from lightning_trak.trainer.scoring import at_each_checkpoint, compute_scores, compute_spread, solved_at_each
+from lightning_trak.trainer.scoring import Scoring, at_each_checkpoint, solved_at_each
 from lightning_trak.trainer.split import split_score
 from lightning_trak.trainer.target_features import TargetFeatures
 
@@ -66,12 +66,12 @@ class KeptFeatures:
 
         solved = at_each_checkpoint(self.job, self.estimator, "Weighting", weigh)
         weighted = [weight.tolist() for weight in weights]
-        return compute_scores(self.job, self.estimator, solved, self.targets.digest, weighted)[0]
+        return Scoring(self.job, self.estimator, solved, self.targets, weighted).scores()[0]
 
     def spread(self) -> Spread:
         """Return how scores vary from checkpoint to checkpoint."""
         solved = solved_at_each(self.job, self.estimator, self.targets.features)
-        return compute_spread(self.job, self.estimator, solved, self.targets.digest)
+        return Scoring(self.job, self.estimator, solved, self.targets).spread()
 
     def split(self, i: int, j: int) -> SplitScore:
         """Split the score of training example i for target j by layer and by parts."""

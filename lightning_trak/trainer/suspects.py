@@ -148,9 +148,10 @@ def _harm(job: Job, estimator: Estimator, targets: TargetFeatures) -> Tensor:
     if not LossTerms(job.model).loss_needs_model:
         signs = loss_grads(targets.reader, last.weights(), targets.outputs).sign()
     solved = solved_at_each(job, estimator, targets.features)
-    harm, of_rows = torch.zeros(job.store.n_train), estimator.score_rows(solved)
+    harm = torch.zeros(job.store.n_train)
     with progress(job.trainer, "Scoring", len(harm)) as advance:
         for rows in estimator.trains[0].slices(len(signs)):
-            harm[rows] = -(of_rows(rows) @ signs) / len(signs)
-            advance(len(harm[rows]))
+            scores = estimator.scores(solved, spread=False, rows=range(rows.start, rows.stop)).mean
+            harm[rows] = -(scores @ signs) / len(signs)
+            advance(len(scores))
     return harm

@@ -37,12 +37,14 @@ class TargetFeatures(NamedTuple):
         features: φ(z), (m, k), at every checkpoint; sparse if whitened.
         outputs: f(z), (m,), see `Attribution.outputs`.
         digest: of the targets' content; of no use later if they are random.
+        kept: whether the store keeps them for later calls: they are not random, and it can be written.
         reader: reads them.
     """
 
     features: list[Tensor | SparseMatrix]
     outputs: Tensor
     digest: str
+    kept: bool
     reader: ExampleReader
 
 
@@ -61,7 +63,8 @@ def target_features(job: Job) -> TargetFeatures:
     if digests is None:  # random targets, or such as cannot be compared: of no use later
         strategy.barrier()
         shutil.rmtree(job.store.targets_folder(kept_as), ignore_errors=True)
-    return TargetFeatures(features, torch.stack(list(latest.values())).mean(0), kept_as, loop.reader)
+    kept = digests is not None and all(target_chunks(loop, entry, kept_as).complete for entry in job.entries)
+    return TargetFeatures(features, torch.stack(list(latest.values())).mean(0), kept_as, kept, loop.reader)
 
 
 def _known_targets(

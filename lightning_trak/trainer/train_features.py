@@ -90,7 +90,7 @@ def sums_of(entry: CheckpointEntry, estimator: Estimator, train: TrainFeatures) 
     options = estimator.options
     key: dict[str, Any] = {"version": SUMS_VERSION, "estimator": options.estimator, "curvature": options.curvature}
     key["temperature"] = estimator.temperature
-    key["of"] = [crc32(np.ascontiguousarray(numbers).data) for numbers in (train.loss_grad, train.curvature)]
+    key["of"] = checksums(train)
     kept = entry.read_sums(key)
     sums = None if kept is None else GaussNewton.from_arrays(kept, estimator.device)
     if sums is None or not estimator.suffices(train, sums):
@@ -100,3 +100,8 @@ def sums_of(entry: CheckpointEntry, estimator: Estimator, train: TrainFeatures) 
         except OSError as error:  # a full disk, or a read-only store
             rank_zero_warn(f"Sums over the train set could not be stored and will be computed again: {error}")
     return sums
+
+
+def checksums(train: TrainFeatures) -> list[int]:
+    """Return those of Q and w, which depend on the temperature."""
+    return [crc32(np.ascontiguousarray(numbers).data) for numbers in (train.loss_grad, train.curvature)]

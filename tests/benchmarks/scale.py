@@ -16,7 +16,8 @@ import torch
 
 from lightning_trak.influence import Estimator, Options, Solved, TrainFeatures
 from lightning_trak.store.chunks import Chunks
-from lightning_trak.trainer.scoring import compute_scores
+from lightning_trak.store.store import FeatureStore
+from lightning_trak.trainer.scoring import Scoring
 from lightning_trak.trainer.train_features import StoredFeatures
 from tests.benchmarks.measuring import print_table, seconds, trainer
 
@@ -82,12 +83,13 @@ def _scoring(
     folder: Path, estimator: Estimator, solved: list[Solved], n: int, top_k: int | None
 ) -> Callable[[], object]:
     """Return what computes all scores, on disk; or their extremes."""
-    if top_k is not None:
-        return lambda: estimator.extremes(solved, top_k)
-    store = SimpleNamespace(n_train=n, dirpath=folder, targets_folder=lambda digest: folder / "targets" / digest)
-    entries = [SimpleNamespace(place=str(number), derived=folder) for number in range(len(solved))]
+    manifest = {"n_train": n, "parameters": {}, "projection": {}, "chunk_rows": 1}
+    entries = [SimpleNamespace(place=str(number), derived=folder, meta={}) for number in range(len(solved))]
+    store = FeatureStore.create(folder / "store", manifest)
     job: Any = SimpleNamespace(store=store, entries=entries, memory_limit=0, trainer=trainer(folder))
-    return lambda: compute_scores(job, estimator, solved, "benchmark")
+    targets: Any = SimpleNamespace(digest="0" * 32, kept=True, outputs=torch.zeros(len(solved[0].vectors)))
+    scoring = Scoring(job, estimator, solved, targets)
+    return scoring.scores if top_k is None else lambda: scoring.extremes(top_k)
 
 
 def _limit(folder: Path, n: int, m: int, k: int, checkpoints: int, *, written: bool) -> float:

@@ -33,6 +33,7 @@ KINDS = {  # of files, by the end of their paths
     "run": r"runs/subset.*\.safetensors",
     "ground truth": r"truth\.safetensors",
     "targets": r"targets/\w+/\w+/\d+\.safetensors",
+    "score chunk": r"targets/\w+/scores-\w+/\d+\.safetensors",
 }
 STORES = ("plain", "plain, half", "every", "every, half")
 Operation = Callable[[Path], Outcome]
@@ -240,6 +241,9 @@ class Damages:
             damage = flip if damage is swap and not others else damage
             other = drawn.choice(others) if damage is swap else path
             damage(path, other, drawn)
+            if kind != "score chunk":  # else scores are read, and not what they are computed from
+                for stored in folder.glob("store/targets/*/scores-*"):
+                    shutil.rmtree(stored)
             operation = drawn.choice(operations_for(kind, name))
             result, told = self._judged(name, operation, folder, (path, other))
             what = f"seed {seed}, store '{name}': {damage.__name__} {path.relative_to(folder)}"

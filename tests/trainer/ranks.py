@@ -60,6 +60,8 @@ def main() -> None:
     if not files:
         trainer.fit(module, datamodule=data)
     attribution = trainer.attribute(module, datamodule=data, ckpt_path=files or None, name="kept")
+    few = trainer.attribute(module, datamodule=data, ckpt_path=files or None, top_k=2)
+    (Path(folder) / f"top-{trainer.global_rank}.json").write_text(json.dumps(few.top(2).indices.tolist()))
     own = trainer.attribute_self(module, datamodule=data, ckpt_path=files or None)
     columns = {name: list(column) for name, column in attribution.targets.columns.items()}
     (Path(folder) / f"targets-{trainer.global_rank}.json").write_text(json.dumps(columns))

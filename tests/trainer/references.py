@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import numpy as np
 import torch
@@ -14,6 +15,18 @@ from tests.conftest import make_trainer
 def fresh(root, **kwargs):
     """A trainer that knows nothing but the store."""
     return make_trainer(root, TRAKCallback(root / "store", **kwargs))
+
+
+def feature_files(root):
+    """The stored features of targets."""
+    found = (root / "store" / "targets").glob("*/*/*.safetensors")
+    return sorted(path for path in found if not path.parent.name.startswith("scores-"))
+
+
+def forget_scores(root):
+    """Delete stored scores, so that they are computed again from features."""
+    for folder in (root / "store" / "targets").glob("*/scores-*"):
+        shutil.rmtree(folder)
 
 
 def features_float64(module, dataset, names, projection):

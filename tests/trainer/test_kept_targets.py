@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_trak import FeatureStore
 from tests.conftest import Blobs, Classifier, make_data
-from tests.trainer.references import fresh
+from tests.trainer.references import feature_files, forget_scores, fresh
 
 M = 40
 
@@ -37,8 +37,10 @@ def scores_of(root, targets, model=None, **kwargs):
     return fresh(root, **kwargs).attribute(model or Classifier(), DataLoader(targets, 4)).scores
 
 
-def target_files(root):
-    return sorted((root / "store" / "targets").glob("*/*/*.safetensors"))
+def computed_again(root, targets):
+    """Scores from the features that are stored."""
+    forget_scores(root)
+    return scores_of(root, targets)
 
 
 def test_a_second_call_featurizes_no_target(finished):
@@ -47,37 +49,37 @@ def test_a_second_call_featurizes_no_target(finished):
         Counting.rows = 0
         scores = scores_of(finished, make_data(M, 2), Counting())
         counts.append(Counting.rows)
-        torch.testing.assert_close(scores, scores_of(finished, make_data(M, 2)), rtol=0, atol=0)
+        torch.testing.assert_close(scores, computed_again(finished, make_data(M, 2)), rtol=0, atol=0)
     assert counts[0] - counts[1] > 2 * M  # of three checkpoints, less those that are checked
-    assert len({path.parent for path in target_files(finished)}) == 3
+    assert len({path.parent for path in feature_files(finished)}) == 3
 
 
 def test_checkpoints_that_are_added_are_all_that_is_computed(tmp_path, run):
     root, *_ = run
     first, *rest = sorted((root / "files").iterdir())
     times = []
-    for files in ([first], [first, *rest]):
-        scores = (
-            fresh(tmp_path).attribute(Classifier(), DataLoader(make_data(M, 2), 4), Blobs(), ckpt_path=files).scores
-        )
-        times.append({path: path.stat().st_mtime_ns for path in tmp_path.glob("store/**/0*.safetensors")})
+    for chosen in ([first], [first, *rest]):
+        targets = DataLoader(make_data(M, 2), 4)
+        scores = fresh(tmp_path).attribute(Classifier(), targets, Blobs(), ckpt_path=chosen).scores
+        files = [*tmp_path.glob("store/checkpoints/*/train/*.safetensors"), *feature_files(tmp_path)]
+        times.append({path: path.stat().st_mtime_ns for path in files})
     assert len(times[1]) == 3 * len(times[0])
     assert times[0].items() <= times[1].items()
     alone = fresh(tmp_path / "alone")
-    expected = alone.attribute(Classifier(), DataLoader(make_data(M, 2), 4), Blobs(), ckpt_path=files).scores
+    expected = alone.attribute(Classifier(), targets, Blobs(), ckpt_path=chosen).scores
     torch.testing.assert_close(scores, expected)
-    assert len(target_files(tmp_path)) == len(target_files(tmp_path / "alone"))
+    assert len(feature_files(tmp_path)) == len(feature_files(tmp_path / "alone"))
 
 
 @pytest.mark.parametrize("row", [0, 17, M - 1])
 def test_targets_that_changed_in_one_number_are_others(finished, row):
     x, y = make_data(M, 2).tensors
     scores_of(finished, TensorDataset(x, y))
-    kept = target_files(finished)
+    kept = feature_files(finished)
     changed = x.clone()
     changed[row, 1] += 1e-3
     found = scores_of(finished, TensorDataset(changed, y))
-    assert len(target_files(finished)) == 2 * len(kept)
+    assert len(feature_files(finished)) == 2 * len(kept)
     shutil.rmtree(finished / "store" / "targets")
     torch.testing.assert_close(found, scores_of(finished, TensorDataset(changed, y)))
 
@@ -91,16 +93,16 @@ def test_another_order_is_another_set_of_targets(finished):
 
 def test_damaged_features_of_targets_are_computed_again(finished):
     expected = scores_of(finished, make_data(M, 2))
-    for path in target_files(finished)[::9]:
+    for path in feature_files(finished)[::9]:
         content = bytearray(path.read_bytes())
         content[-5] ^= 16
         path.write_bytes(content)
-    files = target_files(finished)
+    files = feature_files(finished)
     train = {path: path.stat().st_mtime_ns for path in (finished / "store").glob("checkpoints/*/train/*.safetensors")}
     with pytest.warns(UserWarning, match=r"is damaged: .* files are computed again"):
-        found = scores_of(finished, make_data(M, 2))
+        found = computed_again(finished, make_data(M, 2))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
-    assert target_files(finished) == files
+    assert feature_files(finished) == files
     assert train == {path: path.stat().st_mtime_ns for path in train}
 
 
@@ -128,7 +130,7 @@ class Random(Dataset):
 def test_random_targets_are_not_kept(finished):
     with pytest.warns(UserWarning, match="Two reads of the same target examples differ"):
         assert scores_of(finished, Random()).isfinite().all()
-    assert not target_files(finished)
+    assert not list((finished / "store").glob("targets/*/*"))
 
 
 def test_a_store_that_cannot_be_written_gives_scores_all_the_same(finished):
@@ -145,7 +147,7 @@ def test_the_targets_of_a_deleted_checkpoint_go_with_it(finished):
     store = FeatureStore(finished / "store")
     first, *rest = store.digests
     store.discard(first)
-    assert {path.parent.name for path in target_files(finished)} == set(rest)
+    assert {path.parent.name for path in feature_files(finished)} == set(rest)
 
 
 def test_starting_anew_leaves_no_targets(finished):
@@ -242,11 +244,11 @@ def test_all_that_is_of_a_curvature_that_is_gone_is_deleted_at_once(finished):
     """However many checkpoints there are: each call mends three damages."""
     scores_of(finished, make_data(M, 2))
     entry, *others = FeatureStore(finished / "store")
-    whole = {path for path in target_files(finished) if path.parent.name != entry.digest}
+    whole = {path for path in feature_files(finished) if path.parent.name != entry.digest}
     arrays, notes = entry.read_whitening(), entry.whitening_notes
     entry.whitening_path.unlink()
     entry.write_whitening(arrays, notes)  # the same numbers, but who knows?
     deleted = entry.delete_damaged(entry.whitening_path)
-    assert set(target_files(finished)) == whole
+    assert set(feature_files(finished)) == whole
     assert {path.parent.name for path in deleted} == {"train", entry.digest}
     assert all(other.complete for other in others)

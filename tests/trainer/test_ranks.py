@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -104,6 +105,8 @@ def test_files_are_attributed_as_by_one_process(tmp_path, alone, case):
         for name in ("loss_grad", "curvature", "outputs"):
             np.testing.assert_allclose(one[name], other[name], rtol=1e-3, atol=1e-5)
     assert torch.equal(Attribution.load(shared.scores_dir("kept")).scores, scores)
+    for path in (tmp_path / "run").glob("top-*.json"):
+        assert json.loads(path.read_text()) == scores.topk(2, 0).indices.T.tolist()
     (targets,) = (shared.dirpath / "targets").iterdir()
     for entry in shared:
         assert entry.targets(targets.name, M, 1).complete
