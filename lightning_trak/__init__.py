@@ -50,7 +50,7 @@ from lightning_trak.tasks import (
 from lightning_trak.tasks.base import TRAKMixin
 from lightning_trak.trainer.attribute import attribute, attribute_self
 from lightning_trak.trainer.callback import TRAKCallback
-from lightning_trak.trainer.framework import register as _register
+from lightning_trak.trainer.host.framework import register as _register
 from lightning_trak.trainer.suspects import suspects
 
 __version__ = "0.1.0"

@@ -16,6 +16,7 @@ ROOMS = [
     *("isolation", "data", "tasks", "gradients", "projection", "curvature", "features", "store"),
     *("influence", "results", "trainer", "evaluation", "commands"),
 ]
+OF_TRAINER = ["host", "featurizing", "fit", "arguments", "callback", "attributing"]  # then what a user calls
 FOR_ALL = {"metrics", "precision"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -49,11 +50,22 @@ def test_imports_run_one_way(path):
             assert room in FOR_ALL or ROOMS.index(room) <= ROOMS.index(own), f"{own} imports {module}"
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "trainer").rglob("*.py")), ids=lambda path: str(path.name))
+def test_rooms_of_the_trainer_import_one_way(path):
+    def place(name):
+        return OF_TRAINER.index(name) if name in OF_TRAINER else len(OF_TRAINER)
+
+    own = path.relative_to(PACKAGE / "trainer").parts[0].removesuffix(".py")
+    for module in imports_of(path):
+        if module.startswith("lightning_trak.trainer."):
+            assert place(module.split(".")[2]) <= place(own), f"{own} imports {module}"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.name))
 def test_one_file_alone_imports_lightning(path):
     """And for type checkers alone its sister package. The command line is derived from one of Lightning's classes."""
     packages = {module.split(".")[0] for module in imports_of(path)}
-    if path not in (PACKAGE / "trainer" / "framework.py", PACKAGE / "trainer" / "cli.py"):
+    if path not in (PACKAGE / "trainer" / "host" / "framework.py", PACKAGE / "trainer" / "cli.py"):
         assert not packages & {"lightning", "pytorch_lightning", "lightning_fabric"}
 
 

@@ -15,8 +15,8 @@ from lightning_trak.isolation.module_state import unchanged
 from lightning_trak.tasks.base import numbered, prepared
 from lightning_trak.tasks.batch import read_batches
 from lightning_trak.tasks.checks import check_size
-from lightning_trak.trainer.attachment import attached
-from lightning_trak.trainer.loaders import Loaders
+from lightning_trak.trainer.host.attachment import attached
+from lightning_trak.trainer.host.loaders import Loaders
 
 
 def model_outputs(

@@ -1,14 +1,11 @@
-"""The only room that sees a Trainer: the callback, `attribute`, and the featurization loop.
+"""The only room that sees a Trainer. Checkpoints and loaders come in, attributions go out.
 
-Checkpoints and loaders come in, attributions go out. May import all other rooms but `evaluation`. In the order of the
-data:
+May import all other rooms but `evaluation`. Its own rooms, of which each may import those before it:
 
-- During ``fit``: `callback` connects Lightning's hooks; `checkpoint_io` sees files come and go, `queue` decides what
-  becomes of them, `checkpoint_files` finds those of a resumed run; `pace`, `loss_check` and `logs` look on.
-- Examples at a checkpoint: `loaders` finds them, `reading` reads them, `preflight` tries a few, `featurization` turns
-  them into features, `curvature` whitens; `losses` and `describing` need no gradients.
-- From a model to a job: `plan`, `opening` (the store), `ckpt_path` (which checkpoints), `job`; `checkpoints` fills one.
-- What a user calls: `attribute`, `suspects`, `forecast` (``dry_run``), `cli`; from `train_features` and
-  `target_features` to scores in `scoring`; `kept` and `split` answer later questions.
-- For all of them: `framework` (both names of Lightning), `attachment`, `arguments`, `progress`, `reports`.
+- `host`: what the program around us gives: Lightning under both its names, loaders, device, progress bar, messages.
+- `featurizing`: from a model to a plan, and from examples at a checkpoint to features in the store.
+- `fit`: what happens during ``fit`` besides: files come and go, checkpoints wait, time and loss are watched.
+- `callback`: Lightning's hooks, connected to all that; `arguments` checks its arguments.
+- `attributing`: from the features of train set and targets to scores, and to what is asked about them later.
+- What a user calls: `attribute`, `suspects`, `forecast` (``dry_run``), `cli`.
 """

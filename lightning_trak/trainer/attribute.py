@@ -15,23 +15,23 @@ from lightning_trak.results.attribution import Attribution
 from lightning_trak.results.info import AttributionInfo
 from lightning_trak.results.saved import check_free
 from lightning_trak.store.store import folder_name
-from lightning_trak.trainer.attachment import launched
+from lightning_trak.trainer.attributing.ckpt_path import CkptPath
+from lightning_trak.trainer.attributing.describing import described_examples
+from lightning_trak.trainer.attributing.job import Job, prepared_job
+from lightning_trak.trainer.attributing.kept import KeptFeatures
+from lightning_trak.trainer.attributing.scoring import Scoring, at_each_checkpoint, solved_at_each
+from lightning_trak.trainer.attributing.target_features import target_features
 from lightning_trak.trainer.callback import find_callback
-from lightning_trak.trainer.ckpt_path import CkptPath
-from lightning_trak.trainer.describing import described_examples
+from lightning_trak.trainer.featurizing.train_features import with_own_squares
 from lightning_trak.trainer.forecast import forecast
-from lightning_trak.trainer.framework import (
+from lightning_trak.trainer.host.attachment import launched
+from lightning_trak.trainer.host.framework import (
     LightningDataModule,
     LightningModule,
     Trainer,
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_trak.trainer.job import Job, prepared_job
-from lightning_trak.trainer.kept import KeptFeatures
-from lightning_trak.trainer.scoring import Scoring, at_each_checkpoint, solved_at_each
-from lightning_trak.trainer.target_features import target_features
-from lightning_trak.trainer.train_features import with_own_squares
 
 
 def attribute(

@@ -23,9 +23,16 @@ from lightning_trak.store.remote import AnyPath, path_of, writable
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import copy_of_weights
 from lightning_trak.trainer import arguments
-from lightning_trak.trainer.attachment import attached, undisturbed
-from lightning_trak.trainer.checkpoint_io import watch
-from lightning_trak.trainer.framework import (
+from lightning_trak.trainer.featurizing.opening import fitting_store
+from lightning_trak.trainer.featurizing.plan import DTYPE, PROJ_DIM, SEED, Plan, Settings, parameters_to_be
+from lightning_trak.trainer.featurizing.preflight import preflight
+from lightning_trak.trainer.fit.checkpoint_io import watch
+from lightning_trak.trainer.fit.logs import log_largest, log_numbers
+from lightning_trak.trainer.fit.loss_check import LossCheck
+from lightning_trak.trainer.fit.pace import Coming, Pace, measured_seconds, synchronize
+from lightning_trak.trainer.fit.queue import CheckpointQueue
+from lightning_trak.trainer.host.attachment import attached, undisturbed
+from lightning_trak.trainer.host.framework import (
     Callback,
     LightningModule,
     Trainer,
@@ -33,15 +40,8 @@ from lightning_trak.trainer.framework import (
     extend_loaded,
     framework_of,
 )
-from lightning_trak.trainer.loaders import train_loader_of_fit
-from lightning_trak.trainer.logs import log_largest, log_numbers
-from lightning_trak.trainer.loss_check import LossCheck
-from lightning_trak.trainer.opening import fitting_store
-from lightning_trak.trainer.pace import Coming, Pace, measured_seconds, synchronize
-from lightning_trak.trainer.plan import DTYPE, PROJ_DIM, SEED, Plan, Settings, parameters_to_be
-from lightning_trak.trainer.preflight import preflight
-from lightning_trak.trainer.queue import CheckpointQueue
-from lightning_trak.trainer.reports import Reports
+from lightning_trak.trainer.host.loaders import train_loader_of_fit
+from lightning_trak.trainer.host.reports import Reports
 
 _LOOK_AGAIN = 50  # steps, where the Trainer logs nothing
 

@@ -21,7 +21,7 @@ from lightning_trak.results.suspects import Suspects
 from lightning_trak.results.tables import write_csv
 from lightning_trak.results.terminal import printable, table
 from lightning_trak.trainer.callback import TRAKCallback, find_callback
-from lightning_trak.trainer.framework import LightningDataModule, LightningModule, Trainer, framework_of
+from lightning_trak.trainer.host.framework import LightningDataModule, LightningModule, Trainer, framework_of
 
 _OWN = ("attribute", "attribute_self", "suspects")
 _TARGETS = 5  # that are printed

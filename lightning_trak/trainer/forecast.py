@@ -20,17 +20,17 @@ from lightning_trak.store.files import free_space
 from lightning_trak.store.known import digest_of_set
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import Weights, read_weights, weights_digest
-from lightning_trak.trainer.ckpt_path import CkptPath, files_of, of_store
-from lightning_trak.trainer.curvature import FEW, trial_curvature, trial_whitening
-from lightning_trak.trainer.featurization import FeaturizationLoop, Measured
-from lightning_trak.trainer.framework import Trainer
-from lightning_trak.trainer.job import ready
-from lightning_trak.trainer.opening import open_store
-from lightning_trak.trainer.plan import Plan
-from lightning_trak.trainer.preflight import preflight
-from lightning_trak.trainer.reports import time_text
-from lightning_trak.trainer.scoring import bytes_of_scores
-from lightning_trak.trainer.target_features import target_chunks
+from lightning_trak.trainer.attributing.ckpt_path import CkptPath, files_of, of_store
+from lightning_trak.trainer.attributing.job import ready
+from lightning_trak.trainer.attributing.scoring import bytes_of_scores
+from lightning_trak.trainer.attributing.target_features import target_chunks
+from lightning_trak.trainer.featurizing.curvature import FEW, trial_curvature, trial_whitening
+from lightning_trak.trainer.featurizing.featurization import FeaturizationLoop, Measured
+from lightning_trak.trainer.featurizing.opening import open_store
+from lightning_trak.trainer.featurizing.plan import Plan
+from lightning_trak.trainer.featurizing.preflight import preflight
+from lightning_trak.trainer.host.framework import Trainer
+from lightning_trak.trainer.host.reports import time_text
 
 _ROWS, _TARGETS = 256, 64  # of the product that is measured
 

@@ -13,16 +13,16 @@ from lightning_trak.features.sparse_matrix import SparseMatrix
 from lightning_trak.influence import Estimator, GaussNewton, Sketch, TrainFeatures, findings, nearest
 from lightning_trak.results.suspects import Suspects
 from lightning_trak.tasks.loss_terms import LossTerms
-from lightning_trak.trainer.attachment import launched
-from lightning_trak.trainer.ckpt_path import CkptPath
-from lightning_trak.trainer.describing import described_examples, described_train
-from lightning_trak.trainer.framework import LightningDataModule, LightningModule, Trainer
-from lightning_trak.trainer.job import Job, prepared_job
-from lightning_trak.trainer.losses import loss_grads, typical_losses
-from lightning_trak.trainer.progress import progress
-from lightning_trak.trainer.scoring import at_each_checkpoint, solved_at_each
-from lightning_trak.trainer.target_features import TargetFeatures, target_features
-from lightning_trak.trainer.train_features import with_own_squares
+from lightning_trak.trainer.attributing.ckpt_path import CkptPath
+from lightning_trak.trainer.attributing.describing import described_examples, described_train
+from lightning_trak.trainer.attributing.job import Job, prepared_job
+from lightning_trak.trainer.attributing.losses import loss_grads, typical_losses
+from lightning_trak.trainer.attributing.scoring import at_each_checkpoint, solved_at_each
+from lightning_trak.trainer.attributing.target_features import TargetFeatures, target_features
+from lightning_trak.trainer.featurizing.train_features import with_own_squares
+from lightning_trak.trainer.host.attachment import launched
+from lightning_trak.trainer.host.framework import LightningDataModule, LightningModule, Trainer
+from lightning_trak.trainer.host.progress import progress
 
 
 def suspects(

@@ -17,8 +17,8 @@ import torch
 from lightning_trak.influence import Estimator, Options, Solved, TrainFeatures
 from lightning_trak.store.chunks import Chunks
 from lightning_trak.store.store import FeatureStore
-from lightning_trak.trainer.scoring import Scoring
-from lightning_trak.trainer.train_features import StoredFeatures
+from lightning_trak.trainer.attributing.scoring import Scoring
+from lightning_trak.trainer.featurizing.train_features import StoredFeatures
 from tests.benchmarks.measuring import print_table, seconds, trainer
 
 LARGE = (  # n, m, k, checkpoints, top_k

@@ -25,7 +25,7 @@ from torch.utils.data import (
 
 from lightning_trak.data.identity import difference, fingerprint, sampled_rows
 from lightning_trak.data.loaders import check_loader, loader_batch_size, numbered_loader
-from lightning_trak.trainer.loaders import TRAIN_REMEDY
+from lightning_trak.trainer.host.loaders import TRAIN_REMEDY
 
 DATA = TensorDataset(torch.arange(11) * 10, torch.arange(11))
 

@@ -11,7 +11,7 @@ from lightning_trak import Attribution, TRAKCallback, calibrate, evaluate
 from lightning_trak.evaluation.ground_truth import GroundTruth
 from lightning_trak.metrics import predicted_outputs
 from tests.conftest import Blobs, Classifier, make_trainer
-from tests.trainer.test_whitening import Model, Texts
+from tests.trainer.featurizing.test_whitening import Model, Texts
 
 SUBSETS = 40
 

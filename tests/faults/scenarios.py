@@ -19,7 +19,7 @@ from lightning_trak import Attribution, TRAKCallback
 from lightning_trak.features.largest import matrix_of
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import read_weights, weights_digest
-from lightning_trak.trainer import plan
+from lightning_trak.trainer.featurizing import plan
 from tests.conftest import make_data, make_trainer
 
 EPOCHS = 3

@@ -247,7 +247,7 @@ def test_what_is_memorised_does_not_count_for_more():
 
 def test_featurization_that_goes_on_says_nothing_of_the_rest(tmp_path, monkeypatch):
     """Q and w are the same, and how much of the gradients is along the output's is not noted for a part."""
-    monkeypatch.setattr("lightning_trak.trainer.plan.rows_in_a_chunk", lambda *_: 12)
+    monkeypatch.setattr("lightning_trak.trainer.featurizing.plan.rows_in_a_chunk", lambda *_: 12)
     trainer = run(tmp_path, TwoTasks())
     (entry,) = FeatureStore(tmp_path / "trak")
     whole = entry.loss_grad.copy()

@@ -84,7 +84,7 @@ def test_attribute_leaves_everything_as_it_was_after_an_error_too(run, monkeypat
         torch.rand(3)
         raise RuntimeError("in the middle")
 
-    monkeypatch.setattr("lightning_trak.trainer.featurization.Featurizer.__call__", fails)
+    monkeypatch.setattr("lightning_trak.trainer.featurizing.featurization.Featurizer.__call__", fails)
     with pytest.raises(RuntimeError, match="in the middle"):
         trainer.attribute()
     assert_same(before, snapshot(trainer, module))

@@ -1,0 +1,91 @@
+"""Opens the store of a model and a train set, makes it, or lets it grow with the train set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.utils.data import DataLoader, Subset
+
+from lightning_trak.data.identity import fingerprint
+from lightning_trak.store.remote import AnyPath
+from lightning_trak.store.store import FeatureStore
+from lightning_trak.trainer.featurizing.plan import Plan, Settings
+from lightning_trak.trainer.host.framework import LightningModule, Trainer, framework_of, rank_zero_info
+from lightning_trak.trainer.host.loaders import Loaders
+from lightning_trak.trainer.host.reports import Reports
+
+
+def open_store(
+    path: AnyPath,
+    settings: Settings,
+    reports: Reports,
+    trainer: Trainer,
+    model: LightningModule,
+    loaders: Loaders,
+    *,
+    may_grow: bool = True,
+) -> tuple[FeatureStore, Plan]:
+    """Open the store; check that it is of this model and data.
+
+    Args:
+        path: of the store.
+        settings: what the user asked for.
+        reports: takes messages to the user.
+        trainer: runs the model.
+        model: the model.
+        loaders: finds the train set.
+        may_grow: whether the store takes training examples that were added to its own.
+    """
+    if trainer.fast_dev_run and not (path / "manifest.json").exists():
+        raise framework_of(trainer).MisconfigurationException(
+            "This Trainer ran with fast_dev_run, which saves no checkpoint, so there is nothing to attribute. Fit"
+            " without fast_dev_run, or pass checkpoint files with ckpt_path=[...]."
+        )
+    store = FeatureStore(path)
+    plan = Plan(settings, reports, model, store.manifest)
+    store.check(plan.identity)
+    loader = loaders.train_if_defined()
+    if loader is not None:  # also without anything to featurize: rows must be of this data set
+        store = fitting_store(path, plan, loader, may_grow=may_grow)
+    return store, plan
+
+
+def fitting_store(
+    path: AnyPath, plan: Plan, loader: DataLoader[Any], seconds: float | None = None, *, may_grow: bool = True
+) -> FeatureStore:
+    """Open the store of a plan and a train set, or make it; it takes examples that were added to its own.
+
+    Args:
+        path: of the store.
+        plan: how examples are featurized.
+        loader: of the train set.
+        seconds: how long it takes to featurize an example; None if that is unknown.
+        may_grow: whether added examples are taken; without, such a store is returned as it is.
+
+    Raises:
+        ValueError: if it is a store of another plan or train set.
+    """
+    manifest = plan.manifest(loader, seconds)
+    if not (path / "manifest.json").exists():
+        return FeatureStore.create(path, manifest)
+    store = FeatureStore(path)
+    if store.n_train < manifest["n_train"] and "data" in store.manifest:
+        store.check(plan.identity)
+        first = fingerprint(Subset(loader.dataset, range(store.n_train)))
+        if first["data"] == store.manifest["data"]:
+            return _grown(store, manifest) if may_grow else store
+    store.check(manifest)
+    return store
+
+
+def _grown(store: FeatureStore, manifest: Mapping[str, Any]) -> FeatureStore:
+    """Let a store grow to the size of the train set, and say so."""
+    former, now = store.n_train, manifest["n_train"]
+    grown = store.grown(manifest)
+    grown.check(manifest)  # another process may have added others
+    rank_zero_info(
+        f"TRAKCallback: the train set has {now} examples, of which the store '{store.dirpath}' knew the first {former}:"
+        f" their features stay, and those of the other {now - former} are computed at each checkpoint."
+    )
+    return grown
