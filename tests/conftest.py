@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -17,6 +18,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_trak as lt
 from lightning_trak.gradients.rules.registry import _RULES
+
+
+def pytest_collection_finish():
+    """Leave out of later garbage collections what importing and collecting made: each would look at all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
