@@ -37,7 +37,7 @@ def clean(path: Path, *, yes: bool = False, targets: bool = False, checkpoint: S
     Args:
         path: of the store.
         yes: whether to delete without asking.
-        targets: whether also the features of targets.
+        targets: whether also what is kept of targets: their features, and scores.
         checkpoint: the digests of checkpoints to delete, or their first digits.
 
     Returns:

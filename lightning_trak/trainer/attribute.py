@@ -59,6 +59,8 @@ def attribute(
     ``featurize_dataloader()``, which returns the same examples without augmentation. If ``setup(stage)`` splits the
     data at random, fix its seed.
 
+    The store keeps features of targets and scores, in parts that processes share. The same call later reads them.
+
     Args:
         trainer: a Trainer, of ``lightning`` or of ``pytorch_lightning``, with one `TRAKCallback`. Model and datamodule
             must be of the same package.
