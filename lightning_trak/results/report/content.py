@@ -74,17 +74,17 @@ def content(
     drawings = Drawings((m if targets is not None else 0) + (len(rows) if train is not None else 0), render)
     own = DataSet("targets", known.targets, targets, drawings)
     others = DataSet("train", known.train, train, drawings)
-    helpful, harmful = Side(known, 1), Side(known, -1)
+    helpful, harmful = of_sign(known.top, 1), of_sign(known.bottom, -1)
     for target in range(m):  # before all training examples: a search reads the targets alone
         own.shown(target)
     for target in range(m):  # a page needs drawings that are near each other
-        for row in (*helpful.rows(target), *harmful.rows(target)):
+        for row, _ in (*helpful[target], *harmful[target]):
             others.shown(row)
     found = None if suspects is None else suspects.content(others)
     return {
         "targets": own.content() | _outputs(known.outputs, m) | _verdicts(own) | _classes(own),
-        "helpful": helpful.content(own, others, drawings),
-        "harmful": harmful.content(own, others, drawings),
+        "helpful": _side(helpful, known.errors and known.errors[0], own, others),
+        "harmful": _side(harmful, known.errors and known.errors[1], own, others),
         "train": others.content(),
         "suspects": found,
         "tables": [list(names) for names in drawings.tables],
@@ -96,45 +96,27 @@ def content(
     }
 
 
-class Side:
-    """The most helpful training examples of every target, or the most harmful.
-
-    Args:
-        known: what the attribution knows.
-        sign: 1 for helpful examples, whose scores are positive; −1 for harmful ones, whose scores are negative.
-    """
-
-    def __init__(self, known: Known, sign: int) -> None:
-        ranked = known.top if sign > 0 else known.bottom
-        errors = None if known.errors is None else known.errors[sign < 0].tolist()
-        self._ranked = of_sign(ranked, sign)  # those of the other sign come last, and are left out
-        self._errors = errors and [row[: len(own)] for row, own in zip(errors, self._ranked, strict=True)]
-
-    def rows(self, target: int) -> list[int]:
-        """Return the rows of the train set, the most extreme first."""
-        return [row for row, _ in self._ranked[target]]
-
-    def ranked(self, target: int) -> list[tuple[int, float]]:
-        """Return the rows of the train set with their scores, the most extreme first."""
-        return self._ranked[target]
-
-    def content(self, targets: DataSet, train: DataSet, drawings: Drawings) -> dict[str, Any]:
-        """Return places among the training examples that are shown, scores, and how examples differ from the target."""
-        marks = [
-            [_marks(drawings, targets.drawing(target), train.drawing(row)) for row, _ in ranked]
-            for target, ranked in enumerate(self._ranked)
-        ]
-        return {
-            "places": [[train.shown(row) for row, _ in ranked] for ranked in self._ranked],
-            "scores": [[_rounded(value) for _, value in ranked] for ranked in self._ranked],
-            "texts": [[number_text(value, signed=True) for _, value in ranked] for ranked in self._ranked],
-            "errors": self._errors and [list(map(number_text, values)) for values in self._errors],
-            "marks": marks if drawings.tables else None,
-        }
+def _side(
+    ranked: Sequence[Sequence[tuple[int, float]]], errors: Tensor | None, targets: DataSet, train: DataSet
+) -> dict[str, Any]:
+    """Return places of training examples, scores with their errors, and how examples differ from each target."""
+    known = None if errors is None else zip(errors.tolist(), ranked, strict=True)
+    tables = targets.drawings.tables
+    return {
+        "places": [[train.shown(row) for row, _ in one] for one in ranked],
+        "scores": [[_rounded(value) for _, value in one] for one in ranked],
+        "texts": [[number_text(value, signed=True) for _, value in one] for one in ranked],
+        "errors": known and [list(map(number_text, values[: len(one)])) for values, one in known],
+        "marks": [_marks(targets, place, train, one) for place, one in enumerate(ranked)] if tables else None,
+    }
 
 
-def _marks(drawings: Drawings, target: int | None, example: int | None) -> list[tuple[int, int]]:
-    return [] if target is None or example is None else drawings.marks(target, example)
+def _marks(
+    targets: DataSet, target: int, train: DataSet, ranked: Sequence[tuple[int, float]]
+) -> list[list[tuple[int, int]]]:
+    """Return in which columns of its table each training example differs most from a target."""
+    own, others = targets.drawing(target), [train.drawing(row) for row, _ in ranked]
+    return [[] if own is None or other is None else targets.drawings.marks(own, other) for other in others]
 
 
 def _outputs(outputs: Tensor | None, m: int) -> dict[str, Any]:

@@ -22,13 +22,16 @@ class DataSet:
         known: ids and columns.
         data: the examples; None to draw none.
         drawings: draws them.
+
+    Attributes:
+        labels: of the rows that are shown.
     """
 
     def __init__(self, name: str, known: Examples, data: Any, drawings: Drawings) -> None:
-        self._known, self._data, self._drawings = known, data, drawings
+        self._known, self._data, self.drawings = known, data, drawings
         self._places: dict[int, int] = {}  # of rows, in the order in which they were first shown
         self._drawn: list[int | None] = []
-        self._labels: list[Scalar] = []
+        self.labels: list[Scalar] = []
         if data is not None:
             check_data_set(name, data, len(known))
 
@@ -36,19 +39,14 @@ class DataSet:
         """Show a row, unless it is shown; return its place among those that are."""
         if row not in self._places:
             self._places[row] = len(self._places)
-            drawn, label = (None, None) if self._data is None else self._drawings.add(read(self._data, row))
+            drawn, label = (None, None) if self._data is None else self.drawings.add(read(self._data, row))
             self._drawn.append(drawn)
-            self._labels.append(self._known.columns[LABEL][row] if LABEL in self._known.columns else label)
+            self.labels.append(self._known.columns[LABEL][row] if LABEL in self._known.columns else label)
         return self._places[row]
 
     def drawing(self, row: int) -> int | None:
         """Return the place of a row's drawing among all drawings."""
         return self._drawn[self._places[row]]
-
-    @property
-    def labels(self) -> list[Scalar]:
-        """The labels of the rows that are shown."""
-        return self._labels
 
     def column(self, name: str) -> list[Scalar]:
         """Return the values of a column in the rows that are shown."""
@@ -62,7 +60,7 @@ class DataSet:
             "rows": list(self._places),
             "numbered": isinstance(self._known.ids, range),
             "ids": [value_text(self._known.ids[row]) for row in self._places],
-            "labels": texts(self._labels, label_text),
+            "labels": texts(self.labels, label_text),
             "predictions": texts(self.column(PREDICTION), label_text),
             "columns": [{"name": value_text(name), "values": texts(self.column(name))} for name in others],
             "drawings": self._drawn,

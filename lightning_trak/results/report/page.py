@@ -14,11 +14,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lightning_trak.results.numbers import number_text
-from lightning_trak.results.report.content import Known, Side, content
+from lightning_trak.results.report.content import Known, content
 from lightning_trak.results.report.data_set import LABEL, PREDICTION, texts
 from lightning_trak.results.report.drawing import Drawing, Render
 from lightning_trak.results.report.suspects import ListedSuspects
 from lightning_trak.results.report.trust import bars, cautions, checkpoints, curve, facts, headline
+from lightning_trak.results.sides import of_sign
 from lightning_trak.results.values import label_text, value_text
 from lightning_trak.store.files import atomically
 from lightning_trak.store.remote import RemotePath, path_of, writable
@@ -88,15 +89,14 @@ def notebook_page(known: Known) -> str:
     Args:
         known: what the attribution knows; of scores, those of the first targets.
     """
-    sides = [Side(known, sign) for sign in (1, -1)]
+    sides = of_sign(known.top, 1), of_sign(known.bottom, -1)
     targets, ids = known.targets, known.train.ids
     rows = []
     for target in range(len(known.top.indices)):
         columns = [targets.columns[name][target] if name in targets.columns else None for name in (LABEL, PREDICTION)]
         output = None if known.outputs is None else known.outputs[target].item()
         examples = [
-            [(name_of(ids[row]), number_text(score, signed=True)) for row, score in side.ranked(target)]
-            for side in sides
+            [(name_of(ids[row]), number_text(score, signed=True)) for row, score in side[target]] for side in sides
         ]
         rows.append((name_of(targets.ids[target]), [*texts(columns, label_text), *texts([output])], examples))
     return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lightning_trak.results.numbers import number_text
@@ -58,42 +58,9 @@ def facts(info: Mapping[str, Any]) -> list[Fact]:
     >>> [fact.value for fact in facts({"temperature": 1.3, "new_setting": 3})]
     ['1.30', '3']
     """
-    known = dict(_facts(info))
+    known = {name: _FACTS[name](value) for name, value in info.items() if name in _FACTS}
     others = [name for name in info if name not in known and name not in _LISTED]
     return [*known.values(), *(Fact(name.replace("_", " "), str(info[name])) for name in others)]
-
-
-def _facts(info: Mapping[str, Any]) -> Iterator[tuple[str, Fact]]:
-    """Yield the settings that are known, with their names."""
-    for name, value in info.items():
-        if name == "n_train":
-            yield name, Fact("Training examples", _count(value))
-        elif name == "n_targets":
-            yield name, Fact("Targets", _count(value))
-        elif name == "runs":
-            yield name, Fact("Training runs", _count(value) if value else "unknown", _RUNS[min(value, 2)])
-        elif name == "n_attributed":
-            yield name, Fact("Parameters attributed", _count(value) if value else "unknown", _PARAMETERS)
-        elif name == "n_params":
-            yield name, Fact("Parameters of the model", _count(value) if value else "unknown")
-        elif name == "gradients":
-            yield name, Fact("Per-sample gradients by", value or "unknown", _GRADIENTS)
-        elif name == "projector":
-            yield name, Fact("Projection", value, "Gradients are compressed by it before they are stored.")
-        elif name == "proj_dim":
-            yield name, Fact("Size of a projected gradient", _count(value), "The more numbers, the less noise.")
-        elif name == "preconditioner":
-            yield name, Fact("Whitening", *_WHITENING[value is not None])
-        elif name == "damping":
-            yield name, Fact("Damping λ", value if isinstance(value, str) else number_text(value), _DAMPING)
-        elif name == "curvature":
-            yield name, Fact("Curvature of the loss", *_CURVATURE[bool(value)])
-        elif name == "temperature":
-            yield name, Fact("Temperature", number_text(value), "Model outputs were divided by it before their loss.")
-        elif name == "estimator":
-            yield name, Fact("Estimator", value, _ESTIMATORS.get(value, ""))
-        elif name == "calibrated_on":
-            yield name, Fact("Calibrated", *_calibrated(value))
 
 
 _RUNS = (
@@ -115,6 +82,7 @@ _CURVATURE = (
     ("not used", "The Gauss–Newton matrix weighs all examples alike. Ranks can be compared, sizes cannot."),
     ("used", "A score predicts by how much the output falls if the example is left out of training."),
 )
+_TEMPERATURE = "Model outputs were divided by it before their loss."
 _ESTIMATORS = {
     "gauss_newton": "One Newton step on the linearised model, averaged over checkpoints.",
     "trak": "As in the TRAK paper: the loss's slope is averaged over checkpoints separately.",
@@ -125,6 +93,24 @@ def _calibrated(subsets: int) -> tuple[str, str]:
     if not subsets:
         return "no", "Ranks are more reliable than sizes."
     return f"on {_count(subsets)} retrained subsets", "The size of scores was fitted to real retraining."
+
+
+_FACTS: dict[str, Callable[[Any], Fact]] = {
+    "n_train": lambda value: Fact("Training examples", _count(value)),
+    "n_targets": lambda value: Fact("Targets", _count(value)),
+    "runs": lambda value: Fact("Training runs", _known_count(value), _RUNS[min(value, 2)]),
+    "n_attributed": lambda value: Fact("Parameters attributed", _known_count(value), _PARAMETERS),
+    "n_params": lambda value: Fact("Parameters of the model", _known_count(value)),
+    "gradients": lambda value: Fact("Per-sample gradients by", value or "unknown", _GRADIENTS),
+    "projector": lambda value: Fact("Projection", value, "Gradients are compressed by it before they are stored."),
+    "proj_dim": lambda value: Fact("Size of a projected gradient", _count(value), "The more numbers, the less noise."),
+    "preconditioner": lambda value: Fact("Whitening", *_WHITENING[value is not None]),
+    "damping": lambda value: Fact("Damping λ", value if isinstance(value, str) else number_text(value), _DAMPING),
+    "curvature": lambda value: Fact("Curvature of the loss", *_CURVATURE[bool(value)]),
+    "temperature": lambda value: Fact("Temperature", number_text(value), _TEMPERATURE),
+    "estimator": lambda value: Fact("Estimator", value, _ESTIMATORS.get(value, "")),
+    "calibrated_on": lambda value: Fact("Calibrated", *_calibrated(value)),
+}
 
 
 def checkpoints(info: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -253,6 +239,10 @@ def headline(info: Mapping[str, Any]) -> str:
 
 def _plural(number: int, noun: str) -> str:
     return f"{_count(number)} {noun}{'s' * (number != 1)}"
+
+
+def _known_count(number: int) -> str:
+    return _count(number) if number else "unknown"
 
 
 def _count(number: int) -> str:
