@@ -4,16 +4,15 @@ May import nothing of the package but `precision`. `Estimator` works on features
 """
 
 from lightning_trak.influence.calibration import Kinds, fit_weights
-from lightning_trak.influence.damping import Damping, whitening_damping
+from lightning_trak.influence.damping import whitening_damping
 from lightning_trak.influence.estimator import Estimator, Options, Solved
 from lightning_trak.influence.gauss_newton import SUMS_VERSION, GaussNewton
 from lightning_trak.influence.neighbours import Sketch, nearest
 from lightning_trak.influence.outliers import outliers
-from lightning_trak.influence.output_curvature import Corrected, OutputCurvature
+from lightning_trak.influence.output_curvature import OutputCurvature
 from lightning_trak.influence.scores import (
     Extremes,
     Ranked,
-    Scores,
     Spread,
     extremes_of,
     merged_extremes,
@@ -28,8 +27,6 @@ from lightning_trak.influence.training_time import TrainingTime
 
 __all__ = [
     "SUMS_VERSION",
-    "Corrected",
-    "Damping",
     "Estimator",
     "Extremes",
     "Findings",
@@ -38,7 +35,6 @@ __all__ = [
     "Options",
     "OutputCurvature",
     "Ranked",
-    "Scores",
     "Sketch",
     "Solved",
     "Spread",

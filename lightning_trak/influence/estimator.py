@@ -86,12 +86,10 @@ class Estimator:
 
     Args:
         trains: the train set at each checkpoint.
-        options: see `Options`.
-        device: where matrices are multiplied.
+        options: see `Options`; an attribute, too.
+        device: where matrices are multiplied; an attribute, too.
 
     Attributes:
-        options: as given.
-        device: as given.
         temperature: T, given or chosen.
         trains: the train set, with Q and w at that temperature.
 
@@ -162,9 +160,7 @@ class Estimator:
             solve(state, targets.to(self.device)).cpu(), damping
         )  # to the CPU: all checkpoints would fill the device
 
-    def self_influence(
-        self, train: TrainFeatures, sums: GaussNewton | None = None, advance: Callable[[], object] = lambda: None
-    ) -> Tensor:
+    def self_influence(self, train: TrainFeatures, sums: GaussNewton | None = None) -> Tensor:
         """Return by how much training on each example lowers its own loss, (n,), at one checkpoint; see `solve`."""
         if train.whitened_by_rest:
             own = OutputCurvature(train, self.device).own_part()
@@ -172,7 +168,7 @@ class Estimator:
         if train.squares is not None:
             squares, loss_grad = torch.from_numpy(train.squares), torch.from_numpy(train.loss_grad)
             return loss_grad.square() * squares / train.shape[0]
-        return self_influence(train, self._factor(train, sums)[0], advance, self.device)
+        return self_influence(train, self._factor(train, sums)[0], self.device)
 
     def whitening(self, train: TrainFeatures, sums: GaussNewton | None = None) -> Callable[[Any], Any]:
         """Return a function from features φ, (r, k), to such whose inner products are φᵀ H⁻¹ φ, at one checkpoint.
@@ -203,18 +199,11 @@ class Estimator:
         trains, vectors = _corrected(self.trains, solved), [one.vectors for one in solved]
         return scores(trains, vectors, advance, self.device, spread=spread, rows=rows)
 
-    def extremes(
-        self,
-        solved: Sequence[Solved],
-        k: int,
-        advance: Callable[[], object] = lambda: None,
-        *,
-        rows: range | None = None,
-    ) -> Extremes:
+    def extremes(self, solved: Sequence[Solved], k: int, *, rows: range | None = None) -> Extremes:
         """Return the k highest and lowest scores of each target; arguments as of `scores`, no (n, m) matrix is made."""
         trains, vectors = _corrected(self.trains, solved), [one.vectors for one in solved]
         k = min(k, trains[0].shape[0] if rows is None else len(rows))
-        return extreme_scores(trains, vectors, k, advance, self.device, rows)
+        return extreme_scores(trains, vectors, k, self.device, rows)
 
     def without(self, train: TrainFeatures, targets: Any, masks: Tensor, sums: GaussNewton | None = None) -> Tensor:
         """Return the change of f(z) when sets of training examples are left out, (s, m), at one checkpoint.

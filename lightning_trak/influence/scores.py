@@ -136,7 +136,6 @@ def extreme_scores(
     trains: Sequence[TrainFeatures],
     solved: Sequence[Tensor],
     k: int,
-    advance: Callable[[], object] = lambda: None,
     device: torch.device = CPU,
     rows: range | None = None,
 ) -> Extremes:
@@ -144,14 +143,8 @@ def extreme_scores(
 
     See `scores` for the arguments. With ``rows``, those of a range of training examples.
     """
-    span = rows
-
-    def blocks() -> Iterator[tuple[slice, Tensor]]:
-        for rows in trains[0].slices(len(solved[0]), span):
-            yield rows, mean_of(score_blocks(trains, solved, rows, device))
-            advance()
-
-    return extremes_of(blocks(), k)
+    slices = trains[0].slices(len(solved[0]), rows)
+    return extremes_of(((own, mean_of(score_blocks(trains, solved, own, device))) for own in slices), k)
 
 
 def extremes_of(blocks: Iterable[tuple[slice, Tensor]], k: int) -> Extremes:
@@ -160,11 +153,13 @@ def extremes_of(blocks: Iterable[tuple[slice, Tensor]], k: int) -> Extremes:
     >>> extremes_of([(slice(0, 2), torch.tensor([[1.0], [5.0]])), (slice(2, 3), torch.tensor([[7.0]]))], 1).top
     Ranked(indices=tensor([[2]]), values=tensor([[7.]]))
     """
-    top = bottom = None
+    found: Extremes | None = None
     for rows, values in blocks:
-        top = _keep(top, rows.start, values.T, k, largest=True)
-        bottom = _keep(bottom, rows.start, values.T, k, largest=False)
-    return Extremes(*(Ranked(kept.indices.cpu(), kept.values.cpu()) for kept in (top, bottom) if kept is not None))
+        sides = [rank(values.T, min(k, len(values)), largest) for largest in (True, False)]
+        block = Extremes(*(Ranked(side.indices + rows.start, side.values) for side in sides))
+        found = block if found is None else merged_extremes([found, block], k)
+    assert found is not None  # a train set has examples
+    return Extremes(*(Ranked(side.indices.cpu(), side.values.cpu()) for side in (found.top, found.bottom)))
 
 
 def merged_extremes(parts: Sequence[Extremes], k: int) -> Extremes:
@@ -173,16 +168,11 @@ def merged_extremes(parts: Sequence[Extremes], k: int) -> Extremes:
     for largest in (True, False):
         ranked = [part.top if largest else part.bottom for part in parts]
         values = torch.cat([one.values for one in ranked], 1)
-        sides.append(rank(values, k, largest, torch.cat([one.indices for one in ranked], 1)))
+        sides.append(rank(values, min(k, values.shape[1]), largest, torch.cat([one.indices for one in ranked], 1)))
     return Extremes(*sides)
 
 
-def self_influence(
-    train: TrainFeatures,
-    state: CholeskyFactor,
-    advance: Callable[[], object] = lambda: None,
-    device: torch.device = CPU,
-) -> Tensor:
+def self_influence(train: TrainFeatures, state: CholeskyFactor, device: torch.device = CPU) -> Tensor:
     """Return by how much training on each example lowers its own loss, at one checkpoint: qᵢ² φ(zᵢ)ᵀ H⁻¹ φ(zᵢ) ≥ 0.
 
     Since ∇L = −q ∇f, this is ∇Lᵀ H⁻¹ ∇L: the influence of an example on its own loss (Koh and Liang, "Understanding
@@ -192,7 +182,6 @@ def self_influence(
     Args:
         train: the train set's features.
         state: the Cholesky factor of the damped H.
-        advance: called after every block of rows, for progress.
         device: where blocks are multiplied.
 
     Returns:
@@ -206,7 +195,6 @@ def self_influence(
     result = torch.zeros(train.shape[0])
     for rows, features, loss_grad, _ in train.blocks(device=device):
         result[rows] = (quadratic_form(state, features) * loss_grad.square()).cpu()
-        advance()
     return result
 
 
@@ -239,16 +227,6 @@ def mean_of(blocks: Iterable[Tensor]) -> Tensor:
     for number, block in enumerate(blocks, 1):
         total = total + (block - total) / number
     return total  # type: ignore[no-any-return]
-
-
-def _keep(kept: Ranked | None, first: int, values: Tensor, k: int, *, largest: bool) -> Ranked:
-    """Merge the extremes so far, (m, k), with those of a block whose rows start at ``first``."""
-    block = rank(values, min(k, values.shape[1]), largest)
-    if kept is None:
-        return Ranked(block.indices + first, block.values)
-    indices = torch.cat([kept.indices, block.indices + first], 1)
-    values = torch.cat([kept.values, block.values], 1)
-    return rank(values, min(k, values.shape[1]), largest, indices)
 
 
 def rank(values: Tensor, k: int, largest: bool, indices: Tensor | None = None) -> Ranked:
