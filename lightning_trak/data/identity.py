@@ -54,12 +54,7 @@ def digest_of(dataset: Any, row: int) -> bytes | None:
     True
     """
     seed_all(0)
-    digest = hashlib.blake2b(digest_size=16)
-    for part in _parts(dataset[row]):
-        if isinstance(part, _Opaque):
-            return None
-        digest.update(hashlib.blake2b(part, digest_size=16).digest())
-    return digest.digest()
+    return _comparable_digest(dataset[row])
 
 
 def digests_of_rows(batch: Any, size: int) -> list[bytes] | None:
@@ -73,11 +68,8 @@ def digests_of_rows(batch: Any, size: int) -> list[bytes] | None:
     True
     """
     if check_rows(batch, size) is not None or not _only_tensors(batch):
-        parts = list(_parts(batch))
-        if any(isinstance(part, _Opaque) for part in parts):
-            return None
-        whole = _digest(parts)
-        return [_digest([whole, str(place).encode()]) for place in range(size)]
+        whole = _comparable_digest(batch)
+        return None if whole is None else [_digest([whole, str(place).encode()]) for place in range(size)]
     tensors = tensors_of(batch)
     form = [*_parts(map_tensors(batch, lambda _: None))]
     form += [f"{tensor.dtype}{tuple(tensor.shape[1:])}".encode() for tensor in tensors]
@@ -90,6 +82,12 @@ def digests_of_rows(batch: Any, size: int) -> list[bytes] | None:
         )
         for row in range(size)
     ]
+
+
+def _comparable_digest(value: Any) -> bytes | None:
+    """Return a digest of an example or a batch; None if it holds an object that cannot be compared."""
+    parts = list(_parts(value))
+    return None if any(isinstance(part, _Opaque) for part in parts) else _digest(parts)
 
 
 def _only_tensors(batch: Any) -> bool:

@@ -125,9 +125,6 @@ class ClassificationMixin(TRAKMixin):
 
         By the chain rule, the Fisher information of the class is that of "the label or not", w ∇f ∇fᵀ, plus 1 − p times
         that of the other classes among themselves. On average, the outer product of this loss's gradient is the second.
-
-        Args:
-            drawn: the batch, and what `draw_labels` returned for it.
         """
         batch, others = drawn
         logits, classes = self._logits_and_classes(batch)

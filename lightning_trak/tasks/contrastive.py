@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -125,12 +126,7 @@ class ContrastiveMixin(TRAKMixin):
             )
 
     def number_examples(self, rows: Sequence[int], dataset: Any | None = None) -> Tensor:
-        """Return the place of each example in the contrast set, (b,); −1 for those that are not in it.
-
-        Args:
-            rows: the rows of the examples.
-            dataset: the data set that has these rows; None for the train set.
-        """
+        """Return the place of each example in the contrast set, (b,); −1 for those that are not in it."""
         places = [-1] * len(rows) if self._members is None else self._members.places(rows, dataset)
         return torch.tensor(places, device=self._embedded()[0].device)
 
@@ -157,9 +153,6 @@ class ContrastiveMixin(TRAKMixin):
         """Return the cross-entropies of a drawn text and a drawn image, summed and divided by √2, (b,).
 
         On average, the outer product of its gradient is the Gauss–Newton matrix of the loss of a pair.
-
-        Args:
-            drawn: the batch, and what `draw_labels` returned for it.
         """
         batch, labels = drawn
         pairs = zip(self._choices(batch), labels.unbind(1), strict=True)
@@ -221,7 +214,6 @@ class _Members:
     def __init__(self, dataset: Any, rows: Sequence[int]) -> None:
         self._dataset, self._rows = dataset, rows
         self._place_of_row = {row: place for place, row in enumerate(rows)}
-        self._place_of_content: dict[bytes, int] | None = None
         self._found: dict[tuple[int, int], int] = {}  # the same targets are asked for at every checkpoint
 
     def __len__(self) -> int:
@@ -237,19 +229,14 @@ class _Members:
     def _place_of_copy(self, dataset: Any, row: int) -> int:
         key = (id(dataset), row)
         if key not in self._found:
-            content = digest_of(dataset, row)
-            self._found[key] = -1 if content is None else self._contents().get(content, -1)
+            self._found[key] = self._place_of_content.get(digest_of(dataset, row), -1)
         return self._found[key]
 
-    def _contents(self) -> dict[bytes, int]:
-        """Return a place for each digest of data: that of the first pair with these data."""
-        if self._place_of_content is None:
-            self._place_of_content = {}
-            for place, row in enumerate(self._rows):
-                content = digest_of(self._dataset, row)
-                if content is not None:
-                    self._place_of_content.setdefault(content, place)
-        return self._place_of_content
+    @cached_property
+    def _place_of_content(self) -> dict[bytes | None, int]:
+        """A place for each digest of data: that of the first pair with these data; −1 for data without a digest."""
+        digests = [digest_of(self._dataset, row) for row in self._rows]
+        return {digest: place for place, digest in reversed(list(enumerate(digests)))} | {None: -1}
 
 
 def _are_embeddings(pair: Any) -> bool:

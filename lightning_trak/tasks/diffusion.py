@@ -93,9 +93,6 @@ class DiffusionMixin(TRAKMixin):
         """Return √(2 / (K d)) Σ s ε_θ for every example, (b,), with signs s.
 
         On average, the outer product of its gradient is the Gauss–Newton matrix of the mean squared error.
-
-        Args:
-            drawn: the batch, and what `draw_labels` returned for it.
         """
         batch, signs = drawn
         pairs = zip(signs.unbind(1), self._predictions(batch), strict=True)

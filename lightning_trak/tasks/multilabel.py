@@ -105,9 +105,6 @@ class MultilabelMixin(PartsMixin):
         """Return the binary cross-entropies of drawn labels, summed and divided by √c, (b,); not for ``"sum"``.
 
         On average, the outer product of its gradient is the Fisher information of the loss.
-
-        Args:
-            drawn: the batch, and what `draw_labels` returned for it.
         """
         batch, labels = drawn
         return self.part_losses(self.part_predictions(batch), labels).sum(1) / self._divisor(batch) ** 0.5

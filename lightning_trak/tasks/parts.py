@@ -151,9 +151,6 @@ class ClassifiedPartsMixin(PartsMixin):
 
         On average, the outer product of its gradient is the Fisher information of L, the mean over parts: gradients of
         parts are independent if their labels are.
-
-        Args:
-            drawn: the batch, and what `draw_labels` returned for it.
         """
         batch, classes = drawn
         logits, _ = self.logits_and_classes(self.part_predictions(batch), self.part_labels(batch))

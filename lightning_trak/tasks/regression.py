@@ -104,9 +104,6 @@ class RegressionMixin(PartsMixin):
         """Return √(2 / d) Σ s ŷ for every example, (b,), with signs s.
 
         On average, the outer product of its gradient is the Gauss–Newton matrix of the mean squared error.
-
-        Args:
-            drawn: the batch, and what `draw_labels` returned for it.
         """
         batch, signs = drawn
         return (2 / signs.shape[1]) ** 0.5 * (signs * self.part_predictions(batch)).sum(1)
