@@ -71,7 +71,7 @@ def _found(sampler: Any, dataset: Any, n: int, *, in_batches: bool) -> Iterable[
             if len(first) == n:
                 break
             for part in (own, getattr(own, "sampler", None)):
-                getattr(part, "set_epoch", _no_epochs)(epoch)
+                getattr(part, "set_epoch", lambda _: None)(epoch)
             if _rows(own, n, in_batches) != first:
                 return range(n)
     return first
@@ -88,10 +88,6 @@ def _rows(sampler: Any, n: int, in_batches: bool) -> set[int]:
         if len(rows) == n or drawn > _LONGEST * n:
             break
     return rows
-
-
-def _no_epochs(_: int) -> None:
-    """Stand in for ``set_epoch`` where a sampler has none."""
 
 
 def _drop_nothing(sampler: Any) -> None:

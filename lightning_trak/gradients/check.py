@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def check_gradients(
         sink(rows, name, gradient)
 
     outputs = engine(function, batch, size, compare)
-    if not bool(torch.isfinite(outputs).all()) or not all(map(_is_finite, squares.values())):
+    if not bool(torch.isfinite(outputs).all()) or not all(map(isfinite, squares.values())):
         return  # featurization names the examples whose values are not finite
     rounding = _ROUNDING * function.tolerance * sum(squares.values()) ** 0.5
     for name, norm in norms.items():
@@ -62,7 +63,3 @@ def check_gradients(
                 f" {found:.3g}, where its norm is {norm:.3g}, with gradients='{engine}'. A layer_rule is wrong, or"
                 f" {function.method} of an example depends on the rest of the batch. Use gradients='vmap' or 'loop'."
             )
-
-
-def _is_finite(value: float) -> bool:
-    return abs(value) < float("inf")

@@ -59,9 +59,9 @@ class Gradient(ABC):
     def __getitem__(self, rows: slice) -> Gradient:
         """Return the gradients of some of the examples."""
 
-    @abstractmethod
     def fold(self, size: int) -> Gradient:
         """Sum the gradients of consecutive rows that belong to one example: b rows → ``size`` examples."""
+        return _Folded(self, size)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Return Σᵢ vᵢ Gᵢ, of the parameter's shape, for weights v, (b,)."""
@@ -331,15 +331,8 @@ class ConvGradient(Gradient):
         return self._columns().mT.flatten(0, 2)
 
     def __getitem__(self, rows: slice) -> ConvGradient:
-        return self._of(self.inputs[rows], self.grads[rows])
-
-    def _of(self, inputs: Tensor, grads: Tensor) -> ConvGradient:
         options = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        return ConvGradient(inputs, grads, self.shape, groups=self.groups, **options)
-
-    def fold(self, size: int) -> Gradient:
-        """See `Gradient.fold`."""
-        return _Folded(self, size)
+        return ConvGradient(self.inputs[rows], self.grads[rows], self.shape, groups=self.groups, **options)
 
 
 class _Folded(Gradient):

@@ -68,7 +68,7 @@ class ModuleState:
         found = _found(module, optimizers)
         registered = {id(part) for part in module.modules()}
         copied = {id(value) for value in module.buffers()} | _renormalised(value for _, value in found)
-        self._holders: list[_Module | _Object | _Container] = []
+        self._holders: list[_Module | _Container] = []
         self._tensors: list[_TensorState] = []
         self._arrays = []
         for name, value in found:
@@ -81,7 +81,7 @@ class ModuleState:
             elif isinstance(value, np.ndarray) and value.size <= _LARGEST and value.flags.writeable:
                 self._arrays.append((value, value.copy()))
             elif attributes_of(value) is not None:
-                self._holders.append(_Object(value))
+                self._holders.append(_Container(vars(value)))
         self._groups = [(group, list(group["params"])) for optimizer in optimizers for group in optimizer.param_groups]
         self.lost: list[str] = []
 
@@ -166,7 +166,7 @@ def _renormalised(values: Iterable[Any]) -> set[int]:
 
 
 class _Container:
-    """A dictionary, list, set or deque, and what it held."""
+    """A dictionary, list, set or deque, and what it held; the dictionary may be that of an object's attributes."""
 
     def __init__(self, held: Any) -> None:
         self._held = held
@@ -177,17 +177,6 @@ class _Container:
         if not _same(self._held, self._before):
             _refill(self._held, self._before)
         return []
-
-
-class _Object:
-    """The attributes of an object that is not a module."""
-
-    def __init__(self, owner: Any) -> None:
-        self._attributes = _Container(vars(owner))
-
-    def restore(self) -> list[str]:
-        """Restore the object's attributes; their changes are never an error."""
-        return self._attributes.restore()
 
 
 class _Module:

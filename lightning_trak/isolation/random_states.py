@@ -48,7 +48,7 @@ def kept_random_states() -> Iterator[None]:
 def kept_generators(*owners: Any) -> Iterator[None]:
     """Afterwards, restore all generators that some objects hold.
 
-    Global generators are not among them; see `kept_random_states`.
+    Global generators are not among them; see `kept_random_states`. See `reached` for where they are searched.
 
     >>> owner = {"generator": np.random.default_rng(0)}
     >>> with kept_generators(owner):
@@ -56,20 +56,12 @@ def kept_generators(*owners: Any) -> Iterator[None]:
     >>> owner["generator"].random() == inside
     True
     """
-    found = [(generator, _state(generator)) for generator in generators_in(*owners)]
+    found = [(held, _state(held)) for _, held in reached(*owners) if isinstance(held, _GENERATORS)]
     try:
         yield
     finally:
         for generator, state in found:
             _set_state(generator, state)
-
-
-def generators_in(*owners: Any) -> list[Any]:
-    """List the generators of torch, NumPy and ``random`` that are reached from some objects, each once.
-
-    See `reached` for where they are searched.
-    """
-    return [value for _, value in reached(*owners) if isinstance(value, _GENERATORS)]
 
 
 def _state(generator: Any) -> Any:

@@ -27,17 +27,11 @@ __all__ = [
 ]
 __all__ += ["make_projector", "projection_key", "restore_projector"]
 
-_BY_NAME: dict[str, Callable[[int], Projector]] = {
-    "factored": FactoredProjector,
-    "fast_jl": fast_jl_or_rademacher,
-    "identity": IdentityProjector,
-    "rademacher": RademacherProjector,
-    "sparse": SparseProjector,
-}
 _CLASSES: dict[str, type[Projector]] = {
     own.name: own
     for own in (FactoredProjector, FastJLProjector, IdentityProjector, RademacherProjector, SparseProjector)
 }
+_BY_NAME: dict[str, Callable[[int], Projector]] = {**_CLASSES, "fast_jl": fast_jl_or_rademacher}
 
 
 def check_projector(projector: str | Projector, proj_dim: int) -> None:
