@@ -34,12 +34,6 @@ class _Checkpoint(Leftover):
 def clean(path: Path, *, yes: bool = False, targets: bool = False, checkpoint: Sequence[str] | None = None) -> int:
     """List what can be deleted, ask, and delete it.
 
-    Args:
-        path: of the store.
-        yes: whether to delete without asking.
-        targets: whether also what is kept of targets: their features, and scores.
-        checkpoint: the digests of checkpoints to delete, or their first digits.
-
     Returns:
         The exit status: 0, or 1 if something could not be deleted, or nobody could be asked.
     """

@@ -10,14 +10,7 @@ from lightning_trak.results.terminal import size_text
 
 
 def report(path: Path, *, name: str | None = None, output: str = "report.html", k: int = 5) -> int:
-    """Write the report, and say where it is; return the exit status, 0.
-
-    Args:
-        path: of the store, or of a saved attribution.
-        name: of the scores in the store; None if there is but one.
-        output: the file.
-        k: how many training examples on each side, at most.
-    """
+    """Write the report, and say where it is; return the exit status, 0."""
     check_html("--output", output)
     written = chosen_scores(path, name).report(output, k=k)
     print(f"The report is in '{written.absolute()}' ({size_text(written.stat().st_size)}).")

@@ -12,14 +12,7 @@ from lightning_trak.results.terminal import cell_text
 
 
 def top(path: Path, *, name: str | None = None, k: int = 5, target: Sequence[str] | None = None) -> int:
-    """Print targets with their most helpful and most harmful training examples; return the exit status, 0.
-
-    Args:
-        path: of the store, or of a saved attribution.
-        name: of the scores in the store; None if there is but one.
-        k: how many training examples on each side.
-        target: the ids of the targets; None for all.
-    """
+    """Print targets with their most helpful and most harmful training examples; return the exit status, 0."""
     attribution = chosen_scores(path, name)
     targets = attribution.targets
     columns = range(len(targets)) if target is None else [place for one in target for place in _places(targets, one)]

@@ -212,11 +212,7 @@ def write_run(path: Path, mask: Tensor, outputs: Tensor) -> None:
 
 
 def read_run(path: Path, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the mask and the outputs of a run.
-
-    Args:
-        path: the file.
-        mask: the training examples that it must have, (n,), if they are known.
+    """Return the mask and the outputs of a run; ``mask``, (n,), are the training examples that it must have, if known.
 
     Raises:
         DamagedRun: if the file is damaged, or the run trained on other examples.

@@ -84,13 +84,7 @@ class LossProjection:
         return 1 - self._left / self._whole if self._whole else 1.0
 
     def __call__(self, featurizer: Featurizer, batch: Any, result: Features) -> tuple[Tensor, Tensor]:
-        """Return Q and L of a batch, (b,) each.
-
-        Args:
-            featurizer: the one that computed ``result``.
-            batch: the batch.
-            result: its features and outputs.
-        """
+        """Return Q and L of a batch, (b,) each."""
         size = len(result.features)
         losses = self._featurized(featurizer, batch, size)
         loss_grad, left = project_loss(result.features, losses.features)

@@ -27,13 +27,6 @@ def check_gradients(
     For every parameter, Σᵢ vᵢ ∇θ f(zᵢ) must equal ∇θ Σᵢ vᵢ f(zᵢ). Then no use of the parameter was missed, and every
     part of its gradient went to the right example.
 
-    Args:
-        function: the model at some weights.
-        engine: a prepared engine.
-        batch: a few examples.
-        size: their number.
-        sink: receives the gradients too.
-
     Raises:
         GradientsDiffer: if they differ; the parameter is named.
     """

@@ -27,13 +27,7 @@ def plan_layers(
 
     Every example i gets its own weight vᵢ, and the weighted sum of the outputs is differentiated. The batch axis of a
     layer's output is the axis along which the entries of its gradient scale with vᵢ. This works for every shape. It
-    also shows a layer whose output is shared by all examples.
-
-    Args:
-        function: the model at some weights.
-        batch: a few examples: at least two, if there are as many.
-        size: their number.
-        copying: whether copies may be used.
+    also shows a layer whose output is shared by all examples. At least two are needed, if there are as many.
 
     Returns:
         The layers; the shapes of copies; and for each parameter that is left to neither, the reason.

@@ -43,11 +43,6 @@ class Differences:
         Differences of numbers are divided by the column's standard deviation over all rows. Two names that differ count
         as one standard deviation. Call it when all rows are there.
 
-        Args:
-            target: the place of a target, as it was added.
-            example: the place of an example, likewise.
-            most: how many columns, at most.
-
         Returns:
             Pairs of a column's number, and 1 where the example's value is higher, −1 where it is lower, 0 where the two
             are not to be compared; the largest difference first. Empty if they are not of the same table.

@@ -6,13 +6,7 @@ from typing import Any
 
 
 def check_data_set(name: str, data: Any, expected: int) -> None:
-    """Raise an error if ``data`` is no sequence of as many examples as were attributed.
-
-    Args:
-        name: of the argument.
-        data: what was passed.
-        expected: the number of examples.
-    """
+    """Raise an error if ``data`` is no sequence of as many examples as were attributed."""
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise TypeError(
             f"{name} must be a sequence of examples, with len({name}) and {name}[i]; got {type(data).__name__}. Pass"

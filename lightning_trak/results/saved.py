@@ -45,10 +45,6 @@ class Saved(NamedTuple):
 def write_saved(folder: Path, saved: Saved) -> None:
     """Write an attribution into a folder; whatever else is in the folder stays.
 
-    Args:
-        folder: is made if it is not there.
-        saved: the parts.
-
     Raises:
         FileExistsError: if the folder exists, is not empty, and has no saved attribution.
     """

@@ -20,17 +20,10 @@ def status_of(
     *,
     whitened: bool = False,
 ) -> str:
-    """Return one line about what scores were averaged over.
+    """Return one line about what scores were averaged over, by the names of `AttributionInfo`.
 
-    Args:
-        checkpoints: their number.
-        runs: the number of runs that they are from; 0 if unknown.
-        parameters: the numbers of attributed parameters and of all; 0 if unknown.
-        gradients: what computed them; empty if unknown.
-        dampings: λ at every checkpoint.
-        rules: how they were chosen.
-        agreement: of two halves of the checkpoints; None if unknown.
-        whitened: whether gradients are whitened by the curvature.
+    ``parameters`` are the numbers of attributed ones and of all. Numbers are 0, texts empty, and the agreement of two
+    halves of the checkpoints None, where they are unknown.
 
     >>> status_of(8, 2, (66, 66), "hooks", [3.1] * 8, ["from the training time"] * 8, 0.93)
     '8 checkpoints of 2 runs, 66 of 66 parameters by hooks, damping 3.1 from the training time, halves agree 0.93'

@@ -14,15 +14,7 @@ from lightning_trak.results.examples import Examples
 
 
 def kept_subset(train_set: Any, examples: Examples, rows: Any, ids: Any, *, remove: bool = False) -> Subset[Any]:
-    """Return a train set with the chosen examples alone, or without them; see `Attribution.remove`.
-
-    Args:
-        train_set: the data set that was attributed.
-        examples: what is known of it.
-        rows: the chosen rows, or a mask of them; None if ids are given.
-        ids: the chosen ids; None if rows are given.
-        remove: whether to leave them out.
-    """
+    """Return a train set with the examples that rows, a mask or ids choose, or without; see `Attribution.remove`."""
     n = len(examples)
     if not hasattr(train_set, "__getitem__") or not hasattr(train_set, "__len__"):
         raise TypeError(f"train_set must be the data set that was attributed, got {type(train_set).__name__}.")

@@ -196,12 +196,7 @@ def _put(to: Path, path: Path) -> None:
 
 
 class Reader:
-    """Reads ranges of rows, and keeps the last chunk that it has read: ranges in order read each chunk once.
-
-    Args:
-        chunks: to be read; those that are asked for are there.
-        names: of the arrays; None for all.
-    """
+    """Reads ranges of rows, and keeps the last chunk that it has read: ranges in order read each chunk once."""
 
     def __init__(self, chunks: Chunks, names: Sequence[str] | None = None) -> None:
         self._chunks, self._names = chunks, names
@@ -231,9 +226,6 @@ class Claim:
 
     Iterate over a claim for the rows to compute. A chunk is claimed when its first row is asked for, so that other
     processes can take those that follow. The lock dies with its process. A chunk that another process has is left out.
-
-    Args:
-        chunks: to be filled.
 
     Use it as a context manager, which gives back what is not written.
     """
@@ -331,12 +323,7 @@ def rows_in_a_chunk(row_bytes: int, n: int, seconds: float | None = None) -> int
 
 
 def shares(chunks: Chunks, waiting: Callable[[], object] = lambda: None) -> Iterator[tuple[Claim, Iterator[range]]]:
-    """Yield claims, with their chunks, until none is missing.
-
-    Args:
-        chunks: to be filled.
-        waiting: called again and again while other processes have all chunks that are missing.
-    """
+    """Yield claims, with their chunks, until none is missing; while others have all that are, ``waiting`` is called."""
     wait = _SHORTEST
     while chunks.missing():
         with Claim(chunks) as claim:

@@ -27,7 +27,7 @@ NO_COPY = "Put back a copy of the file, or delete the checkpoint; trainer.attrib
 _TRAIN_AGAIN = "trainer.attribute(...) with a train set computes it again."
 _TARGETS_AGAIN = "Delete it: trainer.attribute(...) with these targets computes it again."
 _OF_BROKEN = "it belongs to whitening.safetensors, which is damaged or missing"
-Advance = Callable[[Path], object]
+Advance = Callable[[Path], object]  # is told each file that was read
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,7 @@ class CheckpointState:
     def is_whole(self, path: Path, check: Callable[[], object], remedy: str, *, again: bool = True) -> bool:
         """Say whether a file is whole; note it among the problems if not.
 
-        Args:
-            path: the file.
-            check: raises `Damaged` if it is damaged.
-            remedy: how to mend it then.
-            again: whether it can be computed again.
+        ``check`` raises `Damaged` if it is not; ``again`` says whether it can be computed again.
         """
         try:
             check()
@@ -106,14 +102,7 @@ def checkpoints_of(store: FeatureStore) -> dict[str, CheckpointEntry | Damaged]:
 def inspect_checkpoint(
     store: FeatureStore, digest: str, entry: CheckpointEntry | Damaged, advance: Advance = lambda _: None
 ) -> CheckpointState:
-    """Read every file of a checkpoint.
-
-    Args:
-        store: the store.
-        digest: of the checkpoint.
-        entry: what `checkpoints_of` returned for it.
-        advance: is told each file that was read.
-    """
+    """Read every file of a checkpoint, which is as `checkpoints_of` returned it."""
     path = store.root / "checkpoints" / digest
     state = CheckpointState(path)
     if isinstance(entry, Damaged):  # without its metadata and weights, nothing can be said of the other files
@@ -162,13 +151,7 @@ def _read_chunk(entry: CheckpointEntry, rows: range) -> None:
 def inspect_targets(
     store: FeatureStore, states: Sequence[CheckpointState], advance: Advance = lambda _: None
 ) -> tuple[int, list[Problem]]:
-    """Read what is stored of targets, features and scores; return the number of whole files, and the damaged ones.
-
-    Args:
-        store: the store.
-        states: what `inspect_checkpoint` returned for all checkpoints.
-        advance: is told each file that was read.
-    """
+    """Read what is stored of targets, features and scores; return the number of whole files, and the damaged ones."""
     state, whole = CheckpointState(store.root / "targets"), 0
     broken = {one.path.name for one in states if one.whitening is False}
     for path in _files_below(state.path):

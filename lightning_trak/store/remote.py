@@ -163,11 +163,7 @@ AnyPath = Path | RemotePath
 
 
 class Source:
-    """What paths under one URL share: the connection, the listings of folders, and the copies.
-
-    Args:
-        url: as ``fsspec`` has it.
-    """
+    """What paths under one URL share: the connection, the listings of folders, and the copies."""
 
     def __init__(self, url: str) -> None:
         self.url = url

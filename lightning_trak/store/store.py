@@ -276,14 +276,7 @@ class FeatureStore:
         return targets_folder(self.dirpath, digest)
 
     def score_chunks(self, digest: str, key: str, size: int, whole: Collection[str] = ()) -> Chunks:
-        """Return the chunks of some numbers of scores, by training examples; see `Chunks`.
-
-        Args:
-            digest: of the targets.
-            key: all that the numbers depend on besides the targets.
-            size: how many training examples a chunk has.
-            whole: names of arrays of a chunk as a whole.
-        """
+        """Return the chunks of numbers of scores; ``key`` is all that they depend on besides the targets' digest."""
         return Chunks(self.targets_folder(digest) / scores_name(key), f"{digest}|{key}", self.n_train, size, whole)
 
     @property

@@ -122,14 +122,7 @@ def only_valid(values: Tensor, valid: Tensor, why: str) -> Tensor:
 
 
 def call_forward(module: Any, batch: Any, hook: str, /, *args: Tensor, **kwargs: Any) -> Any:
-    """Call a module with arguments that were taken from a batch.
-
-    Args:
-        module: a module.
-        batch: the batch, for the message.
-        hook: the method to override where forward takes other arguments.
-        args: positional arguments of forward.
-        kwargs: keyword arguments of forward.
+    """Call a module with arguments from a batch; where forward takes others, ``hook`` is the method to override.
 
     Raises:
         TypeError: if forward does not take them. A forward of ``*args, **kwargs`` may raise another error for them

@@ -204,12 +204,7 @@ class ContrastiveMixin(TRAKMixin):
 
 
 class _Members:
-    """Finds the place of an example in the contrast set.
-
-    Args:
-        dataset: the train set.
-        rows: the rows of the contrast set's pairs in the train set, in order.
-    """
+    """Finds the place of an example in the contrast set, whose pairs are these rows of the train set, in order."""
 
     def __init__(self, dataset: Any, rows: Sequence[int]) -> None:
         self._dataset, self._rows = dataset, rows

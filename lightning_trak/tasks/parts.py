@@ -124,10 +124,6 @@ class ClassifiedPartsMixin(PartsMixin):
     def part_losses(self, predictions: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy of every part, (b, ...); zero for parts that do not count.
 
-        Args:
-            predictions: logits, as `part_predictions` returns them.
-            labels: the class of every part, as `part_labels` returns them.
-
         Raises:
             ValueError: if a label is none of the classes, or shapes do not fit together.
         """

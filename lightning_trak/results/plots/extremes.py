@@ -52,16 +52,7 @@ def plot_extremes(
     marked: Any,
     ax: Any,
 ) -> tuple[Figure, npt.NDArray[Any]]:
-    """Draw one row per target; see `Attribution.plot`.
-
-    Args:
-        extremes: the k highest and lowest scores of every target.
-        known: what is known of training examples and of targets.
-        data: the train set and the target set, or None.
-        columns: see `Attribution.plot`, as ``marked`` and ``ax``.
-        marked: rows, a mask, or ids of training examples.
-        ax: where to draw.
-    """
+    """Draw one row per target; see `Attribution.plot`."""
     pyplot()
     m, k = len(known[1]), extremes.top.indices.shape[1]
     shown = _checked(columns, m)

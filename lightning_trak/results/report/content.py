@@ -57,13 +57,6 @@ def content(
 ) -> dict[str, Any]:
     """Return what is shown, and as ``"drawn"`` how each example is drawn.
 
-    Args:
-        known: what the attribution knows.
-        train: the train set, or None.
-        targets: the target set, or None.
-        render: a user's function that draws an example.
-        suspects: training examples to look at.
-
     Raises:
         ValueError: if a data set has another length than the attribution, or a score is not finite.
         TypeError: if ``render`` returns what cannot be drawn.

@@ -84,11 +84,7 @@ def page_of(known: Known, shown: Mapping[str, Any], evaluation: Any, title: str)
 
 
 def notebook_page(known: Known) -> str:
-    """Return a small table of the first targets, for notebooks: without script, and without the data.
-
-    Args:
-        known: what the attribution knows; of scores, those of the first targets.
-    """
+    """Return a small table of those targets whose scores are known, for notebooks: without script or data."""
     sides = of_sign(known.top, 1), of_sign(known.bottom, -1)
     targets, ids = known.targets, known.train.ids
     rows = []

@@ -157,9 +157,6 @@ def curve(convergence: tuple[Sequence[int], Sequence[float]]) -> Curve:
 def bars(evaluation: Any) -> list[Bar]:
     """Return the linear datamodeling score, the noise ceiling and the score of random numbers as bars.
 
-    Args:
-        evaluation: what `evaluate` returned.
-
     Raises:
         TypeError: if it is something else.
     """
@@ -186,14 +183,7 @@ def cautions(
     *,
     partial: bool,
 ) -> list[str]:
-    """Return what a reader should keep in mind, the most serious first.
-
-    Args:
-        info: by the names of `AttributionInfo`.
-        convergence: see `curve`; None where it is not known.
-        evaluation: what `evaluate` returned, or None.
-        partial: whether only the highest and lowest scores were kept.
-    """
+    """Return what a reader should keep in mind, the most serious first."""
     found = list(info.get("warnings", ()))
     if evaluation is not None and float(evaluation.interval[0]) <= 0:
         found.append(

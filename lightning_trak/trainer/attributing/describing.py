@@ -22,10 +22,6 @@ def described_examples(job: Job, reader: ExampleReader) -> tuple[Examples, Examp
 
     The train set's are row numbers if it is not at hand. The first process asks the module, so that all processes end
     with the same.
-
-    Args:
-        job: the checkpoints.
-        reader: reads the targets.
     """
     loader = job.loaders.train_if_defined()
     own, told = Annotations() if loader is None else annotations_of(loader.dataset), annotations_of(reader.dataset)
@@ -34,12 +30,7 @@ def described_examples(job: Job, reader: ExampleReader) -> tuple[Examples, Examp
 
 
 def described_train(job: Job, reader: ExampleReader) -> Examples:
-    """Return what the data set tells of training examples, and what the module says of them; see `described_examples`.
-
-    Args:
-        job: the checkpoints.
-        reader: reads the train set.
-    """
+    """Return what the data set tells of training examples, and what the module says of them, likewise."""
     told = annotations_of(reader.dataset)
     return _described(job, reader, told, dict.fromkeys(("label", "prediction"), told.classes))
 
@@ -56,14 +47,7 @@ def _described(job: Job, reader: ExampleReader, told: Annotations, names: Mappin
 
 
 def _said_by_module(job: Job, reader: ExampleReader, examples: Examples, names: Mapping[str, Any]) -> Examples:
-    """Add what ``describe`` returns. If that fails, scores are not lost, but only these columns.
-
-    Args:
-        job: the checkpoints.
-        reader: reads the examples.
-        examples: what is known of them so far.
-        names: the names of classes, for each column that has numbers of classes.
-    """
+    """Add what ``describe`` returns. If that fails, scores are not lost, but only these columns."""
     last = job.entries[-1]
     try:
         said = _said_at(reader, last.weights())

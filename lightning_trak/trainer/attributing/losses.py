@@ -20,10 +20,6 @@ def typical_losses(job: Job, reader: ExampleReader) -> Tensor:
     """Return half of the last checkpoint's loss of each training example, and half of the average, (n,).
 
     Of several runs, the last checkpoints are averaged.
-
-    Args:
-        job: the checkpoints.
-        reader: reads the train set.
     """
     losses = _at_checkpoints(job, reader)
     runs = {entry.meta.get("run") or entry.digest: number for number, entry in enumerate(job.entries)}
@@ -54,14 +50,7 @@ def _stored(job: Job, name: str) -> Tensor:
 
 
 def _losses(reader: ExampleReader, weights: Weights, outputs: Tensor, description: str) -> Tensor:
-    """Return the losses that belong to model outputs, (c, n), at several checkpoints.
-
-    Args:
-        reader: reads the train set.
-        weights: of a checkpoint. They count only if the loss needs the model.
-        outputs: f of all examples, (c, n).
-        description: what the progress bar says.
-    """
+    """Return the losses of outputs at several checkpoints, (c, n); weights count only if the loss needs the model."""
     terms = LossTerms(reader.module)
 
     def losses(call: Callable[..., Any], batch: Any, known: Tensor, rows: Sequence[int]) -> Tensor:

@@ -79,14 +79,7 @@ def _known_targets(
 
 
 def target_chunks(loop: FeaturizationLoop, entry: CheckpointEntry, digest: str, m: int | None = None) -> Chunks:
-    """Return the chunks with the features of targets; their number lets several processes share the work.
-
-    Args:
-        loop: reads the targets.
-        entry: the checkpoint.
-        digest: of the targets.
-        m: their number; by default, of those that the loop reads.
-    """
+    """Return the chunks of m targets, by default of those that the loop reads; enough that processes share the work."""
     m = loop.reader.size if m is None else m
     return entry.targets(digest, m, min(max(1, m // _SHARED), rows_in_a_chunk(loop.form.row_bytes, m)))
 
@@ -99,13 +92,6 @@ def _featurize_targets(
     known: Callable[[CheckpointEntry], KnownRows],
 ) -> tuple[Tensor | SparseMatrix, Tensor]:
     """Return the features of the targets at a checkpoint; the store keeps them, and processes share the work.
-
-    Args:
-        loop: reads the targets.
-        entry: the checkpoint.
-        number: of the checkpoint, for the progress bar.
-        digest: of the targets.
-        known: returns those that are stored in other sets, at a checkpoint.
 
     Returns:
         φ(z), (m, k), of whitened gradients the largest entries; and f(z), (m,).

@@ -151,11 +151,7 @@ def _unknown(claim: Claim, own: Iterable[range], known: KnownRows) -> Iterator[i
 def check_features(loop: FeaturizationLoop, entry: CheckpointEntry, chunks: Chunks, stored: Sequence[range]) -> None:
     """Compute a few stored rows again: ``model_output`` or the data may have changed, which the store cannot know.
 
-    Args:
-        loop: reads the examples.
-        entry: the checkpoint.
-        chunks: what is stored of the examples.
-        stored: the rows of some that are there.
+    ``stored`` are the rows of some chunks that are there.
 
     Raises:
         ValueError: if they differ from the stored rows.

@@ -60,14 +60,7 @@ def _drawn_labels(function: ModelFunction, batch: Any, rows: Sequence[int], seed
 def whitening_at(
     loop: FeaturizationLoop, entry: CheckpointEntry, weights: Weights, description: str = ""
 ) -> Whitening | None:
-    """Return the whitening at a checkpoint; None without a preconditioner. Its curvature is estimated once.
-
-    Args:
-        loop: reads the train set, unless the curvature is in the store.
-        entry: the checkpoint.
-        weights: the checkpoint's weights.
-        description: what the progress bar says while the curvature is estimated.
-    """
+    """Return the whitening at a checkpoint; None without a preconditioner. Its curvature is estimated once."""
     if loop.preconditioner is None:
         return None
     if not entry.whitening_notes:
@@ -92,11 +85,6 @@ def rescaled(entries: Sequence[CheckpointEntry], own: Preconditioner, sizes: Map
 
     λ may be another one than when a checkpoint was featurized: if the user gives another, and because nobody knew how
     long training would go on. One rule holds for all checkpoints.
-
-    Args:
-        entries: the checkpoints.
-        own: has the damping that is asked for.
-        sizes: the number of entries of each attributed parameter, in order.
     """
     trainings = _trainings(entries, own)
     scales: list[Tensor | None] = []

@@ -152,13 +152,7 @@ class FeaturizationLoop:
         return reader.selector.prepare(function, digest, partial(self._trial, function, digest, first), reader.largest)
 
     def measured(self, weights: Weights, digest: str, projector: Projector | None = None) -> Measured:
-        """Featurize the first batch twice; measure the second time.
-
-        Args:
-            weights: of a checkpoint; the module may change them.
-            digest: their digest.
-            projector: see `run`.
-        """
+        """Featurize the first batch twice; measure the second time."""
         reader = self.reader
         with reader.at(weights) as function:
             engine = self.prepare(function, digest)

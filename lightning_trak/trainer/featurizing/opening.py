@@ -26,17 +26,7 @@ def open_store(
     *,
     may_grow: bool = True,
 ) -> tuple[FeatureStore, Plan]:
-    """Open the store; check that it is of this model and data.
-
-    Args:
-        path: of the store.
-        settings: what the user asked for.
-        reports: takes messages to the user.
-        trainer: runs the model.
-        model: the model.
-        loaders: finds the train set.
-        may_grow: whether the store takes training examples that were added to its own.
-    """
+    """Open the store; check that it is of this model and data."""
     if trainer.fast_dev_run and not (path / "manifest.json").exists():
         raise framework_of(trainer).MisconfigurationException(
             "This Trainer ran with fast_dev_run, which saves no checkpoint, so there is nothing to attribute. Fit"
@@ -56,12 +46,8 @@ def fitting_store(
 ) -> FeatureStore:
     """Open the store of a plan and a train set, or make it; it takes examples that were added to its own.
 
-    Args:
-        path: of the store.
-        plan: how examples are featurized.
-        loader: of the train set.
-        seconds: how long it takes to featurize an example; None if that is unknown.
-        may_grow: whether added examples are taken; without, such a store is returned as it is.
+    The ``seconds`` that an example takes are for the size of chunks. Without ``may_grow``, a store of fewer examples is
+    returned as it is.
 
     Raises:
         ValueError: if it is a store of another plan or train set.

@@ -200,12 +200,7 @@ class Plan:
         return layers
 
     def manifest(self, loader: DataLoader[Any], seconds: float | None = None) -> dict[str, Any]:
-        """Return the store's manifest for a train set.
-
-        Args:
-            loader: of the train set.
-            seconds: how long it takes to featurize an example; None if that is unknown.
-        """
+        """Return the store's manifest for a train set."""
         data = fingerprint(loader.dataset)
         entries = None if self.preconditioner is None else self.proj_dim
         row_bytes = StoredForm(self.dimension, self.dtype, entries).row_bytes

@@ -75,14 +75,9 @@ def preflight(loop: FeaturizationLoop, weights: Weights, digest: str = "", *, th
 
 
 def _try(reader: ExampleReader, function: ModelFunction, batch: Any, alone: Sequence[int], size: int) -> Tensor:
-    """Evaluate a method on a batch, check that it can be attributed, and return its outputs.
+    """Evaluate a method on the first examples, check that it can be attributed, and return its outputs.
 
-    Args:
-        reader: reads the examples.
-        function: the model at some weights.
-        batch: the first examples.
-        alone: which of them must have the same output in a batch of their own.
-        size: their number.
+    The rows ``alone`` must have the same output in a batch of their own.
     """
     method, examples = function.method, reader.examples
     if examples == "train":

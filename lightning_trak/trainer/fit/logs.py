@@ -20,13 +20,7 @@ Row = list[str | int | float]
 
 
 def log_numbers(trainer: Trainer, reports: Reports, numbers: Mapping[str, float]) -> None:
-    """Log numbers under ``trak/<name>``, at the present training step.
-
-    Args:
-        trainer: has the loggers.
-        reports: takes a warning if a logger fails: training goes on.
-        numbers: by name.
-    """
+    """Log numbers under ``trak/<name>``, at the present training step; if a logger fails, that is a warning."""
     named = {f"trak/{name}": float(number) for name, number in numbers.items()}
     for logger in trainer.loggers:
         try:
@@ -39,12 +33,6 @@ def log_largest(trainer: Trainer, reports: Reports, entries: Sequence[Checkpoint
     """Log a table of the training examples with the largest |Q|, averaged over checkpoints, where a logger takes one.
 
     They cost nothing, for Q is stored. ``trainer.suspects()`` ranks with more, and says what is wrong.
-
-    Args:
-        trainer: has the loggers.
-        reports: takes a warning if a logger fails.
-        entries: featurized checkpoints; at least one.
-        dataset: the train set.
     """
     if not trainer.loggers or not trainer.is_global_zero:
         return

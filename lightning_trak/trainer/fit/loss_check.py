@@ -60,9 +60,6 @@ class LossCheck:
     The loss that ``training_step`` returns is compared with that of ``model_output`` and ``output_to_loss``. The second
     is computed with training's mode, precision and random state, so that Dropout draws the same numbers. It is computed
     in evaluation mode too, as features are. The module gets copies of its weights and of the batch.
-
-    Args:
-        reports: takes warnings.
     """
 
     def __init__(self, reports: Reports) -> None:

@@ -29,11 +29,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def measured_seconds(loop: FeaturizationLoop, load: Callable[[], Weights]) -> float | None:
-    """Return how many seconds an example takes in the first batch; None, with a warning, if that cannot be featurized.
+    """Return how many seconds an example takes in the first batch; None, with a warning, if that fails.
 
-    Args:
-        loop: featurizes the examples. Gradients are whitened as they will be, by the curvature of a few examples.
-        load: returns weights that the module may change.
+    Gradients are whitened as they will be, by the curvature of a few examples. The module may change the weights.
     """
     own = loop.preconditioner
     try:
@@ -72,11 +70,7 @@ class Coming:
         return cls(loop.reader.size, rows * seconds, loop.reader.size * loop.form.row_bytes + weights, own is not None)
 
     def text(self, store: FeatureStore) -> str:
-        """Say it in a sentence.
-
-        Args:
-            store: will hold the features.
-        """
+        """Say it in a sentence, with the room in the store that will hold the features."""
         room = free_space(store.dirpath) // self.bytes
         whitened = " Gradients are whitened by the curvature of each parameter." * self.whitened
         return (
@@ -151,10 +145,7 @@ class Pace:
             self._since = self._trained()
 
     def step_ended(self, per_epoch: float) -> float | None:
-        """Note that a training step ended.
-
-        Args:
-            per_epoch: the number of steps in an epoch.
+        """Note that a training step ended, of so many in an epoch.
 
         Returns:
             How many seconds an epoch takes, once, when that can be told; else None.

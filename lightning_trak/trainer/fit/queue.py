@@ -29,12 +29,6 @@ class CheckpointQueue:
 
     A failure is a warning: features can be computed later, training cannot.
 
-    Args:
-        store: takes weights and features.
-        loop: featurizes the train set.
-        run: the identity of this training.
-        reports: takes messages to the user.
-
     Attributes:
         store: as given.
         last_saved: the digest of the weights that were saved last; None before.
@@ -102,12 +96,7 @@ class CheckpointQueue:
         return new
 
     def featurize(self, trainer: Trainer, pace: Pace, *, limited: bool) -> Iterator[Mapping[str, float]]:
-        """Featurize the train set at what waits, the oldest first.
-
-        Args:
-            trainer: the first process's clock counts.
-            pace: is told how long it takes.
-            limited: whether to stop when the pace allows no more.
+        """Featurize the train set at what waits, the oldest first; if ``limited``, until the pace allows no more.
 
         Yields:
             How many seconds each stage took at a checkpoint.
@@ -130,9 +119,7 @@ class CheckpointQueue:
     def reconcile(self, trainer: Trainer, *, kept_alone: bool) -> None:
         """Bring the store in line with the files of a resumed run: it may have been killed between the two.
 
-        Args:
-            trainer: says where files are.
-            kept_alone: whether only checkpoints whose files are still there are to be featurized.
+        With ``kept_alone``, only checkpoints whose files are still there are to be featurized.
         """
         own = {entry.digest: entry for entry in self.own()}
         paths = {digest: entry.meta.get("path") for digest, entry in own.items()}
@@ -156,11 +143,7 @@ class CheckpointQueue:
 
     @contextmanager
     def training_goes_on(self, what: str) -> Iterator[None]:
-        """Warn once of each kind of failure, and go on.
-
-        Args:
-            what: could not be done.
-        """
+        """Warn once of each kind of failure, and of what could not be done; go on."""
         try:
             yield
         except Exception as error:
@@ -231,8 +214,6 @@ class CheckpointQueue:
 def _is_gone(path: str | None, found: Mapping[str, str]) -> bool:
     """Say whether the file of a checkpoint is known to be deleted, or overwritten by other weights.
 
-    Args:
-        path: of the file; None where that is unknown.
-        found: the files that were read, none of which has these weights.
+    None of the files that were ``found`` has the weights of the checkpoint.
     """
     return path is not None and "://" not in path and (path in found or not os.path.exists(path))

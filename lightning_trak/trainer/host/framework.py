@@ -49,9 +49,6 @@ class Callback(pl.Callback):
 class Framework:
     """One of the two packages: its classes that are used here.
 
-    Args:
-        package: ``lightning.pytorch`` or ``pytorch_lightning``, imported.
-
     Attributes:
         name: of the package.
     """
@@ -80,11 +77,6 @@ class Framework:
 
     def check_kind(self, argument: str, value: Any, kind: str) -> None:
         """Check that an argument is of a class of this package.
-
-        Args:
-            argument: what to call it in the error.
-            value: the argument.
-            kind: ``"LightningModule"`` or ``"LightningDataModule"``.
 
         Raises:
             TypeError: if it is not.
