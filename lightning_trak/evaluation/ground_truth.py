@@ -105,8 +105,8 @@ class GroundTruth:
             )
         try:
             return cls(*_read_tensors(Path(path), _TRUTH, "masks", "repeats"))
-        except DamagedRun as error:
-            raise DamagedRun(f"{error} Save the ground truth again.") from error
+        except Damaged as error:
+            raise Damaged(error.path, error.why, "Save the ground truth again.") from error
 
 
 @dataclass(frozen=True)
@@ -202,10 +202,6 @@ def run_name(subset: int, repeat: int) -> str:
     return f"subset{subset:05d}-repeat{repeat:02d}"
 
 
-class DamagedRun(ValueError):
-    """The file of a run has changed since it was written, or belongs to another run."""
-
-
 def write_run(path: Path, mask: Tensor, outputs: Tensor) -> None:
     """Store a run, whole or not at all: its training examples (n,), and the outputs of the targets (m,)."""
     write_arrays(path, {"mask": mask.numpy(), "outputs": outputs.numpy()}, path.stem)
@@ -215,14 +211,14 @@ def read_run(path: Path, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the mask and the outputs of a run; ``mask``, (n,), are the training examples that it must have, if known.
 
     Raises:
-        DamagedRun: if the file is damaged, or the run trained on other examples.
+        Damaged: if the file is damaged, or the run trained on other examples.
     """
     stored, outputs = _read_tensors(path, path.stem, "mask", "outputs")
     if stored.ndim != 1 or outputs.ndim != 1:
         shapes = f"mask {tuple(stored.shape)} and outputs {tuple(outputs.shape)}, expected (n,) and (m,)"
-        raise DamagedRun(f"'{path}' is damaged: it has {shapes}.")
+        raise Damaged(path, f"it has {shapes}")
     if mask is not None and not torch.equal(stored, mask):
-        raise DamagedRun(f"'{path}' is the run of another subset: it trained on other examples than its name says.")
+        raise Damaged(path, "it is the run of another subset, which trained on other examples than its name says")
     return stored, outputs
 
 
@@ -249,8 +245,8 @@ def read_runs(dirpath: Path) -> GroundTruth:
     try:
         masks = {t: read_run(paths[run_name(t, 0)])[0] for t in subsets}
         runs = {(t, i): read_run(paths[run_name(t, i)], masks[t])[1] for t in subsets for i in range(r)}
-    except DamagedRun as error:
-        raise DamagedRun(f"{error} retrain_subsets(..., dirpath='{dirpath}') runs it again.") from error
+    except Damaged as error:
+        raise Damaged(error.path, error.why, f"retrain_subsets(..., dirpath='{dirpath}') runs it again.") from error
     check_targets({run_name(*key): outputs for key, outputs in runs.items()}, dirpath)
     repeats = [torch.stack([runs[t, i] for i in range(r)]) for t in subsets]
     return GroundTruth(torch.stack(list(masks.values())), torch.stack(repeats))
@@ -305,8 +301,5 @@ def _largest_grid(names: set[str]) -> tuple[list[int], int]:
 
 
 def _read_tensors(path: Path, place: str, *names: str) -> list[Tensor]:
-    try:
-        arrays = read_arrays(path, place, names)
-    except Damaged as error:
-        raise DamagedRun(str(error)) from error
+    arrays = read_arrays(path, place, names)
     return [torch.from_numpy(arrays[name]) for name in names]

@@ -20,7 +20,6 @@ from tqdm import tqdm
 from lightning_trak.data.identity import difference, fingerprint
 from lightning_trak.data.loaders import check_loader, subset_loader
 from lightning_trak.evaluation.ground_truth import (
-    DamagedRun,
     GroundTruth,
     check_targets,
     note_asked,
@@ -30,7 +29,7 @@ from lightning_trak.evaluation.ground_truth import (
 )
 from lightning_trak.evaluation.outputs import model_outputs
 from lightning_trak.isolation.random_states import kept_generators, kept_random_states, seed_all
-from lightning_trak.store.files import read_json, write_json
+from lightning_trak.store.files import Damaged, read_json, write_json
 
 _OTHERWISE = "Use another dirpath, or delete it: the runs there stay, and are taken for these."  # than what is damaged
 
@@ -157,10 +156,8 @@ class Runs:
         """
         outputs: dict[str, Tensor] = {}
         with tqdm(total=len(jobs), desc=description, disable=None, dynamic_ncols=True) as bar:
-            for wait in (False, True):
-                for job in [
-                    job for job in jobs if job[0] not in outputs
-                ]:  # second round: those that another process had
+            for wait in (False, True):  # the second round is for those that another process had
+                for job in [one for one in jobs if one[0] not in outputs]:
                     found = self._try(job, wait=wait)
                     if found is not None:
                         outputs[job[0]] = found
@@ -170,31 +167,23 @@ class Runs:
 
     def _try(self, job: tuple[str, Tensor, str], *, wait: bool) -> Tensor | None:
         """Return the outputs of a run, trained now if needed; None if another process trains it, unless ``wait``."""
-        name, mask, _ = job
-        with suppress(FileNotFoundError, DamagedRun):
-            return read_run(self._path(name), mask)[1]
+        name, mask, seed = job
+        path = self._folder / f"{name}.safetensors"
+        with suppress(FileNotFoundError, Damaged):
+            return read_run(path, mask)[1]
         try:
             lock = FileLock(self._locks / f"{name}.lock", blocking=wait).acquire()  # released when the process dies
         except Timeout:
             return None
         with lock:
-            return self._do(job)
-
-    def _do(self, job: tuple[str, Tensor, str]) -> Tensor:
-        """Train a run, unless another process has done so in the meantime."""
-        name, mask, seed = job
-        path = self._path(name)
-        if path.exists():
-            try:
-                return read_run(path, mask)[1]
-            except DamagedRun as error:
-                warnings.warn(f"{error} It is run again.", stacklevel=5)
-        outputs = self._train(mask, seed)
-        write_run(path, mask, outputs)
-        return outputs
-
-    def _path(self, name: str) -> Path:
-        return self._folder / f"{name}.safetensors"
+            if path.exists():  # another process has trained it in the meantime, or the file is damaged
+                try:
+                    return read_run(path, mask)[1]
+                except Damaged as error:
+                    warnings.warn(f"{error} It is run again.", stacklevel=4)
+            outputs = self._train(mask, seed)
+            write_run(path, mask, outputs)
+            return outputs
 
     def _train(self, mask: Tensor, seed: str) -> Tensor:
         """Train a new model on the examples of ``mask``; return its outputs for the targets, (m,)."""

@@ -12,11 +12,12 @@ import torch
 from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 
 from lightning_trak import GroundTruth, counterfactuals, evaluate, retrain_subsets
-from lightning_trak.evaluation.ground_truth import DamagedRun, read_run, run_name, write_run
+from lightning_trak.evaluation.ground_truth import read_run, run_name, write_run
 from lightning_trak.evaluation.retraining import draw_subset, seeded
 from lightning_trak.results.attribution import Attribution
 from lightning_trak.results.info import AttributionInfo
 from lightning_trak.store.arrays import write_arrays
+from lightning_trak.store.files import Damaged
 from tests.conftest import Blobs, Classifier, make_data, make_trainer
 
 N, M = 40, 7
@@ -133,7 +134,7 @@ def test_a_damaged_file_is_never_read_as_another_run(tmp_path):
         path.write_bytes(other)
         try:
             found = read_run(path)
-        except DamagedRun:
+        except Damaged:
             damaged += 1
         else:
             assert torch.equal(found[0], mask)

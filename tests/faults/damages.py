@@ -37,7 +37,7 @@ KINDS = {  # of files, by the end of their paths
 }
 STORES = ("plain", "plain, half", "every", "every, half")
 Operation = Callable[[Path], Outcome]
-_OURS = ("ValueError", "FileNotFoundError", "MisconfigurationException", "Damaged", "DamagedRun")
+_OURS = ("ValueError", "FileNotFoundError", "MisconfigurationException", "Damaged")
 _REMEDY = re.compile(
     r"\b([Dd]elete|[Uu]se|[Cc]omputes?|[Rr]estore|[Cc]all|[Mm]ake (them|it)|[Pp]ass|runs it again|Save)\b"
 )
