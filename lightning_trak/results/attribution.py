@@ -60,6 +60,11 @@ class Attribution:
         train: what is known of the training examples; by default their row numbers.
         targets: what is known of the targets; by default their row numbers.
 
+    Attributes:
+        info: how scores were computed.
+        train: what is known of the n training examples: their ids, and columns such as ``"label"``.
+        targets: what is known of the m targets: their ids, and columns such as ``"label"`` and ``"prediction"``.
+
     >>> info = AttributionInfo(3, 1, ("a1b2",), "sparse", 2048, 0.3, True)
     >>> attribution = Attribution(torch.tensor([[0.5], [-1.0], [2.0]]), info)
     >>> attribution
@@ -84,8 +89,8 @@ class Attribution:
         self._outputs = outputs
         self._kept = kept
         self.info = info
-        self._train = _described("train", train, info.n_train)
-        self._targets = _described("targets", targets, info.n_targets)
+        self.train = _described("train", train, info.n_train)
+        self.targets = _described("targets", targets, info.n_targets)
 
     @property
     def scores(self) -> Tensor | StoredScores:
@@ -154,16 +159,6 @@ class Attribution:
         return self._outputs
 
     @property
-    def train(self) -> Examples:
-        """What is known of the n training examples: their ids, and columns such as ``"label"``."""
-        return self._train
-
-    @property
-    def targets(self) -> Examples:
-        """What is known of the m targets: their ids, and columns such as ``"label"`` and ``"prediction"``."""
-        return self._targets
-
-    @property
     def data_sets(self) -> tuple[Any, Any] | None:
         """Train set and targets as they were read, for `report` and `plot`; None for a train set that was not needed.
 
@@ -191,14 +186,12 @@ class Attribution:
         >>> named.train.ids, named.train.columns["source"][2]
         (('a', 'b', 'c'), 'book')
         """
-        return self._with(
-            train=self._train.with_columns(train or {}), targets=self._targets.with_columns(targets or {})
-        )
+        return self._with(train=self.train.with_columns(train or {}), targets=self.targets.with_columns(targets or {}))
 
     def _with(self, **changes: Any) -> Attribution:
         """Return another attribution, of which some arguments differ."""
         own = {"scores": self._scores, "info": self.info, "spread": self._spread, "outputs": self._outputs}
-        return Attribution(**{**own, "kept": self._kept, "train": self._train, "targets": self._targets, **changes})
+        return Attribution(**{**own, "kept": self._kept, "train": self.train, "targets": self.targets, **changes})
 
     def without(self, indices: Sequence[int] | Tensor) -> Tensor:
         """Predict the outputs of the targets after training without a set of training examples.
@@ -331,7 +324,7 @@ class Attribution:
         1  helpful     2        a    0.5
         2  harmful     1        b   -1.0
         """
-        return wide_frame(self.scores, self._train, self._targets) if wide else long_frame(self.table(k))
+        return wide_frame(self.scores, self.train, self.targets) if wide else long_frame(self.table(k))
 
     def to_csv(self, path: str | os.PathLike[str], *, k: int = 5) -> None:
         """Write the long form of `to_pandas` as CSV, in UTF-8. It needs no pandas.
@@ -379,7 +372,7 @@ class Attribution:
         """
         extremes = self._extremes(self._at_most(k))
         errors = None if self._spread is None else self._spread.standard_error
-        return long_table(extremes, self._train, self._targets, self._outputs, errors)
+        return long_table(extremes, self.train, self.targets, self._outputs, errors)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         """Return all scores, (n, m), for ``np.asarray(attribution)``.
@@ -416,7 +409,7 @@ class Attribution:
         >>> attribution.with_columns(train={"id": [30, 10, 20]}).by_id(train=[10, 30], targets=0)
         tensor([-1.0000,  0.5000])
         """
-        rows, columns = _places(self._train, train), _places(self._targets, targets)
+        rows, columns = _places(self.train, train), _places(self.targets, targets)
         if isinstance(rows, list):
             return self.scores[rows][:, columns]
         return self.scores[rows, columns]
@@ -431,7 +424,7 @@ class Attribution:
         >>> list(attribution.keep(["first", "second", "third"], attribution.scores[:, 0] > 0))
         ['first', 'third']
         """
-        return kept_subset(train_set, self._train, rows, ids)
+        return kept_subset(train_set, self.train, rows, ids)
 
     def remove(
         self, train_set: Any, rows: Sequence[int] | Tensor | None = None, *, ids: Sequence[str | int] | None = None
@@ -460,7 +453,7 @@ class Attribution:
         >>> list(subset), subset.indices
         (['first', 'third'], [0, 2])
         """
-        return kept_subset(train_set, self._train, rows, ids, remove=True)
+        return kept_subset(train_set, self.train, rows, ids, remove=True)
 
     def plot(
         self,
@@ -508,7 +501,7 @@ class Attribution:
         >>> plt.close(figure)
         """
         with kept_random_states():  # data sets may augment at random
-            known, data = (self._train, self._targets), (train, targets)
+            known, data = (self.train, self.targets), (train, targets)
             return plot_extremes(self._extremes(self._at_most(k)), known, data, columns, marked, ax)
 
     def report(
@@ -582,13 +575,12 @@ class Attribution:
         if isinstance(self._scores, StoredScores):  # whatever part is asked for, all of them would be read
             few = 0
         if isinstance(self._scores, Extremes):
-            top, bottom = (
-                Ranked(side.indices[:few, :k], side.values[:few, :k]) for side in vars(self._scores).values()
-            )
+            sides = self._scores.top, self._scores.bottom
+            top, bottom = (Ranked(side.indices[:few, :k], side.values[:few, :k]) for side in sides)
         else:
             columns = self._scores[:, :few].T if few else torch.zeros(0, self.info.n_train)
             top, bottom = (rank(columns, k, largest) for largest in (True, False))
-        return notebook_page(Known(asdict(self.info), top, bottom, None, self._outputs, self._train, self._targets))
+        return notebook_page(Known(asdict(self.info), top, bottom, None, self._outputs, self.train, self.targets))
 
     def _known(self, k: int) -> Known:
         """Return what reports show; nothing that takes long to compute."""
@@ -601,8 +593,8 @@ class Attribution:
             bottom,
             None if error is None else (scores_at(error, top.indices), scores_at(error, bottom.indices)),
             self._outputs,
-            self._train,
-            self._targets,
+            self.train,
+            self.targets,
             None if spread is None else convergence_of(spread.sample[:, :, evenly_spaced(self.info.n_targets, _CURVE)]),
             partial=isinstance(self._scores, Extremes),
         )
@@ -616,7 +608,7 @@ class Attribution:
             FileExistsError: if ``path`` exists, is not empty, and has no saved attribution.
             OSError: if it cannot be written, as a URL cannot.
         """
-        sides = {"train": self._train, "targets": self._targets}
+        sides = {"train": self.train, "targets": self.targets}
         tables = {side: examples.saved() for side, examples in sides.items() if not examples.unknown}
         write_saved(writable(path_of(path)), Saved(asdict(self.info), self._arrays(), self.on_disk, tables))
 
@@ -648,21 +640,19 @@ class Attribution:
         """Return all that is saved and in memory, by name."""
         known = {} if self._outputs is None else {"outputs": self._outputs}
         if not isinstance(self._scores, Extremes):
-            parts = {"scores": self._scores} | ({} if self._spread is None else vars(self._spread))
-            return known | {name: part for name, part in parts.items() if isinstance(part, Tensor)}
-        top, bottom = self._scores.top, self._scores.bottom
-        return known | {
-            "top": top.indices,
-            "top_values": top.values,
-            "bottom": bottom.indices,
-            "bottom_values": bottom.values,
-        }
+            return known | {name: part for name, part in self._parts().items() if isinstance(part, Tensor)}
+        for side, ranked in vars(self._scores).items():
+            known |= {side: ranked.indices, f"{side}_values": ranked.values}
+        return known
 
     @property
     def on_disk(self) -> dict[str, StoredScores]:
         """The scores and standard errors that are not in memory, by name."""
-        parts = {"scores": self._scores} | ({} if self._spread is None else vars(self._spread))
-        return {name: part for name, part in parts.items() if isinstance(part, StoredScores)}
+        return {name: part for name, part in self._parts().items() if isinstance(part, StoredScores)}
+
+    def _parts(self) -> dict[str, Any]:
+        """Return scores and how they vary, by name, in memory or on disk."""
+        return {"scores": self._scores} | ({} if self._spread is None else vars(self._spread))
 
     def _ranked(self, k: int, *, largest: bool) -> Ranked:
         self._check_ranks(k)
@@ -673,7 +663,6 @@ class Attribution:
 
     def _extremes(self, k: int) -> Extremes:
         """Return the highest and the lowest k scores of each target; scores on disk are read once."""
-        self._check_ranks(k)
         if isinstance(self._scores, Extremes):
             sides = self._scores.top, self._scores.bottom
             return Extremes(*(Ranked(side.indices[:, :k], side.values[:, :k]) for side in sides))

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lightning_trak.results.examples import plain
 from lightning_trak.results.numbers import number_text
 
 Array = npt.NDArray[Any]
@@ -116,7 +117,8 @@ def described(example: Any) -> Described:
         label = None if key is None else _label(example[key])
         rest = {name: value for name, value in example.items() if name != key or label is None}
         return Described(parts(rest), label)
-    if isinstance(example, (list, tuple)) and len(example) > 1 and (_is_nested(example) or _is_pair(example)):
+    pair = isinstance(example, tuple) and len(example) == 2  # of an input and its label, maybe both of them numbers
+    if pair or (isinstance(example, (list, tuple)) and len(example) > 1 and _is_nested(example)):
         first, *others = example
         labels = [_label(other) for other in others]
         label = next((label for label in labels if label is not None), None)
@@ -173,7 +175,7 @@ def _part(leaf: Any) -> Part:
     if isinstance(leaf, (list, tuple)) and leaf and all(isinstance(one, str) for one in leaf):
         return Tokens([str(one) for one in leaf])
     if _is_number(leaf):
-        return Table({"value": _plain(leaf)})
+        return Table({"value": plain(leaf)})
     array = as_array(leaf)
     if array is None or array.size == 0:
         return Unknown(in_words(leaf))
@@ -272,16 +274,11 @@ def _is_nested(values: Sequence[Any]) -> bool:
     return isinstance(values, tuple) or as_array(values) is None
 
 
-def _is_pair(values: Sequence[Any]) -> bool:
-    """Say whether an example is an input and its label, both of them numbers."""
-    return isinstance(values, tuple) and len(values) == 2
-
-
 def _scalars(example: Mapping[Any, Any]) -> dict[str, Scalar]:
     """Return the numbers of a mapping, and the names among them; nothing if it has no number."""
     if not any(_is_number(value) for value in example.values()):
         return {}
-    return {str(key): _plain(value) for key, value in example.items() if _is_number(value) or _is_name(value)}
+    return {str(key): plain(value) for key, value in example.items() if _is_number(value) or _is_name(value)}
 
 
 def _without_padding(example: Mapping[Any, Any]) -> Mapping[Any, Any]:
@@ -299,7 +296,7 @@ def _label(value: Any) -> Scalar:
     Tags are named by their places. A few real numbers are one label.
     """
     if _is_number(value) or _is_name(value):
-        return _plain(value)
+        return plain(value)
     array = None if isinstance(value, str) else as_array(value)
     if array is None or array.ndim > 1 or not array.size:
         return array.item() if array is not None and array.size == 1 else None
@@ -320,8 +317,3 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, (bool, int, float, np.number, np.bool_)):
         return True
     return isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0 and as_array(value) is not None
-
-
-def _plain(value: Any) -> Scalar:
-    """Return a scalar in Python's own type."""
-    return value.item() if hasattr(value, "item") else value

@@ -17,7 +17,7 @@ from lightning_trak.results.export import write_export
 from lightning_trak.results.numbers import terminal_number
 from lightning_trak.results.plots.curves import plot_self_influence
 from lightning_trak.results.subsets import rows_of
-from lightning_trak.results.tables import write_csv
+from lightning_trak.results.tables import imported, write_csv
 from lightning_trak.results.terminal import cell_text, table
 from lightning_trak.store.remote import RemotePath
 
@@ -151,13 +151,9 @@ class Suspects:
         """Return the table of `to_rows` as a data frame.
 
         Raises:
-            ImportError: if pandas is not installed.
+            ModuleNotFoundError: if pandas is not installed.
         """
-        try:
-            import pandas as pd  # type: ignore[import-untyped, unused-ignore]
-        except ImportError as error:
-            raise ImportError("to_pandas() needs pandas: pip install pandas. to_rows() does without.") from error
-        rows = self.to_rows()
+        pd, rows = imported("pandas"), self.to_rows()
         frame = pd.DataFrame(rows, columns=list(rows[0] if rows else Suspect.__dataclass_fields__))
         for name in ("id", "duplicate_of", "leaks"):  # pandas would make floats of integers beside None
             frame[name] = pd.Series([row[name] for row in rows], dtype=object)

@@ -74,7 +74,7 @@ def long_table(extremes: Extremes, train: Examples, targets: Examples, outputs: 
 
 def long_frame(table: Table) -> DataFrame:
     """Return a table as a DataFrame of pandas; integers beside None stay integers."""
-    pd = _imported("pandas")
+    pd = imported("pandas")
     return pd.DataFrame(
         {name: pd.Series(values, dtype=object) if None in _kinds(values) else values for name, values in table.items()}
     )
@@ -82,7 +82,7 @@ def long_frame(table: Table) -> DataFrame:
 
 def wide_frame(scores: Any, train: Examples, targets: Examples) -> DataFrame:
     """Return scores, (n, m), as a DataFrame of pandas with ids as index and columns."""
-    pd = _imported("pandas")
+    pd = imported("pandas")
     index, columns = pd.Index(train.ids, name="train_id"), pd.Index(targets.ids, name="target_id")
     shared = isinstance(scores, Tensor)  # writing to the frame must not change the scores
     return pd.DataFrame(np.asarray(scores), index, columns, copy=shared)
@@ -98,8 +98,8 @@ def write_csv(path: str | os.PathLike[str], table: Table) -> None:
 
 def write_parquet(path: str | os.PathLike[str], table: Table) -> None:
     """Write a table as Parquet; a column of both text and numbers becomes text."""
-    pa = _imported("pyarrow")
-    parquet = _imported("pyarrow.parquet")
+    pa = imported("pyarrow")
+    parquet = imported("pyarrow.parquet")
     arrays = {_encodable(name): pa.array(_of_one_kind(values)) for name, values in table.items()}
     with _replacing(path) as partial:
         parquet.write_table(pa.table(arrays), partial)
@@ -112,7 +112,8 @@ def _replacing(path: str | os.PathLike[str]) -> Any:
     return atomically(whole)
 
 
-def _imported(name: str) -> Any:
+def imported(name: str) -> Any:
+    """Return an optional module; if it is not installed, an error says what needs it, and what does without."""
     try:
         return __import__(name, fromlist=["_"])
     except ModuleNotFoundError as error:
