@@ -64,7 +64,7 @@ def spearman(preds: Tensor, target: Tensor) -> Tensor:
     tensor([0.8660])
     """
     _check_pair(preds, target)
-    return _correlation(_standardised_ranks(preds), _standardised_ranks(target))
+    return (_standardised_ranks(preds) * _standardised_ranks(target)).sum(0).clamp(-1, 1).float()
 
 
 class LinearDatamodelingScore(Metric):
@@ -178,10 +178,6 @@ def _standardised_ranks(values: Tensor) -> Tensor:
     ranks = _ranks(values)
     centred = ranks - ranks.mean(0)
     return centred / centred.norm(dim=0).clamp(min=1e-12)
-
-
-def _correlation(one: Tensor, other: Tensor) -> Tensor:
-    return (one * other).sum(0).clamp(-1, 1).float()
 
 
 def _bootstrap(preds: Tensor, target: Tensor, times: int, seed: int) -> Tensor:

@@ -118,11 +118,8 @@ def _print_problems(store: FeatureStore, problems: Sequence[Problem]) -> None:
         more = f" and {count(len(paths) - 1, 'file')} more in its folder" if paths[1:] else ""
         print(f"\nDamaged: {printable(str(first))}{more}")
         for line in (why[:1].upper() + why[1:].rstrip(".") + ".", remedy):
-            print(
-                textwrap.fill(
-                    printable(line), _WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
-                )
-            )
+            lines = textwrap.wrap(printable(line), _WIDTH - 2, break_on_hyphens=False)
+            print(textwrap.indent("\n".join(lines), "  "))
 
 
 def _print_unexpected(store: FeatureStore) -> None:

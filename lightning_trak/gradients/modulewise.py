@@ -50,9 +50,8 @@ def module_gradients(
         raise EngineUnsuitable(f"an output of {type(module).__name__} has no batch axis in front")
     tensors = tensors_of((args, kwargs))
     batched = rows_of_examples(tensors, size) if batched is None else batched
-    if [own for own, tensor in zip(batched, tensors, strict=False) if own and not _has_rows(tensor, size)] or (
-        len(batched) != len(tensors)
-    ):
+    others = [tensor for own, tensor in zip(batched, tensors, strict=False) if own and not _has_rows(tensor, size)]
+    if others or len(batched) != len(tensors):
         raise EngineUnsuitable(f"{type(module).__name__} is called with other arguments than on the first examples")
     values = dict(module.named_parameters())
     chosen = {name: values[name].detach() for name in parameters}

@@ -156,9 +156,8 @@ class Estimator:
         if train.squares is not None:
             return Solved(targets * (1 / train.shape[0]), self._given(train))
         state, damping = self._factor(train, sums, multiple)
-        return Solved(
-            solve(state, targets.to(self.device)).cpu(), damping
-        )  # to the CPU: all checkpoints would fill the device
+        vectors = solve(state, targets.to(self.device))
+        return Solved(vectors.cpu(), damping)  # those of all checkpoints would fill the device
 
     def self_influence(self, train: TrainFeatures, sums: GaussNewton | None = None) -> Tensor:
         """Return by how much training on each example lowers its own loss, (n,), at one checkpoint; see `solve`."""

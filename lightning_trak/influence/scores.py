@@ -86,10 +86,8 @@ def scores(
     if spread and checkpoints > 1:
         known = Spread(torch.zeros(r, m), torch.zeros(checkpoints, len(sampled), m))
     for block in trains[0].slices(m, rows):
-        at_each, here = (
-            score_blocks(trains, solved, block, device),
-            slice(block.start - rows.start, block.stop - rows.start),
-        )
+        here = slice(block.start - rows.start, block.stop - rows.start)
+        at_each = score_blocks(trains, solved, block, device)
         if known is None:
             mean[here] = mean_of(at_each)
         else:

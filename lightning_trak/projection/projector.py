@@ -74,7 +74,7 @@ class Projector(ABC):
         Raises:
             TypeError: if an argument cannot be written as JSON.
         """
-        inherited = [name for kind in type(self).__mro__[1:-1] for name in _parameters_of(kind)]
+        inherited = [name for kind in type(self).__mro__[1:-1] for name in signature(kind.__init__).parameters]  # type: ignore[misc]
         given = {name: getattr(self, name) for name in inherited if hasattr(self, name)}
         given |= {name: getattr(self, name, value) for name, value in self._arguments.items()}
         arguments = {name: value for name, value in given.items() if name != "proj_dim"}
@@ -122,11 +122,6 @@ class Projector(ABC):
         arguments = {"proj_dim": self.proj_dim, **self.configuration["arguments"]}
         shown = [f"{name}={value!r}" for name, value in arguments.items()]
         return f"{type(self).__name__}({', '.join(shown)})"
-
-
-def _parameters_of(kind: type) -> list[str]:
-    """Return the names of a class's arguments."""
-    return [name for name in signature(kind.__init__).parameters if name != "self"]  # type: ignore[misc]
 
 
 class Drawn:

@@ -156,7 +156,9 @@ def inspect_targets(
     broken = {one.path.name for one in states if one.whitening is False}
     for path in _files_below(state.path):
         if path.suffix == ".safetensors":
-            check = partial(_check_examples if path.name == EXAMPLES else _check_target, store, path)
+            check: Callable[[], object] = partial(_check_target, store, path)
+            if path.name == EXAMPLES:
+                check = partial(read_examples, store, path.parent.name)
             if path.parent.name in broken:
                 state.problems.append(Problem(path, _OF_BROKEN, _TARGETS_AGAIN, check))
             else:
@@ -181,11 +183,6 @@ def _is_of_checkpoint(store: FeatureStore, folder: Path, of: str) -> bool:
         return any(of == f"{entry.place}|targets {folder.parent.name}" for entry in store.entries([folder.name]))
     except Damaged:
         return True  # the checkpoint is, which is told elsewhere
-
-
-def _check_examples(store: FeatureStore, path: Path) -> None:
-    """Verify the digests of a set of targets."""
-    read_examples(store, path.parent.name)
 
 
 def unexpected(store: FeatureStore) -> list[Path]:

@@ -141,11 +141,6 @@ class RemotePath:
         """The local folder for what is computed from the files in this folder, as they are now."""
         return self._source.folder / _digest([*self._parts, *sorted(self._source.listed(self._parts).items())])
 
-    @staticmethod
-    def fetch(paths: Sequence[RemotePath]) -> None:
-        """Copy files of one object store that have no copy, at the same time."""
-        paths[0]._source.fetch([path._parts for path in paths])
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RemotePath) and self.url == other.url
 
@@ -305,7 +300,7 @@ def fetch(paths: Sequence[AnyPath]) -> None:
     remote = [path for path in paths if isinstance(path, RemotePath)]
     if remote:
         with suppress(FileNotFoundError):  # said when the file is read
-            RemotePath.fetch(remote)
+            remote[0]._source.fetch([path._parts for path in remote])
 
 
 def writable(path: AnyPath) -> Path:
