@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
@@ -176,8 +177,7 @@ def _ranks(values: Tensor) -> Tensor:
 
 def _standardised_ranks(values: Tensor) -> Tensor:
     ranks = _ranks(values)
-    centred = ranks - ranks.mean(0)
-    return centred / centred.norm(dim=0).clamp(min=1e-12)
+    return normalize(ranks - ranks.mean(0), dim=0)
 
 
 def _bootstrap(preds: Tensor, target: Tensor, times: int, seed: int) -> Tensor:

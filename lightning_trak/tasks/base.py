@@ -183,8 +183,7 @@ def loss_derivatives(output_to_loss: Callable[[Tensor], Tensor], output: Tensor)
         (slope,) = torch.autograd.grad(loss.sum(), output, create_graph=True)
         curvature = torch.zeros_like(output)
         if slope.requires_grad:
-            (second,) = torch.autograd.grad(slope.sum(), output, allow_unused=True)
-            curvature = curvature if second is None else second
+            (curvature,) = torch.autograd.grad(slope.sum(), output, materialize_grads=True)
     return -slope.detach(), curvature
 
 

@@ -31,19 +31,12 @@ def recurrent(layer: Any, call: LayerCall) -> dict[str, Gradient | Tensor]:
         used = [(out, grad) for out, grad in zip((outputs, *last), call.grads, strict=True) if grad is not None]
         gates = [gate for pairs in steps.values() for _, gate in pairs]
         grads = iter(
-            torch.autograd.grad([out for out, _ in used], gates, [grad for _, grad in used], allow_unused=True)
+            torch.autograd.grad([out for out, _ in used], gates, [grad for _, grad in used], materialize_grads=True)
         )
     gradients: dict[str, Gradient | Tensor] = {}
     for suffix, pairs in steps.items():
         values = torch.stack([value.detach() for value, _ in pairs], dim=1)
-        sent_back = [next(grads) for _ in pairs]
-        stacked = torch.stack(
-            [
-                torch.zeros_like(gate) if grad is None else grad
-                for (_, gate), grad in zip(pairs, sent_back, strict=True)
-            ],
-            1,
-        )
+        stacked = torch.stack([next(grads) for _ in pairs], dim=1)
         gradients[f"weight_{suffix}"] = OuterGradient(stacked, values)
         gradients[f"bias_{suffix}"] = stacked.sum(1)
     return gradients
