@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,21 +19,8 @@ CPU = torch.device("cpu")
 Array = npt.NDArray[Any]
 
 
-class Matrix(Protocol):
-    """What scores need of a block of rows: a tensor, or a sparse matrix of another kind."""
-
-    @property
-    def shape(self) -> torch.Size:
-        """Begins with the number of rows."""
-        ...
-
-    def to(self, device: torch.device) -> Any:
-        """Return it on a device."""
-        ...
-
-    def __matmul__(self, other: Any) -> Tensor:
-        """Multiply with the transpose of the targets' features."""
-        ...
+Matrix: TypeAlias = Any
+"""A block of rows: a tensor, or a sparse matrix of another kind, with ``shape``, ``to(device)`` and ``@``."""
 
 
 class Rows(Protocol):

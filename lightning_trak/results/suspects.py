@@ -74,6 +74,9 @@ class Suspects:
         targets: the ids of the targets, if there are any.
         order: rows of the train set; by default all, as ranked by `Findings.order`.
 
+    Attributes:
+        indices: the rows in the train set, as ranked.
+
     >>> from lightning_trak.influence.suspicion import findings
     >>> near = torch.tensor([-1, 0, 0]), torch.tensor([-1.0, 0.5, 0.99])
     >>> found = findings(torch.tensor([0.1, 0.3, 0.2]), torch.tensor([0.1, 0.4, 0.0]), near)
@@ -93,12 +96,7 @@ class Suspects:
         if len(train) != n:
             raise ValueError(f"train has {len(train)} examples, and findings are of {n}. Give those of the same set.")
         self.findings, self.train, self.targets = findings, train, targets
-        self._order = findings.order() if order is None else order
-
-    @property
-    def indices(self) -> Tensor:
-        """The rows in the train set, as ranked."""
-        return self._order
+        self.indices = findings.order() if order is None else order
 
     @property
     def wrong(self) -> Suspects:
@@ -211,10 +209,10 @@ class Suspects:
         return plot_self_influence(self.findings.self_influence, rows, name, ax)
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self.indices)
 
     def __iter__(self) -> Iterator[Suspect]:
-        return map(self._suspect, self._order.tolist())
+        return map(self._suspect, self.indices.tolist())
 
     @overload
     def __getitem__(self, places: int) -> Suspect: ...
@@ -222,9 +220,9 @@ class Suspects:
     def __getitem__(self, places: slice) -> Suspects: ...
     def __getitem__(self, places: int | slice) -> Suspect | Suspects:
         if isinstance(places, slice):
-            rows = self._order.tolist()[places]
+            rows = self.indices.tolist()[places]
             return Suspects(self.findings, self.train, self.targets, torch.tensor(rows, dtype=torch.long))
-        return self._suspect(int(self._order[places]))
+        return self._suspect(int(self.indices[places]))
 
     def __repr__(self) -> str:
         head = f"Suspects: {len(self)} of {len(self.train)} training examples{self._counts()}"
@@ -251,7 +249,7 @@ class Suspects:
         return f", {', '.join(told)}" if told else ", nothing wrong was found"
 
     def _of(self, which: Tensor) -> Suspects:
-        return Suspects(self.findings, self.train, self.targets, self._order[which[self._order]])
+        return Suspects(self.findings, self.train, self.targets, self.indices[which[self.indices]])
 
     def _suspect(self, row: int) -> Suspect:
         found, columns = self.findings, self.train.columns

@@ -32,8 +32,7 @@ def plot_curves(
         for (name, values), colour in zip(curves.items(), (HELPFUL, OTHER), strict=False):
             axis.plot(x, np.asarray(values), marker="o", markersize=4, color=colour, label=name)
         axis.axhline(0, color="black", linewidth=0.8, zorder=0)
-        axis.set_xlabel(label)
-        axis.set_ylabel(quantity)
+        axis.set(xlabel=label, ylabel=quantity)
     axes[0].legend(frameon=False, fontsize=9)
     return figure, axes
 
@@ -44,8 +43,7 @@ def plot_convergence(checkpoints: Sequence[int], agreement: Sequence[float], ax:
     axis.plot(checkpoints, agreement, marker="o", markersize=4, color=HELPFUL)
     axis.set_xticks(checkpoints[:: 1 + len(checkpoints) // 12])
     axis.set_ylim(min([0.0, *agreement]) - 0.05, 1.02)
-    axis.set_xlabel("checkpoints")
-    axis.set_ylabel("rank correlation of two halves")
+    axis.set(xlabel="checkpoints", ylabel="rank correlation of two halves")
     return figure, axis
 
 
@@ -72,8 +70,7 @@ def plot_self_influence(values: Any, marked: Sequence[int], name: str, ax: Any) 
         )
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(lambda rank, place: number_text(round(rank)) if rank >= 1 else "")
-    axis.set_xlabel("training examples, by rank")
-    axis.set_ylabel("self-influence (in units of the loss)")
+    axis.set(xlabel="training examples, by rank", ylabel="self-influence (in units of the loss)")
     axis.legend(frameon=False, fontsize=9)
     return figure, axis
 
@@ -91,7 +88,6 @@ def plot_lds(
     if ceiling is not None:
         axis.axhline(ceiling, color="black", linestyle="--", label=f"noise ceiling {number_text(ceiling)}")
     axis.axhline(random, color="black", linestyle=":", label=f"random scores {number_text(random)}")
-    axis.set_xlabel("targets, by rank")
-    axis.set_ylabel("LDS (rank correlation)")
+    axis.set(xlabel="targets, by rank", ylabel="LDS (rank correlation)")
     axis.legend(frameon=False, fontsize=8, ncols=2, columnspacing=1, loc="lower left", bbox_to_anchor=(0, 1))
     return figure, axis

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +35,7 @@ _SIDES = (("most helpful", "positive", HELPFUL), ("most harmful", "negative", HA
 _FIRST, _ID = 5, 28  # targets that are drawn if none are named; characters of an id
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A target, and its training examples with their scores: the helpful ones, and the harmful ones."""
-
-    column: int
-    sides: tuple[list[tuple[int, float]], list[tuple[int, float]]]
+Sides = tuple[list[tuple[int, float]], list[tuple[int, float]]]  # training examples with scores: helpful, harmful
 
 
 def plot_extremes(
@@ -59,12 +53,12 @@ def plot_extremes(
     rows = set() if marked is None else set(rows_of(marked, known[0], "marked"))
     check_finite(extremes.top, extremes.bottom)
     helpful, harmful = of_sign(extremes.top, 1), of_sign(extremes.bottom, -1)
-    scored = [Scored(column, (helpful[column], harmful[column])) for column in shown]
+    scored = [(column, (helpful[column], harmful[column])) for column in shown]
     train = Reader("train", known[0], data[0])
     targets = Reader("targets", known[1], data[1], train.differences)
     if data[0] is None:
         return _bars(scored, k, train, targets, rows, ax)
-    return draw_grid([_cells(one, k, train, targets, rows) for one in scored], train.differences, ax)
+    return draw_grid([_cells(*one, k, train, targets, rows) for one in scored], train.differences, ax)
 
 
 def _checked(columns: Any, m: int) -> list[int]:
@@ -78,12 +72,11 @@ def _checked(columns: Any, m: int) -> list[int]:
     return shown
 
 
-def _cells(scored: Scored, k: int, train: Reader, targets: Reader, marked: set[int]) -> list[Cell]:
+def _cells(column: int, sides: Sides, k: int, train: Reader, targets: Reader, marked: set[int]) -> list[Cell]:
     """Return the cells of a row: the target, k helpful and k harmful training examples."""
-    column = scored.column
     title = [f"target {targets.number(column)}".rstrip(), *targets.verdict(column)]
     cells = [Cell(title, targets.name(column), place=targets.place(column), parts=targets.parts(column))]
-    for ranked, (side, sign, colour) in zip(scored.sides, _SIDES, strict=True):
+    for ranked, (side, sign, colour) in zip(sides, _SIDES, strict=True):
         for number in range(k):
             heading = side if number == 0 else ""
             if number < len(ranked):
@@ -103,7 +96,7 @@ def _tail(name: str) -> str:
 
 
 def _bars(
-    scored: Sequence[Scored], k: int, train: Reader, targets: Reader, marked: set[int], ax: Any
+    scored: Sequence[tuple[int, Sides]], k: int, train: Reader, targets: Reader, marked: set[int], ax: Any
 ) -> tuple[Figure, npt.NDArray[Any]]:
     """Draw the scores of each target as bars; return the figure, and as many axes."""
     m = len(scored)
@@ -120,12 +113,12 @@ def _bars(
     else:
         figure, axes = axes_of_shape(ax, (m,), "one for each target")
     for axis, one in zip(axes, scored, strict=True):
-        _draw_bars(axis, one, train, targets, marked)
+        _draw_bars(axis, *one, train, targets, marked)
     return figure, axes
 
 
-def _draw_bars(axis: Axes, scored: Scored, train: Reader, targets: Reader, marked: set[int]) -> None:
-    helpful, harmful = scored.sides
+def _draw_bars(axis: Axes, column: int, sides: Sides, train: Reader, targets: Reader, marked: set[int]) -> None:
+    helpful, harmful = sides
     ranked = [*helpful, *harmful[::-1]]
     rows, values = [row for row, _ in ranked], [value for _, value in ranked]
     places = np.arange(len(values))
@@ -148,7 +141,7 @@ def _draw_bars(axis: Axes, scored: Scored, train: Reader, targets: Reader, marke
     else:
         without_ticks(axis)
         axis.text(0.5, 0.5, "no score differs from 0", transform=axis.transAxes, ha="center", fontsize=8)
-    target = _tail(targets.name(scored.column)) or targets.number(scored.column)
-    title = [f"target {target}", *targets.verdict(scored.column)]
+    target = _tail(targets.name(column)) or targets.number(column)
+    title = [f"target {target}", *targets.verdict(column)]
     axis.set_title(", ".join(title), fontsize=10, parse_math=False)
     axis.set_xlabel("score", fontsize=8)

@@ -64,7 +64,8 @@ class Drawings:
         found = described(example)
         drawn = found.parts if self._render is None else self._rendered(self._render(example))
         place, several = len(self.drawn), len(drawn) > 1
-        self.drawn.append([self._drawing(place, name if several else "", part) for name, part in drawn])
+        names = [{"name": cut(name)} if several and name else {} for name, _ in drawn]
+        self.drawn.append([own | self._drawing(place, part) for own, (_, part) in zip(names, drawn, strict=True)])
         return place, found.label
 
     def _rendered(self, value: Any) -> list[tuple[str, Part | bytes]]:
@@ -80,17 +81,13 @@ class Drawings:
             )
         return list(found)
 
-    def _drawing(self, place: int, name: str, part: Part | bytes) -> Drawing:
-        drawing = {"name": cut(name)} if name else {}
+    def _drawing(self, place: int, part: Part | bytes) -> Drawing:
         if isinstance(part, Table):
             columns = list(part.values)[:_COLUMNS]
             values = [part.values[column] for column in columns]
             table = self._differences.add(place, columns, values)
-            shown = {"kind": "table", "columns": table, "values": list(map(value_text, values))}
-            return drawing | shown | _left_out(len(part.values), _COLUMNS)
-        return drawing | self._drawn_alone(part)
-
-    def _drawn_alone(self, part: Part | bytes) -> Drawing:
+            drawing = {"kind": "table", "columns": table, "values": list(map(value_text, values))}
+            return drawing | _left_out(len(part.values), _COLUMNS)
         if isinstance(part, bytes):
             return {"kind": "image", "source": data_uri(part)}
         if isinstance(part, Image):
