@@ -50,6 +50,11 @@ class CheckpointEntry:
         n_train: n.
         chunk_rows: the number of rows in a chunk.
 
+    Attributes:
+        weights_path: the weights file.
+        whitening_path: the curvature's file, which is there only if gradients are whitened.
+        remedy: what to do where a file of this checkpoint is damaged that cannot be computed again.
+
     Raises:
         Damaged: if a file is missing that every checkpoint has, or ``meta.json`` is damaged.
     """
@@ -57,6 +62,13 @@ class CheckpointEntry:
     def __init__(self, path: AnyPath, store: str, n_train: int, chunk_rows: int) -> None:
         self.path, self.digest, self.n_train = path, path.name, n_train
         self._store, self._chunk_rows = store, chunk_rows
+        self._root, self._train_folder = path.parent.parent, path / "train"
+        self.weights_path, self.whitening_path = path / WEIGHTS, path / "whitening.safetensors"
+        self._whitening_place = f"{store}|{self.digest}|whitening"
+        self.remedy = (
+            f"Delete the folder '{path}': the checkpoint is left out, or featurized again with"
+            " trainer.attribute(ckpt_path=[...])."
+        )
         if path.is_symlink():
             raise Damaged(path, "it is a symbolic link", "Put the folder itself there.")
         self.created: int = self.meta["created"]  # damaged metadata are an error now
@@ -74,19 +86,9 @@ class CheckpointEntry:
             raise Damaged(self.path / META, f"no such values can be of {', '.join(wrong)}", self.remedy)
         return meta
 
-    @property
-    def weights_path(self) -> AnyPath:
-        """The path of the weights file."""
-        return self.path / WEIGHTS
-
     def weights(self) -> Weights:
         """Read the weights; see `load_weights`."""
         return load_weights(self.weights_path, self.digest)
-
-    @property
-    def whitening_path(self) -> AnyPath:
-        """The path of the curvature's file, which is there only if gradients are whitened."""
-        return self.path / "whitening.safetensors"
 
     @property
     def sums_paths(self) -> list[Path]:
@@ -98,14 +100,6 @@ class CheckpointEntry:
         """The files of the train set's features, by their rows. Nothing is read, also no curvature."""
         named = Chunks(self._train_folder, "", self.n_train, self._chunk_rows)
         return {rows: writable(named.path(rows.start)) for rows in named.present()}
-
-    @property
-    def remedy(self) -> str:
-        """What to do where a file of this checkpoint is damaged that cannot be computed again."""
-        return (
-            f"Delete the folder '{self.path}': the checkpoint is left out, or featurized again with"
-            " trainer.attribute(ckpt_path=[...])."
-        )
 
     @property
     def train(self) -> Chunks:
@@ -286,23 +280,10 @@ class CheckpointEntry:
         return targets_folder(self._root, path.parents[1].name) == path.parents[1]
 
     @property
-    def _root(self) -> AnyPath:
-        """The folder of the store."""
-        return self.path.parent.parent
-
-    @property
     def derived(self) -> Path:
         """The folder of what is computed from the features; of those in an object store it is a local one."""
         train = self._train_folder
         return train.derived if isinstance(train, RemotePath) else train.parent
-
-    @property
-    def _train_folder(self) -> AnyPath:
-        return self.path / "train"
-
-    @property
-    def _whitening_place(self) -> str:
-        return f"{self._store}|{self.digest}|whitening"
 
     @property
     def _whitening(self) -> tuple[str, dict[str, Any]]:

@@ -58,6 +58,10 @@ class RemotePath:
         source: has the URL that the path begins with.
         parts: the names that follow.
 
+    Attributes:
+        url: the whole URL.
+        name: the last part of it.
+
     >>> path = path_of("s3://bucket/store") / "manifest.json"
     >>> path, path.name, path.parent
     (RemotePath('s3://bucket/store/manifest.json'), 'manifest.json', RemotePath('s3://bucket/store'))
@@ -65,24 +69,16 @@ class RemotePath:
 
     def __init__(self, source: Source, parts: tuple[str, ...] = ()) -> None:
         self._source, self._parts = source, parts
+        self.url = "/".join((source.url, *parts))
+        self.name = self.url.rpartition("/")[2]
 
     def __truediv__(self, name: str) -> RemotePath:
         return RemotePath(self._source, (*self._parts, *name.split("/")))
 
     @property
-    def name(self) -> str:
-        """The last part of the URL."""
-        return self.url.rpartition("/")[2]
-
-    @property
     def parent(self) -> RemotePath:
         """The folder that has this file or folder; of the URL that was given, itself."""
         return RemotePath(self._source, self._parts[:-1])
-
-    @property
-    def url(self) -> str:
-        """The whole URL."""
-        return "/".join((self._source.url, *self._parts))
 
     def exists(self) -> bool:
         """Whether there is such a file or folder."""

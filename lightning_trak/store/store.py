@@ -69,6 +69,10 @@ class FeatureStore:
         dirpath: the directory of an existing store; `FeatureStore.create` makes a new one. A store may also be read
             from where its directory was copied to, by a URL such as ``"s3://bucket/store"``; see `RemotePath`.
 
+    Attributes:
+        manifest: what all entries share.
+        n_train: the number of training examples.
+
     Raises:
         FileNotFoundError: if there is no store.
         ImportError: if the package is missing that reads such URLs.
@@ -99,6 +103,8 @@ class FeatureStore:
             value = self.manifest.get(name)
             if type(value) is not kind or (isinstance(value, int) and not 1 <= value <= sys.maxsize):
                 raise Damaged(path, f"its {name} is {_short(value)}", _ANEW)
+        self.n_train: int = self.manifest["n_train"]
+        self._folder = self.dirpath / "checkpoints"
         rows = self.manifest.get("data_rows", "")
         if type(rows) is not str or len(rows) not in (0, ROW_CHARACTERS * len(sampled_rows(self.n_train))):
             raise Damaged(path, f"its data_rows are {_short(rows)}", _ANEW)
@@ -206,11 +212,6 @@ class FeatureStore:
         return writable(self.dirpath)
 
     @property
-    def n_train(self) -> int:
-        """The number of training examples."""
-        return int(self.manifest["n_train"])
-
-    @property
     def digests(self) -> list[str]:
         """The digests of the checkpoints, in the order in which they were added."""
         return [entry.digest for entry in self.entries()]
@@ -278,10 +279,6 @@ class FeatureStore:
     def score_chunks(self, digest: str, key: str, size: int, whole: Collection[str] = ()) -> Chunks:
         """Return the chunks of numbers of scores; ``key`` is all that they depend on besides the targets' digest."""
         return Chunks(self.targets_folder(digest) / scores_name(key), f"{digest}|{key}", self.n_train, size, whole)
-
-    @property
-    def _folder(self) -> AnyPath:
-        return self.dirpath / "checkpoints"
 
     def _entry(self, digest: str) -> CheckpointEntry:
         return CheckpointEntry(self._folder / digest, self.identity, self.n_train, self.manifest["chunk_rows"])

@@ -20,6 +20,11 @@ class LossTerms:
 
     Args:
         module: has ``model_output``, with or without `TRAKMixin`.
+
+    Attributes:
+        loss_needs_model: whether the module defines a per-sample loss, which is no function of the output.
+        need_projection: whether Q must be found by projection: the module defines a per-sample loss, and no Q.
+        loss_known: whether the loss is known: a module may define Q alone.
     """
 
     def __init__(self, module: Any) -> None:
@@ -29,21 +34,9 @@ class LossTerms:
         self._own_loss = own_method(module, "output_to_loss")
         self._kernel_weight = own_method(module, "kernel_weight")
         self._per_sample_loss = own_method(module, "per_sample_loss")
-
-    @property
-    def need_projection(self) -> bool:
-        """Whether Q must be found by projection: the module defines a per-sample loss, and no Q."""
-        return self._per_sample_loss is not None and self._own_grad is None
-
-    @property
-    def loss_known(self) -> bool:
-        """Whether the loss is known: a module may define Q alone."""
-        return self.loss_needs_model or self._own_loss is not None or self._own_grad is None
-
-    @property
-    def loss_needs_model(self) -> bool:
-        """Whether the module defines a per-sample loss, which is no function of the output."""
-        return self._per_sample_loss is not None
+        self.loss_needs_model = self._per_sample_loss is not None
+        self.need_projection = self.loss_needs_model and self._own_grad is None
+        self.loss_known = self.loss_needs_model or self._own_loss is not None or self._own_grad is None
 
     def losses(self, call: Callable[..., Any], batch: Any, output: Tensor) -> Tensor:
         """Return the training loss of every example, (b,); the arguments are those of `__call__`."""

@@ -97,6 +97,10 @@ class Plan:
         module: the model.
         manifest: of an existing store; settings that the user left at their defaults are taken from it.
         parameters: which to attribute, by name or pattern, if the settings name none.
+
+    Attributes:
+        dimension: the number of features of an example; of whitened ones, the largest are stored.
+        proj_dim: k, the number of stored features of a training example.
     """
 
     def __init__(
@@ -129,8 +133,10 @@ class Plan:
         self.preconditioner = _preconditioner(settings, module, manifest)
         if self.preconditioner is None:
             self.projector = make_projector(projector, proj_dim, self.n_params)
+            self.proj_dim = self.dimension = self.projector.dimension(self.n_params)
         else:
             self.projector = IdentityProjector(proj_dim)  # of whitened gradients, p entries
+            self.proj_dim, self.dimension = min(self.preconditioner.entries, self.n_params), self.n_params
         self.seed, self.dtype = seed, dtype
         self._selector = Selector(settings.gradients, settings.batch_size, reports.tell_once)
 
@@ -168,16 +174,6 @@ class Plan:
     def engine(self) -> str:
         """What computes per-sample gradients; empty before any were computed."""
         return self._selector.engine
-
-    @property
-    def dimension(self) -> int:
-        """The number of features of an example; of whitened ones, the largest are stored."""
-        return self.projector.dimension(self.n_params)
-
-    @property
-    def proj_dim(self) -> int:
-        """k, the number of stored features of a training example."""
-        return self.dimension if self.preconditioner is None else min(self.preconditioner.entries, self.n_params)
 
     @property
     def identity(self) -> dict[str, Any]:

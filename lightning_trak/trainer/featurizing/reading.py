@@ -50,6 +50,8 @@ class ExampleReader:
         reports: takes messages to the user.
 
     Attributes:
+        dataset: has the examples.
+        size: their number.
         repeatable: whether two reads of an example are equal; `read_twice` finds out.
         largest: how many examples at a time, at most.
     """
@@ -68,22 +70,14 @@ class ExampleReader:
         reports: Reports,
     ) -> None:
         self.trainer, self.module, self.loader = trainer, module, loader
+        self.dataset: Any = loader.dataset
+        self.size = len(loader.dataset)  # type: ignore[arg-type]
         self._find_train_loader, self.parameters = find_train_loader, list(parameters)
         self.selector, self.examples, self.reports = selector, examples, reports
         self._label: Callable[[Any], Any] | None = None
         self.repeatable = True
         sizes = (selector.given or loader_batch_size(loader), self.size, largest)
         self.largest = min(size for size in sizes if size is not None)
-
-    @property
-    def size(self) -> int:
-        """The number of examples."""
-        return len(self.dataset)
-
-    @property
-    def dataset(self) -> Any:
-        """The data set that has the examples."""
-        return self.loader.dataset
 
     @property
     def sizes(self) -> dict[str, int]:

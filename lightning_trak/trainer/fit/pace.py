@@ -106,13 +106,9 @@ class Pace:
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self.share, self.expected, self._wait, self._clock = share, expected, wait, clock
+        self.limited = share is not None
         self._began, self._spent = clock(), 0.0
         self._steps, self._since = 0, 0.0
-
-    @property
-    def limited(self) -> bool:
-        """Whether featurizing has a limit."""
-        return self.share is not None
 
     def allows_another(self) -> bool:
         """Whether featurizing at another checkpoint stays within the share."""
