@@ -31,11 +31,10 @@ def check_gradients(
         GradientsDiffer: if they differ; the parameter is named.
     """
     weights, _, expected = numbered_gradient(function, batch, size)
-    names = list(function.parameters)
-    zeros = {name: torch.zeros_like(value) for name, value in function.parameters.items() if name not in expected}
-    difference = {name: {**expected, **zeros}[name].float() for name in names}
+    own = function.parameters
+    difference = {name: expected.get(name, torch.zeros_like(value)).float() for name, value in own.items()}
     norms = {name: gradient.norm().item() for name, gradient in difference.items()}
-    squares = dict.fromkeys(names, 0.0)
+    squares = dict.fromkeys(own, 0.0)
 
     def compare(rows: slice, name: str, gradient: Gradient) -> None:
         for row in range(gradient.size):

@@ -102,21 +102,17 @@ class _Trial:
         for layer in layers:
             pairs = list(zip(plain[id(layer)], weighted[id(layer)], strict=True))
             axis = next((axis for axis in _AXES if all(self._scales(*pair, axis) for pair in pairs)), None)
-            if layer.whole:
-                found.append(layer)
-            elif not any(bool(gradient.any()) for gradient, _ in pairs):
-                layer.known = False
-                found.append(layer)
-            elif layer.rule is None:
-                found.append(layer)
-            elif axis is not None:
-                layer.batch_axis = axis
-                layer.positions = {len(gradient) // self._size for gradient, _ in pairs}
-                found.append(layer)
-            elif self._can_be_repeated(layer, [gradient for gradient, _ in pairs], shared):
-                found.append(layer)
-            else:
-                found.append(dict.fromkeys(layer.parameters.values(), "no axis of its layer's output is the batch"))
+            reached = any(bool(gradient.any()) for gradient, _ in pairs)
+            layer.known = layer.whole or reached
+            if reached and layer.rule is not None and not layer.whole:
+                if axis is not None:
+                    layer.batch_axis = axis
+                    layer.positions = {len(gradient) // self._size for gradient, _ in pairs}
+                elif not self._can_be_repeated(layer, [gradient for gradient, _ in pairs], shared):
+                    why = "no axis of its layer's output is the batch"
+                    found.append(dict.fromkeys(layer.parameters.values(), why))
+                    continue
+            found.append(layer)
         return found
 
     def _can_be_repeated(self, layer: Layer, gradients: Sequence[Tensor], others: list[Layer]) -> bool:

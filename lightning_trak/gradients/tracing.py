@@ -128,20 +128,13 @@ class Tracer:
             return output.detach()
 
         self._anchor = torch.zeros((), requires_grad=True)
-        with self._watching():
-            outputs = function.call(differentiate, batch, parameters={**own, **leaves})
-        return outputs, {name: value.grad for name, value in leaves.items() if value.grad is not None}
-
-    @contextmanager
-    def _watching(self) -> Iterator[None]:
         with ExitStack() as stack:
             for layer in self._layers:
                 stack.enter_context(_replaced_forward(layer.module, partial(self._forward, layer)))
             self._active = True
-            try:
-                yield
-            finally:
-                self._active = False
+            stack.callback(setattr, self, "_active", False)
+            outputs = function.call(differentiate, batch, parameters={**own, **leaves})
+        return outputs, {name: value.grad for name, value in leaves.items() if value.grad is not None}
 
     def _forward(self, layer: Layer, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._active or not torch.is_grad_enabled():
