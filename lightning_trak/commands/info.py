@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning_trak.commands.opening import DIGITS, command, open_store
-from lightning_trak.commands.scores import saved_info, score_folders
+from lightning_trak.commands.scores import score_folders
+from lightning_trak.results.saved import INDEX
 from lightning_trak.results.terminal import count, short, size_text, table
 from lightning_trak.store.checkpoint import CheckpointEntry
-from lightning_trak.store.files import Damaged
+from lightning_trak.store.files import Damaged, read_json
 from lightning_trak.store.inspection import FOLDERS, checkpoints_of, claimed, listed, size_of
 from lightning_trak.store.leftovers import leftovers
 from lightning_trak.store.store import FeatureStore
@@ -81,7 +82,7 @@ def _scores(store: FeatureStore) -> list[str]:
     rows = []
     for folder in score_folders(store):
         try:
-            found = saved_info(folder)
+            found = read_json(folder / INDEX)["info"]
             sizes = str(found["n_targets"]), str(len(found["checkpoints"]))
         except (Damaged, KeyError, TypeError):
             sizes = "damaged", "?"

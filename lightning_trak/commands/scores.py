@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from lightning_trak.results.saved import INDEX, PART, parts_of
 from lightning_trak.store.files import Damaged, read_json
@@ -15,17 +14,6 @@ def score_folders(store: FeatureStore) -> list[Path]:
     """Return the folders of saved scores; not those in which nothing is but unfinished files."""
     folders = [folder for folder in listed(store.root / "scores") if folder.is_dir()]
     return [folder for folder in folders if not all(UNFINISHED.fullmatch(path.name) for path in listed(folder))]
-
-
-def saved_info(folder: Path) -> dict[str, Any]:
-    """Return how saved scores were computed.
-
-    Raises:
-        Damaged: if that is missing or damaged.
-        KeyError: likewise.
-    """
-    info: dict[str, Any] = read_json(folder / INDEX)["info"]
-    return info
 
 
 def arrays_without_index(folder: Path) -> list[Path]:

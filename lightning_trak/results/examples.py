@@ -119,8 +119,6 @@ class Examples:
             return NotImplemented
         return tuple(self._ids) == tuple(other._ids) and self._columns == other._columns
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         columns = f", columns {', '.join(self._columns)}" if self._columns else ""
         return f"Examples({len(self)} examples, ids {self._shown_ids()}{columns})"

@@ -153,11 +153,10 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _as_parts(leaves: Iterable[tuple[str, Any]]) -> list[tuple[str, Part]]:
     """Return leaves as parts; a class map goes to the image of its size. What is empty is left out, unless alone."""
     found: list[tuple[str, Part]] = []
-    known = list(leaves)
-    for name, leaf in [one for one in known if not _is_empty(one[1])] or known:
-        classes = _class_map(leaf)
-        free = (place for place, (_, part) in enumerate(found) if _is_free(part, classes))
-        place = None if classes is None else next(free, None)
+    known = [(name, leaf, None if isinstance(leaf, (str, Table)) else as_array(leaf)) for name, leaf in leaves]
+    for name, leaf, array in [one for one in known if one[2] is None or one[2].size] or known:
+        classes = None if array is None else _class_map(array)
+        place = next((place for place, (_, part) in enumerate(found) if _is_free(part, classes)), None)
         if place is None:
             found.append((name, _part(leaf)))
         else:
@@ -241,21 +240,13 @@ def _pixels(array: Array) -> Array | None:
     return np.where(np.isfinite(array), array, np.nan)
 
 
-def _class_map(leaf: Any) -> Array | None:
+def _class_map(array: Array) -> Array | None:
     """Return the classes of pixels, (H, W), if that is what a value may be: few different whole numbers."""
-    array = None if isinstance(leaf, (str, Table)) else as_array(leaf)
-    if array is None:
-        return None
     array = array[0] if array.ndim == 3 and array.shape[0] == 1 else array
     if array.ndim != 2 or (array.dtype.kind == "f" and not np.isin(array, (0, 1)).all()):
         return None
     few = array.dtype != np.uint8 or len(np.unique(array)) <= _CLASSES
     return array.astype(np.int64) if few else None
-
-
-def _is_empty(leaf: Any) -> bool:
-    array = None if isinstance(leaf, (str, Table)) else as_array(leaf)
-    return array is not None and not array.size
 
 
 def _is_free(part: Part, classes: Array | None) -> bool:

@@ -133,7 +133,8 @@ def _classes(targets: DataSet) -> dict[str, Any]:
     counts = Counter(class_of(label) for label in targets.labels if label is not None)
     if not _are_classes(targets.labels) or len(counts) > _CLASSES:
         return {"classes": []}
-    return {"classes": [[label_text(label), counts[label]] for label in sorted(counts, key=_order)]}
+    numbers_first = sorted(counts, key=lambda label: (isinstance(label, str), label))
+    return {"classes": [[label_text(label), counts[label]] for label in numbers_first]}
 
 
 def _are_classes(values: Sequence[Scalar]) -> bool:
@@ -142,11 +143,6 @@ def _are_classes(values: Sequence[Scalar]) -> bool:
     if any(class_of(value) is None for value in known):
         return False
     return len(known) <= _WHOLE or not any(isinstance(value, float) for value in known)
-
-
-def _order(label: Any) -> tuple[bool, Any]:
-    """Return a key that sorts numbers before text."""
-    return isinstance(label, str), label
 
 
 def _rounded(value: float) -> float:
