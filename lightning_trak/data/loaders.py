@@ -68,11 +68,8 @@ def check_loader(loader: Any, what: str, remedy: str) -> DataLoader[Any]:
 def _wrong_kind(loader: Any) -> str | None:
     """Return None for a DataLoader over a map-style dataset; else say what is wrong, and what to do."""
     if not isinstance(loader, DataLoader):
-        several = (
-            " Join several datasets with torch.utils.data.ConcatDataset."
-            if isinstance(loader, (list, tuple, dict))
-            else ""
-        )
+        join = " Join several datasets with torch.utils.data.ConcatDataset."
+        several = join * isinstance(loader, (list, tuple, dict))
         return f"is {type(loader).__name__}; expected one torch.utils.data.DataLoader.{several}"
     dataset: Any = loader.dataset
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):

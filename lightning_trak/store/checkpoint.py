@@ -174,11 +174,9 @@ class CheckpointEntry:
         if not self.path.is_dir():  # the lock would make it anew
             raise Damaged(self.path, "it was deleted in the meantime")
         with explained_os_errors(self.path):
-            lock.acquire()
-        try:
+            held = lock.acquire()
+        with held:
             yield
-        finally:
-            lock.release()
 
     def read_whitening(self) -> dict[str, Array]:
         """Return the curvature that gradients are whitened by.

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import Parameter, signature, unwrap
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -146,12 +147,10 @@ def _is_of_arguments(error: Exception, forward: Any) -> bool:
     """Whether an error means that a function, or one that it calls, got other arguments than it expected."""
     if isinstance(error, TypeError):
         return _WRONG_CALL.search(str(error)) is not None
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
     own = getattr(unwrap(forward), "__code__", None)  # deeper errors are hardly about **kwargs or *args
     unpacked = isinstance(error, LookupError) or "values to unpack" in str(error)
-    return unpacked and frame is not None and frame.tb_frame.f_code is own
+    return unpacked and bool(frames) and frames[-1].f_code is own
 
 
 def _not_taken(module: Any, batch: Any, hook: str, kwargs: Mapping[str, Any], error: Exception) -> TypeError:

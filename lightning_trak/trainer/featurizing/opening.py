@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch.utils.data import DataLoader, Subset
@@ -60,18 +59,13 @@ def fitting_store(
         store.check(plan.identity)
         first = fingerprint(Subset(loader.dataset, range(store.n_train)))
         if first["data"] == store.manifest["data"]:
-            return _grown(store, manifest) if may_grow else store
-    store.check(manifest)
+            if not may_grow:
+                return store
+            former, now = store.n_train, manifest["n_train"]
+            store = store.grown(manifest)
+            rank_zero_info(
+                f"TRAKCallback: the train set has {now} examples, of which the store '{path}' knew the first {former}:"
+                f" their features stay, and those of the other {now - former} are computed at each checkpoint."
+            )
+    store.check(manifest)  # another process may have added other examples
     return store
-
-
-def _grown(store: FeatureStore, manifest: Mapping[str, Any]) -> FeatureStore:
-    """Let a store grow to the size of the train set, and say so."""
-    former, now = store.n_train, manifest["n_train"]
-    grown = store.grown(manifest)
-    grown.check(manifest)  # another process may have added others
-    rank_zero_info(
-        f"TRAKCallback: the train set has {now} examples, of which the store '{store.dirpath}' knew the first {former}:"
-        f" their features stay, and those of the other {now - former} are computed at each checkpoint."
-    )
-    return grown

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +22,7 @@ Row = list[str | int | float]
 def log_numbers(trainer: Trainer, reports: Reports, numbers: Mapping[str, float]) -> None:
     """Log numbers under ``trak/<name>``, at the present training step; if a logger fails, that is a warning."""
     named = {f"trak/{name}": float(number) for name, number in numbers.items()}
-    for logger in trainer.loggers:
-        try:
-            logger.log_metrics(named, step=_step(trainer))
-        except Exception as error:  # of a logger, for example without a network
-            _warn(reports, logger, error)
+    _to_each(trainer, reports, lambda logger: logger.log_metrics(named, step=_step(trainer)))
 
 
 def log_largest(trainer: Trainer, reports: Reports, entries: Sequence[CheckpointEntry], dataset: Any) -> None:
@@ -41,11 +37,17 @@ def log_largest(trainer: Trainer, reports: Reports, entries: Sequence[Checkpoint
         total += torch.from_numpy(entry.train.column("loss_grad")).float().abs()
     found = (total / len(entries)).topk(min(_ROWS, len(total)))
     titles, rows = _table(found.indices.tolist(), found.values.tolist(), dataset)
+    _to_each(trainer, reports, lambda logger: _log_table(logger, titles, rows, _step(trainer)))
+
+
+def _to_each(trainer: Trainer, reports: Reports, log: Callable[[Any], object]) -> None:
+    """Let each logger log; one that fails is a warning, since training goes on."""
     for logger in trainer.loggers:
         try:
-            _log_table(logger, titles, rows, _step(trainer))
-        except Exception as error:
-            _warn(reports, logger, error)
+            log(logger)
+        except Exception as error:  # for example without a network
+            kind, why = type(logger).__name__, f"{type(error).__name__}: {str(error).rstrip('.')}"
+            reports.warn(f"TRAKCallback could not log to {kind}: {why}. Training goes on.", about=f"the logger {kind}")
 
 
 def _step(trainer: Trainer) -> int:
@@ -85,9 +87,3 @@ def _markdown(titles: list[str], rows: list[Row]) -> str:
 def _cell(value: str | float) -> str:
     text = number_text(value) if isinstance(value, float) else " ".join(str(value).split())
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
-
-
-def _warn(reports: Reports, logger: Any, error: Exception) -> None:
-    kind = type(logger).__name__
-    why = f"{type(error).__name__}: {str(error).rstrip('.')}"
-    reports.warn(f"TRAKCallback could not log to {kind}: {why}. Training goes on.", about=f"the logger {kind}")

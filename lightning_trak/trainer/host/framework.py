@@ -99,9 +99,7 @@ def _loaded() -> list[Framework]:
     return [_framework(package) for package in packages]
 
 
-@cache
-def _framework(package: Any) -> Framework:
-    return Framework(package)
+_framework = cache(Framework)
 
 
 def framework_of(trainer: Any) -> Framework:
