@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,9 +89,9 @@ class SparseMatrix:
     @property
     def T(self) -> Transposed:  # noqa: N802 - as a tensor has it
         """The transpose, to multiply with from the left."""
-        return Transposed(self)
+        return Transposed(self._tables)
 
-    def combined(self, weights: Tensor) -> Combined:
+    def combined(self, weights: Tensor) -> Transposed:
         """Return the transpose of ``weights`` times this matrix, (m, r) times (r, p), to multiply with from the left.
 
         >>> one = SparseMatrix(torch.tensor([[0, 2], [1, 2]]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
@@ -98,9 +99,25 @@ class SparseMatrix:
         tensor([[ 85.],
                 [258.]])
         """
-        return Combined(self, weights)
+        return Transposed(partial(self._combined_tables, weights))
 
-    def __matmul__(self, other: Transposed | Combined) -> Tensor:
+    def _tables(self) -> Tables:
+        """Yield some of the rows at a time: as many as there is room for in a dense table."""
+        size = max(1, math.isqrt(_TABLE // max(1, self.shape[1])))
+        for columns, values in zip(self.columns.split(size), self.values.split(size), strict=True):
+            used, places = columns.unique(return_inverse=True)
+            table = values.new_zeros(len(used) + 1, len(columns))
+            table[places, torch.arange(len(columns), device=columns.device)[:, None].expand_as(columns)] = values
+            yield used, iter([table])
+
+    def _combined_tables(self, weights: Tensor) -> Tables:
+        """Yield all columns with entries, with some linear combinations of the rows, which hardly are sparse, each."""
+        columns, starts, rows, values = self._by_column
+        size = max(1, _TABLE // (len(columns) + 1))
+        parts = (part.T.contiguous() for part in weights.split(size))
+        yield columns, (embedding_bag(rows, part, starts, mode="sum", per_sample_weights=values) for part in parts)
+
+    def __matmul__(self, other: Transposed) -> Tensor:
         """Return the inner products of all rows with those of the other matrix, (r, m)."""
         found = []
         for columns, tables in other.tables():
@@ -132,46 +149,15 @@ class SparseMatrix:
         return used, starts.int(), rows.int(), self.values.flatten()[order]
 
 
-class Transposed:
-    """The transpose of a sparse matrix, as tables of the columns that have entries.
+Tables = Iterator[tuple[Tensor, Iterator[Tensor]]]
 
-    Args:
-        matrix: of m rows.
+
+class Transposed(NamedTuple):
+    """The transpose of a sparse matrix, or of linear combinations of its rows.
+
+    Attributes:
+        tables: yields columns that have entries, (c,), ascending, and dense matrices (c + 1, ...) of some rows or
+            combinations each. The last row of a matrix is zero.
     """
 
-    def __init__(self, matrix: SparseMatrix) -> None:
-        self._matrix = matrix
-
-    def tables(self) -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
-        """Yield, for some of the rows at a time, their columns, (c,), ascending, and a dense matrix (c + 1, rows).
-
-        The matrix's last row is zero.
-        """
-        size = max(1, math.isqrt(_TABLE // max(1, self._matrix.shape[1])))
-        for columns, values in zip(self._matrix.columns.split(size), self._matrix.values.split(size), strict=True):
-            used, places = columns.unique(return_inverse=True)
-            table = values.new_zeros(len(used) + 1, len(columns))
-            table[places, torch.arange(len(columns), device=columns.device)[:, None].expand_as(columns)] = values
-            yield used, iter([table])
-
-
-class Combined:
-    """The transpose of linear combinations of a sparse matrix's rows, (p, m), which hardly are sparse.
-
-    Args:
-        matrix: of r rows.
-        weights: (m, r).
-    """
-
-    def __init__(self, matrix: SparseMatrix, weights: Tensor) -> None:
-        self._matrix, self._weights = matrix, weights
-
-    def tables(self) -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
-        """Yield all columns with entries, (c,), ascending, and dense matrices (c + 1, ...) of some combinations each.
-
-        The last row of a matrix is zero.
-        """
-        columns, starts, rows, values = self._matrix._by_column
-        size = max(1, _TABLE // (len(columns) + 1))
-        parts = (part.T.contiguous() for part in self._weights.split(size))
-        yield columns, (embedding_bag(rows, part, starts, mode="sum", per_sample_weights=values) for part in parts)
+    tables: Callable[[], Tables]
