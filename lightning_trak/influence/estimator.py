@@ -18,7 +18,6 @@ from lightning_trak.influence.damping import (
     whitening_strength,
 )
 from lightning_trak.influence.gauss_newton import (
-    CholeskyFactor,
     GaussNewton,
     accumulate,
     effective_rank,
@@ -155,8 +154,8 @@ class Estimator:
             return Solved(solved, self._given(train), curvature.factor())
         if train.squares is not None:
             return Solved(targets * (1 / train.shape[0]), self._given(train))
-        state, damping = self._factor(train, sums, multiple)
-        vectors = solve(state, targets.to(self.device))
+        lower, damping = self._factor(train, sums, multiple)
+        vectors = solve(lower, targets.to(self.device))
         return Solved(vectors.cpu(), damping)  # those of all checkpoints would fill the device
 
     def self_influence(self, train: TrainFeatures, sums: GaussNewton | None = None) -> Tensor:
@@ -176,8 +175,8 @@ class Estimator:
         """
         if train.squares is not None:
             return lambda features: features
-        state = self._factor(train, sums)[0]
-        return lambda features: whitened(state, features.to(self.device))
+        lower = self._factor(train, sums)[0]
+        return lambda features: whitened(lower, features.to(self.device))
 
     def scores(
         self,
@@ -240,9 +239,7 @@ class Estimator:
             return Damping(strength, "from the training time")
         return Damping(1.0 if isinstance(given, str) else given, "relative to each parameter's mean eigenvalue")
 
-    def _factor(
-        self, train: TrainFeatures, sums: GaussNewton | None, multiple: float = 1.0
-    ) -> tuple[CholeskyFactor, Damping]:
+    def _factor(self, train: TrainFeatures, sums: GaussNewton | None, multiple: float = 1.0) -> tuple[Tensor, Damping]:
         """Damp and factor H at one checkpoint."""
         sums = self.accumulate(train) if sums is None else sums
         value, rule = self._damping(train, sums)

@@ -136,15 +136,8 @@ def _check_not_negative(weights: Tensor) -> None:
         )
 
 
-@dataclass(frozen=True)
-class CholeskyFactor:
-    """The lower Cholesky factor of H + λ·mean(diag H)·I, (k, k), float64: made by `factor`, used by `solve`."""
-
-    lower: Tensor
-
-
-def factor(matrix: Tensor, damping: float) -> CholeskyFactor:
-    """Damp H relative to its mean diagonal and factor it: H + λ·mean(diag H)·I = L Lᵀ.
+def factor(matrix: Tensor, damping: float) -> Tensor:
+    """Damp H relative to its mean diagonal and factor it: H + λ·mean(diag H)·I = L Lᵀ. Return L, (k, k), float64.
 
     The damping is relative: the same λ suits any scale of the gradients and any size of the train set.
 
@@ -155,8 +148,8 @@ def factor(matrix: Tensor, damping: float) -> CholeskyFactor:
     Raises:
         ValueError: if the damped matrix is not numerically positive definite.
 
-    >>> state = factor(2 * torch.eye(2, dtype=torch.float64), damping=0.5)
-    >>> solve(state, torch.tensor([[3.0, 6.0]]))
+    >>> lower = factor(2 * torch.eye(2, dtype=torch.float64), damping=0.5)
+    >>> solve(lower, torch.tensor([[3.0, 6.0]]))
     tensor([[1., 2.]])
     """
     scale = matrix.diagonal().mean()
@@ -182,7 +175,7 @@ def factor(matrix: Tensor, damping: float) -> CholeskyFactor:
             " too few or too similar training examples for so many features. Set TRAKCallback(damping='auto'), or a"
             " proj_dim well below the number of training examples."
         )
-    return CholeskyFactor(lower)
+    return lower
 
 
 def effective_rank(matrix: Tensor) -> float:
@@ -194,27 +187,27 @@ def effective_rank(matrix: Tensor) -> float:
     return ((matrix.diagonal().sum() / torch.linalg.matrix_norm(matrix)) ** 2).item()
 
 
-def solve(state: CholeskyFactor, vectors: Tensor) -> Tensor:
+def solve(lower: Tensor, vectors: Tensor) -> Tensor:
     """Return (H + λ·mean(diag H)·I)⁻¹ x for every row x of ``vectors``, (m, k) → (m, k), in their own precision."""
-    half = torch.linalg.solve_triangular(state.lower, vectors.to(state.lower.dtype).T, upper=False)
-    solved = torch.linalg.solve_triangular(state.lower.mT, half, upper=True).T  # cholesky_solve would copy the factor
+    half = torch.linalg.solve_triangular(lower, vectors.to(lower.dtype).T, upper=False)
+    solved = torch.linalg.solve_triangular(lower.mT, half, upper=True).T  # cholesky_solve would copy the factor
     return solved.to(vectors.dtype).contiguous()
 
 
-def quadratic_form(state: CholeskyFactor, vectors: Tensor) -> Tensor:
+def quadratic_form(lower: Tensor, vectors: Tensor) -> Tensor:
     """Return xᵀ (H + λ·mean(diag H)·I)⁻¹ x for every row x of ``vectors``, (m, k) → (m,): ‖L⁻¹x‖², so one solve does.
 
     >>> quadratic_form(factor(2 * torch.eye(2, dtype=torch.float64), damping=0.5), torch.tensor([[3.0, 6.0]]))
     tensor([15.])
     """
-    return whitened(state, vectors).square().sum(1)
+    return whitened(lower, vectors).square().sum(1)
 
 
-def whitened(state: CholeskyFactor, vectors: Tensor) -> Tensor:
+def whitened(lower: Tensor, vectors: Tensor) -> Tensor:
     """Return L⁻¹ x for every row x of ``vectors``, (m, k) → (m, k), where L Lᵀ = H + λ·mean(diag H)·I.
 
     >>> whitened(factor(3 * torch.eye(2, dtype=torch.float64), damping=1 / 3), torch.tensor([[4.0, 6.0]]))
     tensor([[2., 3.]])
     """
-    half = torch.linalg.solve_triangular(state.lower, vectors.to(state.lower.dtype).T, upper=False)
+    half = torch.linalg.solve_triangular(lower, vectors.to(lower.dtype).T, upper=False)
     return half.T.to(vectors.dtype)

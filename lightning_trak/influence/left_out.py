@@ -50,7 +50,7 @@ def step_without(sums: GaussNewton, damping: float, targets: Tensor, left_out: L
         left_out: the sets.
         curvature: whether H is weighted with w.
     """
-    lower, members = factor(sums.matrix, damping).lower, left_out.masks.any(0)
+    lower, members = factor(sums.matrix, damping), left_out.masks.any(0)
     whitened = torch.linalg.solve_triangular(lower, left_out.features.to(lower).T, upper=False)
     steps = []
     for mask, q, w in zip(left_out.masks, left_out.loss_grads, left_out.weights, strict=True):

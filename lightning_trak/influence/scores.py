@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_trak.influence.gauss_newton import CholeskyFactor, factor, quadratic_form  # noqa: F401 - for the doctest
+from lightning_trak.influence.gauss_newton import factor, quadratic_form  # noqa: F401 - for the doctest
 from lightning_trak.influence.output_curvature import Corrected
 from lightning_trak.influence.train_features import CPU, Matrix, TrainFeatures, evenly_spaced
 from lightning_trak.precision import full_precision
@@ -170,7 +170,7 @@ def merged_extremes(parts: Sequence[Extremes], k: int) -> Extremes:
     return Extremes(*sides)
 
 
-def self_influence(train: TrainFeatures, state: CholeskyFactor, device: torch.device = CPU) -> Tensor:
+def self_influence(train: TrainFeatures, lower: Tensor, device: torch.device = CPU) -> Tensor:
     """Return by how much training on each example lowers its own loss, at one checkpoint: qᵢ² φ(zᵢ)ᵀ H⁻¹ φ(zᵢ) ≥ 0.
 
     Since ∇L = −q ∇f, this is ∇Lᵀ H⁻¹ ∇L: the influence of an example on its own loss (Koh and Liang, "Understanding
@@ -179,7 +179,7 @@ def self_influence(train: TrainFeatures, state: CholeskyFactor, device: torch.de
 
     Args:
         train: the train set's features.
-        state: the Cholesky factor of the damped H.
+        lower: the Cholesky factor of the damped H, see `factor`.
         device: where blocks are multiplied.
 
     Returns:
@@ -192,7 +192,7 @@ def self_influence(train: TrainFeatures, state: CholeskyFactor, device: torch.de
     """
     result = torch.zeros(train.shape[0])
     for rows, features, loss_grad, _ in train.blocks(device=device):
-        result[rows] = (quadratic_form(state, features) * loss_grad.square()).cpu()
+        result[rows] = (quadratic_form(lower, features) * loss_grad.square()).cpu()
     return result
 
 

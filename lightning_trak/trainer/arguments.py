@@ -53,10 +53,10 @@ def seed(value: Any) -> int:
     return value
 
 
-def batch_size(value: Any) -> int | None:
+def positive_or_none(name: str, value: Any) -> int | None:
     """Return a positive integer, or None."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"batch_size must be a positive integer or None, got {value!r}.")
+        raise ValueError(f"{name} must be a positive integer or None, got {value!r}.")
     return value
 
 

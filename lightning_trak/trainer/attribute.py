@@ -15,6 +15,7 @@ from lightning_trak.results.attribution import Attribution
 from lightning_trak.results.info import AttributionInfo
 from lightning_trak.results.saved import check_free
 from lightning_trak.store.store import folder_name
+from lightning_trak.trainer.arguments import positive_or_none
 from lightning_trak.trainer.attributing.ckpt_path import CkptPath
 from lightning_trak.trainer.attributing.describing import described_examples
 from lightning_trak.trainer.attributing.job import Job, prepared_job
@@ -90,8 +91,7 @@ def attribute(
         MisconfigurationException: if trainer, model, loaders and store do not fit together; the remedy is named.
         ValueError: if data, weights or stored features are invalid.
     """
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"top_k must be a positive integer or None, got {top_k!r}.")
+    positive_or_none("top_k", top_k)
     if name is not None:
         folder_name(name)
     if dry_run:

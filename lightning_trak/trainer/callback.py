@@ -184,7 +184,7 @@ class TRAKCallback(Callback):
         self.overwrite = arguments.flag("overwrite", overwrite)
         self.seed = arguments.seed(seed)
         self.feature_dtype = arguments.choice("feature_dtype", feature_dtype, DTYPES)
-        self.batch_size = arguments.batch_size(batch_size)
+        self.batch_size = arguments.positive_or_none("batch_size", batch_size)
         self.memory_limit = arguments.number("memory_limit", memory_limit, 0)
         self.budget = None if budget is None else arguments.number("budget", budget, 0)
         if featurize_on == "fit_end":
