@@ -73,7 +73,11 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
-        return _rebuild_mapping(batch, {key: map_tensors(value, function) for key, value in batch.items()})
+        items = {key: map_tensors(value, function) for key, value in batch.items()}
+        try:
+            return type(batch)(items)  # type: ignore[call-arg]
+        except TypeError:  # its constructor takes other arguments, e.g. that of defaultdict
+            return items
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(map_tensors(value, function) for value in batch))
     if isinstance(batch, (list, tuple)):
@@ -99,13 +103,6 @@ def fresh(batch: Any) -> Any:
     (2, {'x': 1, 'y': 2})
     """
     return map_tensors(batch, lambda tensor: tensor)
-
-
-def _rebuild_mapping(like: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
-    try:
-        return type(like)(items)  # type: ignore[call-arg]
-    except TypeError:  # its constructor takes other arguments, e.g. that of defaultdict
-        return items
 
 
 def tensors_of(batch: Any) -> list[Tensor]:

@@ -73,15 +73,8 @@ def digests_of_rows(batch: Any, size: int) -> list[bytes] | None:
     tensors = tensors_of(batch)
     form = [*_parts(map_tensors(batch, lambda _: None))]
     form += [f"{tensor.dtype}{tuple(tensor.shape[1:])}".encode() for tensor in tensors]
-    values = [bytes_of(tensor) for tensor in tensors]
-    lengths = [len(value) // size for value in values]
-    common = _digest(form)
-    return [
-        _digest(
-            [common, *(value[row * length : (row + 1) * length] for value, length in zip(values, lengths, strict=True))]
-        )
-        for row in range(size)
-    ]
+    common, own = _digest(form), [tensor.cpu() for tensor in tensors]
+    return [_digest([common, *(bytes_of(tensor[row]) for tensor in own)]) for row in range(size)]
 
 
 def _comparable_digest(value: Any) -> bytes | None:

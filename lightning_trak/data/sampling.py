@@ -65,7 +65,9 @@ def _found(sampler: Any, dataset: Any, n: int, *, in_batches: bool) -> Iterable[
         return range(n)
     with kept_generators(dataset), kept_random_states():
         own = copy.deepcopy(sampler, {id(part): part for part in _parts_of(dataset)})
-        _drop_nothing(own)
+        if getattr(own, "drop_last", False):  # the last, smaller batch is read too
+            with suppress(AttributeError):  # a read-only property
+                own.drop_last = False
         first = _rows(own, n, in_batches)
         for epoch in range(1, _PASSES):
             if len(first) == n:
@@ -88,13 +90,6 @@ def _rows(sampler: Any, n: int, in_batches: bool) -> set[int]:
         if len(rows) == n or drawn > _LONGEST * n:
             break
     return rows
-
-
-def _drop_nothing(sampler: Any) -> None:
-    """Set a sampler's ``drop_last`` to False, if it has one, so that it reads the last, smaller batch too."""
-    if getattr(sampler, "drop_last", False):
-        with suppress(AttributeError):  # a read-only property
-            sampler.drop_last = False
 
 
 def _parts_of(dataset: Any) -> Iterator[Any]:

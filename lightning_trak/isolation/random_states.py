@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,22 +27,20 @@ def kept_random_states() -> Iterator[None]:
     >>> random.random() == inside
     True
     """
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    devices: list[tuple[Callable[[Any], object], Any]] = [
-        (backend.set_rng_state_all, backend.get_rng_state_all())
-        for backend in (torch.cuda, torch.xpu)
-        if backend.is_available()
+    put_back: list[Callable[[], object]] = [
+        partial(random.setstate, random.getstate()),
+        partial(np.random.set_state, np.random.get_state()),  # noqa: NPY002
+        partial(torch.set_rng_state, torch.get_rng_state()),
     ]
+    devices = [backend for backend in (torch.cuda, torch.xpu) if backend.is_available()]
+    put_back += [partial(backend.set_rng_state_all, backend.get_rng_state_all()) for backend in devices]
     if torch.backends.mps.is_available():
-        devices.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
+        put_back.append(partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        torch.set_rng_state(cpu)
-        for put_back, state in devices:
-            put_back(state)
+        for one in put_back:
+            one()
 
 
 @contextmanager
@@ -56,27 +55,21 @@ def kept_generators(*owners: Any) -> Iterator[None]:
     >>> owner["generator"].random() == inside
     True
     """
-    found = [(held, _state(held)) for _, held in reached(*owners) if isinstance(held, _GENERATORS)]
+    put_back = [_to_put_back(held) for _, held in reached(*owners) if isinstance(held, _GENERATORS)]
     try:
         yield
     finally:
-        for generator, state in found:
-            _set_state(generator, state)
+        for one in put_back:
+            one()
 
 
-def _state(generator: Any) -> Any:
+def _to_put_back(generator: Any) -> Callable[[], object]:
+    """Return a function that restores the present state of a generator."""
     if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
-    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.set_state(state)
+        return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+    if isinstance(generator, random.Random):
+        return partial(generator.setstate, generator.getstate())
+    return partial(generator.set_state, generator.get_state())
 
 
 def seed_all(seed: int) -> None:

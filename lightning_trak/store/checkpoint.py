@@ -232,6 +232,10 @@ class CheckpointEntry:
         if path.name != _sums_name(place) or not place.startswith(f"{self.place}|sums|"):
             raise Damaged(path, "it belongs elsewhere")
 
+    def check_writable(self) -> None:
+        """Raise `ReadOnly` if features cannot be added, since the store is in an object store."""
+        writable(self.path)
+
     def computes(self, path: AnyPath) -> bool:
         """Say whether a file of this checkpoint can be computed again; not in an object store."""
         own = path == self.whitening_path or path.parent == self._train_folder

@@ -18,7 +18,7 @@ from lightning_trak.influence import Estimator, Options
 from lightning_trak.results.status import status_of
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.files import PARTIAL, check_space
-from lightning_trak.store.remote import AnyPath, writable
+from lightning_trak.store.remote import AnyPath
 from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import names_of_weights, read_weights
 from lightning_trak.trainer.attributing.ckpt_path import CkptPath, files_of, of_files, of_store
@@ -128,7 +128,7 @@ class Job:
         """Check a few stored features, then featurize the train set at checkpoints without features."""
         missing = [entry for entry in self.entries if not entry.complete]
         if missing:
-            writable(missing[0].path)
+            missing[0].check_writable()
         complete = [entry for entry in self.entries if entry not in missing]
         loader = self.loaders.train() if missing else self.loaders.train_if_defined()
         if loader is None:

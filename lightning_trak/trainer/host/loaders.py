@@ -15,6 +15,8 @@ from lightning_trak.trainer.host.framework import (
     is_overridden,
 )
 
+_OF_TARGETS = {"attribute_dataloader": "predict", "predict_dataloader": "predict", "test_dataloader": "test"}  # stages
+
 
 class Loaders:
     """Finds the loaders of targets and train set, each when it is needed."""
@@ -41,11 +43,7 @@ class Loaders:
             check_limit(self._trainer, "limit_predict_batches", loader)
             return loader
         for owner in self._owners:
-            for hook, stage in (
-                ("attribute_dataloader", "predict"),
-                ("predict_dataloader", "predict"),
-                ("test_dataloader", "test"),
-            ):
+            for hook, stage in _OF_TARGETS.items():
                 if is_overridden(hook, owner):
                     loader = check_loader(self._request(owner, hook, stage), hook, remedy)
                     check_limit(self._trainer, f"limit_{stage}_batches", loader)
