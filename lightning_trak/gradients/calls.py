@@ -29,7 +29,8 @@ def layer_gradients(call: Call, grads: tuple[Tensor | None, ...], size: int) -> 
             raise EngineUnsuitable(f"{layer.name} is called more often than on the first examples")
         found: Any = module_gradients(layer.module, list(layer.parameters), args, kwargs, grads, size, batched)
     elif layer.whole:
-        found = _apply(layer, LayerCall(_input(args, kwargs), _some(grads), args, kwargs, grads))
+        first = next(grad for grad in grads if grad is not None)
+        found = _apply(layer, LayerCall(_input(args, kwargs), first, args, kwargs, grads))
     else:
         if grads[0] is None:
             raise EngineUnsuitable(f"the first output of {layer.name} is not used")
@@ -70,10 +71,6 @@ def _is_ours(rule: Rule | None) -> bool:
 
 def _input(args: Sequence[Any], kwargs: Any) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
-
-
-def _some(grads: tuple[Tensor | None, ...]) -> Tensor:
-    return next(grad for grad in grads if grad is not None)
 
 
 def _checked(gradient: Gradient | Tensor, layer: Layer, local: str, size: int) -> Gradient:

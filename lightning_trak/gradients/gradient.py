@@ -307,7 +307,9 @@ class ConvGradient(Gradient):
         """Convolve, and return the positions that have an output gradient."""
         convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[len(self.stride) - 1]
         outputs = convolve(inputs, kernel.to(inputs), None, self.stride, self.padding, self.dilation, self.groups)
-        return _leading(outputs, self.grads.shape[2:])
+        for axis, length in enumerate(self.grads.shape[2:], 2):
+            outputs = outputs.narrow(axis, 0, length)
+        return outputs
 
     def _columns(self) -> Tensor:
         """Return the unfolded inputs, (b, groups, C / groups · kernel, positions)."""
@@ -378,10 +380,3 @@ def _sketch(values: Tensor, left: Matrix, right: Matrix) -> Tensor:
     rows = values.flatten(2)
     sketched = rows if left is None else left.to(rows.dtype).T @ rows
     return _times(sketched, right)
-
-
-def _leading(values: Tensor, spatial: torch.Size) -> Tensor:
-    """Keep the leading positions of every spatial axis."""
-    for axis, length in enumerate(spatial, 2):
-        values = values.narrow(axis, 0, length)
-    return values

@@ -84,7 +84,8 @@ class TrainFeatures:
     def block(self, rows: slice, device: torch.device = CPU) -> tuple[Any, Tensor, Tensor]:
         """Return Φ, Q and w of some rows."""
         arrays = (self.features[rows], self.loss_grad[rows], self.curvature[rows])
-        features, loss_grad, curvature = (_matrix(array).to(device) for array in arrays)
+        blocks = (torch.from_numpy(np.asarray(one)) if isinstance(one, np.ndarray) else one for one in arrays)
+        features, loss_grad, curvature = (block.to(device) for block in blocks)
         return features, loss_grad, curvature
 
     def rows(self, chosen: Tensor, device: torch.device = CPU) -> Any:
@@ -97,10 +98,6 @@ class TrainFeatures:
                 features, *_ = self.block(slice(first, int(here[-1]) + 1), device)
                 parts.append(features[(here - first).to(device)])
         return stack(parts) if parts else self.block(slice(1), device)[0][chosen.to(device)]
-
-
-def _matrix(array: Array | Matrix) -> Matrix:
-    return torch.from_numpy(np.asarray(array)) if isinstance(array, np.ndarray) else array
 
 
 def evenly_spaced(n: int, most: int) -> Tensor:

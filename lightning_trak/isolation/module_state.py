@@ -67,7 +67,10 @@ class ModuleState:
         optimizers = list(optimizers)
         found = _found(module, optimizers)
         registered = {id(part) for part in module.modules()}
-        copied = {id(value) for value in module.buffers()} | _renormalised(value for _, value in found)
+        copied = {id(value) for value in module.buffers()}
+        for _, value in found:
+            if isinstance(value, (nn.Embedding, nn.EmbeddingBag)) and value.max_norm is not None:
+                copied.add(id(value.weight))  # a forward pass changes it in place
         self._holders: list[_Module | _Container] = []
         self._tensors: list[_TensorState] = []
         self._arrays = []
@@ -157,12 +160,6 @@ def _found(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> li
     held = [value for optimizer in optimizers for group in optimizer.param_groups for value in group["params"]]
     others = [(f"parameter {place} of the optimizers", value) for place, value in enumerate(held)]
     return found + [(name, value) for name, value in others if id(value) not in known]
-
-
-def _renormalised(values: Iterable[Any]) -> set[int]:
-    """Return the ids of weights that a forward pass changes in place: those of embeddings with ``max_norm``."""
-    kinds = (nn.Embedding, nn.EmbeddingBag)
-    return {id(value.weight) for value in values if isinstance(value, kinds) and value.max_norm is not None}
 
 
 class _Container:

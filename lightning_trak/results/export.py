@@ -44,7 +44,8 @@ def write_export(
     """
     folder = writable(path_of(path))
     check_data_set("train", data, size)
-    _check_free(folder)
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"'{folder}' exists and is no empty folder. Choose another path, or delete it.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomically(folder) as partial, kept_random_states():  # data sets may augment at random
         partial.mkdir()
@@ -53,11 +54,6 @@ def write_export(
         names = dict.fromkeys(name for row in table for name in row)
         write_csv(partial / TABLE, {name: [row.get(name) for row in table] for name in names})
     return folder
-
-
-def _check_free(folder: Path) -> None:
-    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"'{folder}' exists and is no empty folder. Choose another path, or delete it.")
 
 
 def _exported(folder: Path, place: int, known: Mapping[str, Any], example: Described) -> dict[str, Any]:

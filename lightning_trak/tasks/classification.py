@@ -138,8 +138,18 @@ class ClassificationMixin(TRAKMixin):
         logits, classes = self.get_logits(batch) / getattr(self, "temperature", 1), self.get_labels(batch)
         if _is_single(logits):
             logits, classes = _two_at_least(logits), None if classes is None else _binary(classes)
-        _check_logits(logits)
-        return logits, _checked_labels(logits.argmax(1) if classes is None else classes, len(logits))
+        if logits.ndim != 2:
+            raise ValueError(
+                f"get_logits returned shape {tuple(logits.shape)}; expected (b, classes), or (b,) for a single logit."
+                " Override get_logits(self, batch), or define model_output(self, batch) for another task."
+            )
+        classes = logits.argmax(1) if classes is None else classes
+        if classes.ndim != 1 or len(classes) != len(logits) or classes.dtype.is_floating_point:
+            raise ValueError(
+                f"get_labels returned shape {tuple(classes.shape)} and {classes.dtype}; expected {len(logits)} integer"
+                " class labels, shape (b,). Override get_labels(self, batch), e.g. with .argmax(1) for one-hot labels."
+            )
+        return logits, classes.long()
 
     def reduce_losses(self, losses: Tensor, batch: Any) -> Tensor:
         """Return the mean; with ``class_weights``, the sum divided by the sum of weights, as ``cross_entropy`` does."""
@@ -194,21 +204,3 @@ def _binary(classes: Tensor) -> Tensor:
             " define output_to_loss(self, output, batch) for labels between 0 and 1."
         )
     return flat.long()
-
-
-def _check_logits(logits: Tensor) -> None:
-    if logits.ndim != 2:
-        raise ValueError(
-            f"get_logits returned shape {tuple(logits.shape)}; expected (b, classes), or (b,) for a single logit."
-            " Override get_logits(self, batch), or define model_output(self, batch) for another task."
-        )
-
-
-def _checked_labels(classes: Tensor, size: int) -> Tensor:
-    """Return labels as int64 indices, (b,), from integers of any dtype."""
-    if classes.ndim != 1 or len(classes) != size or classes.dtype.is_floating_point:
-        raise ValueError(
-            f"get_labels returned shape {tuple(classes.shape)} and {classes.dtype}; expected {size} integer class"
-            " labels, shape (b,). Override get_labels(self, batch), e.g. with .argmax(1) for one-hot labels."
-        )
-    return classes.long()

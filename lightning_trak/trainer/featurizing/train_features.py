@@ -63,21 +63,16 @@ def train_features(
 
 
 def with_own_squares(entry: CheckpointEntry, train: TrainFeatures, scales: Tensor | None) -> TrainFeatures:
-    """Return the train set with ‖φ‖² of its features as they are scaled now; see `Job.scales`."""
-    if scales is None or train.whitened_by_rest:
-        return train
-    return replace(train, squares=_rescaled_squares(entry, scales))
-
-
-def _rescaled_squares(entry: CheckpointEntry, scales: Tensor) -> Any:
-    """Return ‖φ‖² of all training examples at a checkpoint, (n,), whose features are multiplied with ``scales``, (p,).
+    """Return the train set with ‖φ‖² of its features as they are scaled now, (p,); see `Job.scales`.
 
     The entries that are not stored are taken to change as the stored ones of their example do.
     """
+    if scales is None or train.whitened_by_rest:
+        return train
     tiny = torch.finfo(torch.float32).tiny
     blocks = (matrix_of(block) for block in entry.train.blocks(ENTRIES, _READ_ROWS))
     ratios = [block.scaled(scales).squares() / block.squares().clamp(min=tiny) for block in blocks]
-    return entry.train.column("squares") * torch.cat(ratios).numpy()
+    return replace(train, squares=entry.train.column("squares") * torch.cat(ratios).numpy())
 
 
 def sums_of(entry: CheckpointEntry, estimator: Estimator, train: TrainFeatures) -> GaussNewton | None:
