@@ -196,7 +196,12 @@ def _put(to: Path, path: Path) -> None:
 
 
 class Reader:
-    """Reads ranges of rows, and keeps the last chunk that it has read: ranges in order read each chunk once."""
+    """Reads ranges of rows, and keeps the last chunk that it has read: ranges in order read each chunk once.
+
+    Args:
+        chunks: to be read; those that are asked for are there.
+        names: of the arrays; None for all.
+    """
 
     def __init__(self, chunks: Chunks, names: Sequence[str] | None = None) -> None:
         self._chunks, self._names = chunks, names

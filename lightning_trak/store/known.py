@@ -60,7 +60,10 @@ def known_of_train(entry: CheckpointEntry) -> KnownRows:
 class OtherSets:
     """The sets of targets that are stored beside a set; their digests are read when rows are first asked for.
 
-    ``digests`` are those of the targets of the set itself.
+    Args:
+        store: the store.
+        digests: of the targets of the set.
+        chunks_of: returns the chunks of a set of targets at a checkpoint.
     """
 
     def __init__(self, store: FeatureStore, digests: Sequence[bytes], chunks_of: TargetChunks) -> None:

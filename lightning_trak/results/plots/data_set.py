@@ -17,7 +17,14 @@ _NOTHING = (("", Unknown("nothing to draw")),)
 
 
 class Reader:
-    """The rows of a data set: ids, labels, and what examples are made of. Each is read once."""
+    """The rows of a data set: ids, labels, and what examples are made of. Each is read once.
+
+    Args:
+        name: of the argument, for errors.
+        known: ids and columns.
+        data: the examples; None if there are none.
+        differences: takes the rows of tables; a new one if None.
+    """
 
     def __init__(self, name: str, known: Examples, data: Any, differences: Differences | None = None) -> None:
         if data is not None:

@@ -17,6 +17,12 @@ LABEL, PREDICTION = "label", "prediction"  # the known names of columns
 class DataSet:
     """The rows of a data set that are shown, and what is known of them.
 
+    Args:
+        name: of the argument, for errors.
+        known: ids and columns.
+        data: the examples; None to draw none.
+        drawings: draws them.
+
     Attributes:
         labels: of the rows that are shown.
     """

@@ -29,6 +29,12 @@ class CheckpointQueue:
 
     A failure is a warning: features can be computed later, training cannot.
 
+    Args:
+        store: takes weights and features.
+        loop: featurizes the train set.
+        run: the identity of this training.
+        reports: takes messages to the user.
+
     Attributes:
         store: as given.
         last_saved: the digest of the weights that were saved last; None before.
