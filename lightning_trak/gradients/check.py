@@ -32,7 +32,8 @@ def check_gradients(
     """
     weights, _, expected = numbered_gradient(function, batch, size)
     own = function.parameters
-    difference = {name: expected.get(name, torch.zeros_like(value)).float() for name, value in own.items()}
+    sums = {name: torch.zeros_like(value) for name, value in own.items() if name not in expected} | expected
+    difference = {name: sums[name].float() for name in own}
     norms = {name: gradient.norm().item() for name, gradient in difference.items()}
     squares = dict.fromkeys(own, 0.0)
 
