@@ -100,7 +100,7 @@ def _add_arguments(parser: ArgumentParser, name: str) -> None:
         parser.add_argument("--output", type=str, default="report.html", metavar="FILE", help=_OUTPUT)
     if name == "clean":
         parser.add_argument("--yes", action="store_true", help="do not ask")
-        parser.add_argument("--targets", action="store_true", help="also delete the features of targets")
+        parser.add_argument("--targets", action="store_true", help="also delete the features of targets, and scores")
         parser.add_argument("--checkpoint", action="append", metavar="DIGEST", help=_CHECKPOINT)
 
 

@@ -95,7 +95,7 @@ def _targets(store: FeatureStore) -> list[str]:
     """Return how much is kept of targets."""
     folders = [path for path in listed(store.root / "targets") if path.is_dir()]
     size = size_text(size_of(store.root / "targets"))
-    return [f"Features of {count(len(folders), 'set')} of targets: {size}."] if folders else []
+    return [f"Features and scores of {count(len(folders), 'set')} of targets: {size}."] if folders else []
 
 
 def _claims(store: FeatureStore) -> list[str]:

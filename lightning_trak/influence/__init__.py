@@ -4,7 +4,7 @@ May import nothing of the package but `precision`. `Estimator` works on features
 """
 
 from lightning_trak.influence.calibration import Kinds, fit_weights
-from lightning_trak.influence.damping import whitening_damping
+from lightning_trak.influence.damping import Damping, whitening_damping
 from lightning_trak.influence.estimator import Estimator, Options, Solved
 from lightning_trak.influence.gauss_newton import SUMS_VERSION, GaussNewton
 from lightning_trak.influence.neighbours import Sketch, nearest
@@ -17,7 +17,7 @@ from lightning_trak.influence.scores import (
     extremes_of,
     merged_extremes,
     rank,
-    sampled_rows,
+    rows_of_sample,
     score_products,
 )
 from lightning_trak.influence.suspicion import Findings, findings
@@ -27,6 +27,7 @@ from lightning_trak.influence.training_time import TrainingTime
 
 __all__ = [
     "SUMS_VERSION",
+    "Damping",
     "Estimator",
     "Extremes",
     "Findings",
@@ -48,7 +49,7 @@ __all__ = [
     "nearest",
     "outliers",
     "rank",
-    "sampled_rows",
+    "rows_of_sample",
     "score_products",
     "stack",
     "whitening_damping",

@@ -168,6 +168,12 @@ class Estimator:
             return loss_grad.square() * squares / train.shape[0]
         return self_influence(train, self._factor(train, sums)[0], self.device)
 
+    def damping(self, train: TrainFeatures, sums: GaussNewton | None = None) -> Damping:
+        """Return λ at one checkpoint, with which `solve` solves."""
+        if train.squares is not None:
+            return self._given(train)
+        return self._damping(train, self.accumulate(train) if sums is None else sums)
+
     def whitening(self, train: TrainFeatures, sums: GaussNewton | None = None) -> Callable[[Any], Any]:
         """Return a function from features φ, (r, k), to such whose inner products are φᵀ H⁻¹ φ, at one checkpoint.
 
@@ -197,11 +203,18 @@ class Estimator:
         trains, vectors = _corrected(self.trains, solved), [one.vectors for one in solved]
         return scores(trains, vectors, advance, self.device, spread=spread, rows=rows)
 
-    def extremes(self, solved: Sequence[Solved], k: int, *, rows: range | None = None) -> Extremes:
+    def extremes(
+        self,
+        solved: Sequence[Solved],
+        k: int,
+        advance: Callable[[], object] = lambda: None,
+        *,
+        rows: range | None = None,
+    ) -> Extremes:
         """Return the k highest and lowest scores of each target; arguments as of `scores`, no (n, m) matrix is made."""
         trains, vectors = _corrected(self.trains, solved), [one.vectors for one in solved]
         k = min(k, trains[0].shape[0] if rows is None else len(rows))
-        return extreme_scores(trains, vectors, k, self.device, rows)
+        return extreme_scores(trains, vectors, k, advance, self.device, rows)
 
     def without(self, train: TrainFeatures, targets: Any, masks: Tensor, sums: GaussNewton | None = None) -> Tensor:
         """Return the change of f(z) when sets of training examples are left out, (s, m), at one checkpoint.

@@ -81,7 +81,7 @@ def scores(
         τ, (n, m), float32, on the CPU; and how it varies from checkpoint to checkpoint, if there are two or more.
     """
     rows = range(trains[0].shape[0]) if rows is None else rows
-    r, m, checkpoints, sampled = len(rows), len(solved[0]), len(trains), sampled_rows(trains[0].shape[0], rows)
+    r, m, checkpoints, sampled = len(rows), len(solved[0]), len(trains), rows_of_sample(trains[0].shape[0], rows)
     mean, known = torch.zeros(r, m), None
     if spread and checkpoints > 1:
         known = Spread(torch.zeros(r, m), torch.zeros(checkpoints, len(sampled), m))
@@ -97,10 +97,10 @@ def scores(
     return Scores(mean, known)
 
 
-def sampled_rows(n: int, rows: range) -> Tensor:
+def rows_of_sample(n: int, rows: range) -> Tensor:
     """Return which training examples of a range are in the ``sample`` of a `Spread`.
 
-    >>> sampled_rows(n=1000, rows=range(100, 150))
+    >>> rows_of_sample(n=1000, rows=range(100, 150))
     tensor([111, 127, 143])
     """
     sampled = evenly_spaced(n, _SAMPLED)
@@ -134,15 +134,21 @@ def extreme_scores(
     trains: Sequence[TrainFeatures],
     solved: Sequence[Tensor],
     k: int,
+    advance: Callable[[], object] = lambda: None,
     device: torch.device = CPU,
     rows: range | None = None,
 ) -> Extremes:
     """Return the k highest and k lowest scores of every target. The (n, m) matrix is never formed.
 
-    See `scores` for the arguments. With ``rows``, those of a range of training examples.
+    See `scores` for the arguments.
     """
-    slices = trains[0].slices(len(solved[0]), rows)
-    return extremes_of(((own, mean_of(score_blocks(trains, solved, own, device))) for own in slices), k)
+
+    def blocks() -> Iterator[tuple[slice, Tensor]]:
+        for own in trains[0].slices(len(solved[0]), rows):
+            yield own, mean_of(score_blocks(trains, solved, own, device))
+            advance()
+
+    return extremes_of(blocks(), k)
 
 
 def extremes_of(blocks: Iterable[tuple[slice, Tensor]], k: int) -> Extremes:

@@ -106,7 +106,7 @@ def evenly_spaced(n: int, most: int) -> Tensor:
     >>> evenly_spaced(9, most=3), evenly_spaced(2, most=3)
     (tensor([0, 4, 8]), tensor([0, 1]))
     """
-    return torch.linspace(0, n - 1, min(n, most)).round().long()
+    return torch.linspace(0, n - 1, min(n, most), dtype=torch.float64).round().long()
 
 
 def stack(parts: Sequence[Any]) -> Any:

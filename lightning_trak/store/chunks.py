@@ -37,7 +37,7 @@ class Chunks:
         place: names what the rows belong to; see `write_arrays`.
         n: the number of rows.
         size: of a chunk; the last may be smaller.
-        whole: names of arrays that belong to a chunk as a whole, and have any form.
+        per_chunk: names of arrays that have no row for each row of a chunk, but any form.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -47,9 +47,9 @@ class Chunks:
     ([range(0, 2), range(4, 5)], {'x': array([3.])})
     """
 
-    def __init__(self, folder: AnyPath, place: str, n: int, size: int, whole: Collection[str] = ()) -> None:
+    def __init__(self, folder: AnyPath, place: str, n: int, size: int, per_chunk: Collection[str] = ()) -> None:
         self.folder, self.n, self.size = folder, n, size
-        self.place, self._whole = place, whole
+        self.place, self._per_chunk = place, per_chunk
 
     def all(self) -> list[range]:
         """Return the rows of every chunk."""
@@ -105,7 +105,7 @@ class Chunks:
             raise Damaged(path, "it is missing", _REMEDY) from error
         except Damaged as error:
             raise Damaged(path, error.why, _REMEDY) from error
-        of_rows = {name: array for name, array in arrays.items() if name not in self._whole}
+        of_rows = {name: array for name, array in arrays.items() if name not in self._per_chunk}
         wrong = [name for name, array in of_rows.items() if array.shape[:1] != (len(rows),)]
         if wrong:
             raise Damaged(path, f"it has another number of rows than {len(rows)} in {', '.join(wrong)}", _REMEDY)

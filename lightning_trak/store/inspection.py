@@ -14,7 +14,7 @@ from lightning_trak.store.files import PARTIAL, Damaged
 from lightning_trak.store.known import EXAMPLES, read_examples
 from lightning_trak.store.locks import is_held
 from lightning_trak.store.remote import writable
-from lightning_trak.store.store import FeatureStore, scores_name
+from lightning_trak.store.store import FeatureStore
 from lightning_trak.store.weights import load_weights
 
 UNFINISHED = re.compile(rf".+\.[0-9a-f]{{32}}{re.escape(PARTIAL)}")  # what a killed process leaves of what it wrote
@@ -171,8 +171,7 @@ def _check_target(store: FeatureStore, path: Path) -> None:
     """Verify features or scores of targets; only a call with the same targets knows whether they are theirs."""
     place, folder = verified_place(path), path.parent
     of, _, rows = place.rpartition("|rows ")
-    targets, _, key = of.partition("|")
-    of_scores = targets == folder.parent.name and folder.name == scores_name(key)
+    of_scores = of == f"{folder.parent.name}|{folder.name}"
     if not (of_scores or _is_of_checkpoint(store, folder, of)) or not rows.startswith(f"{int(path.stem)} to "):
         raise Damaged(path, "it belongs elsewhere")
 

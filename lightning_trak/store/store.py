@@ -276,9 +276,10 @@ class FeatureStore:
         """Return the folder of all that is kept of some targets, of whose content this is the digest."""
         return targets_folder(self.dirpath, digest)
 
-    def score_chunks(self, digest: str, key: str, size: int, whole: Collection[str] = ()) -> Chunks:
+    def score_chunks(self, digest: str, key: str, size: int, per_chunk: Collection[str] = ()) -> Chunks:
         """Return the chunks of numbers of scores; ``key`` is all that they depend on besides the targets' digest."""
-        return Chunks(self.targets_folder(digest) / scores_name(key), f"{digest}|{key}", self.n_train, size, whole)
+        name = f"scores-{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}"
+        return Chunks(self.targets_folder(digest) / name, f"{digest}|{name}", self.n_train, size, per_chunk)
 
     def _entry(self, digest: str) -> CheckpointEntry:
         return CheckpointEntry(self._folder / digest, self.identity, self.n_train, self.manifest["chunk_rows"])
@@ -302,11 +303,6 @@ class FeatureStore:
             f"FeatureStore('{self.dirpath}', n_train={self.n_train}, checkpoints={len(found)}, featurized={sum(found)},"
             f" projection={_short(self.manifest.get('projection'))})"
         )
-
-
-def scores_name(key: str) -> str:
-    """Return the name of the folder of scores, from all that they depend on besides the targets."""
-    return f"scores-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
 
 
 def _is_manifest(path: Path) -> bool:

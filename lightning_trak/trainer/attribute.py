@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_trak.influence import Estimator, GaussNewton, Solved, TrainFeatures
+from lightning_trak.influence import Damping, Estimator, GaussNewton, TrainFeatures
 from lightning_trak.results.attribution import Attribution
 from lightning_trak.results.info import AttributionInfo
 from lightning_trak.results.saved import check_free
@@ -20,7 +20,8 @@ from lightning_trak.trainer.attributing.ckpt_path import CkptPath
 from lightning_trak.trainer.attributing.describing import described_examples
 from lightning_trak.trainer.attributing.job import Job, prepared_job
 from lightning_trak.trainer.attributing.kept import KeptFeatures
-from lightning_trak.trainer.attributing.scoring import Scoring, at_each_checkpoint, solved_at_each
+from lightning_trak.trainer.attributing.scoring import Scoring
+from lightning_trak.trainer.attributing.solving import at_each_checkpoint, solved_at_each
 from lightning_trak.trainer.attributing.target_features import target_features
 from lightning_trak.trainer.callback import find_callback
 from lightning_trak.trainer.featurizing.train_features import with_own_squares
@@ -128,13 +129,12 @@ def _scored(job: Job, top_k: int | None) -> Attribution:
     """Featurize the targets and score."""
     targets = target_features(job)
     estimator = job.estimator()
-    solved = solved_at_each(job, estimator, targets.features)
-    scoring = Scoring(job, estimator, solved, targets)
+    scoring = Scoring(job, estimator, targets, partial(solved_at_each, job, estimator, targets.features))
     scores, spread = scoring.scores() if top_k is None else (scoring.extremes(top_k), None)
     examples, described = described_examples(job, targets.reader)
     attribution = Attribution(
         scores,
-        _info(job, estimator, solved, len(targets.outputs)),
+        _info(job, estimator, scoring.dampings, len(targets.outputs)),
         spread,
         outputs=targets.outputs,
         kept=KeptFeatures(job, estimator, targets),
@@ -145,9 +145,8 @@ def _scored(job: Job, top_k: int | None) -> Attribution:
     return attribution
 
 
-def _info(job: Job, estimator: Estimator, solved: Sequence[Solved], n_targets: int) -> AttributionInfo:
+def _info(job: Job, estimator: Estimator, dampings: Sequence[Damping], n_targets: int) -> AttributionInfo:
     """Describe how the scores were computed."""
-    dampings = [one.damping for one in solved]
     options, metas = estimator.options, [entry.meta for entry in job.entries]
     return AttributionInfo(
         n_train=job.store.n_train,

@@ -17,7 +17,7 @@ from lightning_trak.trainer.attributing.ckpt_path import CkptPath
 from lightning_trak.trainer.attributing.describing import described_examples, described_train
 from lightning_trak.trainer.attributing.job import Job, prepared_job
 from lightning_trak.trainer.attributing.losses import loss_grads, typical_losses
-from lightning_trak.trainer.attributing.scoring import at_each_checkpoint, solved_at_each
+from lightning_trak.trainer.attributing.solving import at_each_checkpoint, solved_at_each
 from lightning_trak.trainer.attributing.target_features import TargetFeatures, target_features
 from lightning_trak.trainer.featurizing.train_features import with_own_squares
 from lightning_trak.trainer.host.attachment import launched

@@ -84,11 +84,11 @@ def _scoring(
 ) -> Callable[[], object]:
     """Return what computes all scores, on disk; or their extremes."""
     manifest = {"n_train": n, "parameters": {}, "projection": {}, "chunk_rows": 1}
-    entries = [SimpleNamespace(place=str(number), derived=folder, meta={}) for number in range(len(solved))]
+    entries = [SimpleNamespace(place=str(number), created=1, derived=folder, meta={}) for number in range(len(solved))]
     store = FeatureStore.create(folder / "store", manifest)
     job: Any = SimpleNamespace(store=store, entries=entries, memory_limit=0, trainer=trainer(folder))
-    targets: Any = SimpleNamespace(digest="0" * 32, kept=True, outputs=torch.zeros(len(solved[0].vectors)))
-    scoring = Scoring(job, estimator, solved, targets)
+    targets: Any = SimpleNamespace(digest="0" * 32, kept=True, outputs=torch.zeros(len(solved[0].vectors)), reader=None)
+    scoring = Scoring(job, estimator, targets, lambda: solved)
     return scoring.scores if top_k is None else lambda: scoring.extremes(top_k)
 
 

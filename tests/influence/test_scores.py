@@ -20,6 +20,7 @@ from lightning_trak.gradients import ModelFunction, VmapEngine
 from lightning_trak.influence import Estimator, Options, TrainFeatures
 from lightning_trak.influence.gauss_newton import accumulate, factor, solve
 from lightning_trak.influence.scores import extreme_scores, scores, with_mean_loss_grad
+from lightning_trak.influence.train_features import evenly_spaced
 from lightning_trak.precision import full_precision
 from lightning_trak.projection import IdentityProjector
 from lightning_trak.tasks.loss_terms import LossTerms
@@ -172,6 +173,13 @@ def check_spread(spread, trains, targets, curvature):
     expected = alone.std(0, ddof=1) / len(trains) ** 0.5
     np.testing.assert_allclose(spread.standard_error.numpy(), expected, rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(spread.sample.numpy(), alone, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 64, 65, 2**24 + 4, 2**31 + 1])
+def test_evenly_spaced_rows_are_there(n):
+    rows = evenly_spaced(n, 64)
+    assert (int(rows[0]), int(rows[-1])) == (0, n - 1)
+    assert len(rows.unique()) == min(n, 64)
 
 
 def test_sample_is_spread_over_the_train_set():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from lightning_trak.influence import Estimator, GaussNewton, Kinds, Solved, Spre
 from lightning_trak.results.split_score import SplitScore
 from lightning_trak.results.stored_scores import StoredScores
 from lightning_trak.trainer.attributing.job import Job
-from lightning_trak.trainer.attributing.scoring import Scoring, at_each_checkpoint, solved_at_each
+from lightning_trak.trainer.attributing.scoring import Scoring
+from lightning_trak.trainer.attributing.solving import at_each_checkpoint, solved_at_each
 from lightning_trak.trainer.attributing.split import split_score
 from lightning_trak.trainer.attributing.target_features import TargetFeatures
 from lightning_trak.trainer.host.attachment import attached
@@ -64,14 +66,14 @@ class KeptFeatures:
         def weigh(number: int, train: TrainFeatures, sums: GaussNewton | None) -> Solved:
             return kinds_at(number, train, sums).combined(weights[number] * count)
 
-        solved = at_each_checkpoint(self.job, self.estimator, "Weighting", weigh)
+        solve = partial(at_each_checkpoint, self.job, self.estimator, "Weighting", weigh)
         weighted = [weight.tolist() for weight in weights]
-        return Scoring(self.job, self.estimator, solved, self.targets, weighted).scores()[0]
+        return Scoring(self.job, self.estimator, self.targets, solve, weighted).scores(spread=False)[0]
 
     def spread(self) -> Spread:
         """Return how scores vary from checkpoint to checkpoint."""
-        solved = solved_at_each(self.job, self.estimator, self.targets.features)
-        return Scoring(self.job, self.estimator, solved, self.targets).spread()
+        solve = partial(solved_at_each, self.job, self.estimator, self.targets.features)
+        return Scoring(self.job, self.estimator, self.targets, solve).spread()
 
     def split(self, i: int, j: int) -> SplitScore:
         """Split the score of training example i for target j by layer and by parts."""

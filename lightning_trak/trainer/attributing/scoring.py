@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from math import prod
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,60 +15,39 @@ import torch
 from torch import Tensor
 
 from lightning_trak.influence import (
+    SUMS_VERSION,
+    Damping,
     Estimator,
     Extremes,
-    GaussNewton,
     Ranked,
     Solved,
     Spread,
-    TrainFeatures,
     merged_extremes,
-    sampled_rows,
+    rows_of_sample,
 )
 from lightning_trak.results.stored_scores import NAME, StoredScores
 from lightning_trak.store.arrays import Array
+from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.chunks import Chunks, shares
 from lightning_trak.store.files import Damaged, check_space
 from lightning_trak.trainer.attributing.job import Job
+from lightning_trak.trainer.attributing.solving import dampings_at_each
 from lightning_trak.trainer.attributing.target_features import TargetFeatures
-from lightning_trak.trainer.featurizing.checkpoints import naming
-from lightning_trak.trainer.featurizing.train_features import checksums, sums_of
+from lightning_trak.trainer.featurizing.checkpoints import say_waiting
+from lightning_trak.trainer.featurizing.train_features import checksums
 from lightning_trak.trainer.host.framework import rank_zero_warn, stop_if_asked
 from lightning_trak.trainer.host.progress import progress
 
-T = TypeVar("T")
 _VERSION = 2  # of what is stored; to be raised when scores from the same features become others
 _ERROR, _SAMPLE = "standard_error", "sample"  # names of arrays, as in `Spread`
 _FEW = 2**24  # scores whose standard error is computed at once
-_BYTES = 2**23  # of a chunk, at most
-_ROWS = 2048  # in a chunk at least, if they fit: sparse products need many rows
-_PRODUCTS = 2**34  # multiplications for a chunk, about a second's work; reading a number takes as long as 128 of them
-_PART = 256  # times k training examples have k extremes at least, which then take a fortieth of what their scores take
-
-
-def at_each_checkpoint(
-    job: Job,
-    estimator: Estimator,
-    description: str,
-    compute: Callable[[int, TrainFeatures, GaussNewton | None], T],
-) -> list[T]:
-    """Call ``compute`` with (number, train set, sums over the train set) of each checkpoint; return the results."""
-    results = []
-    with progress(job.trainer, description, len(job.entries)) as advance:
-        for number, (entry, train) in enumerate(zip(job.entries, estimator.trains, strict=True)):
-            with naming(entry):
-                results.append(compute(number, train, sums_of(entry, estimator, train)))
-            advance(1)
-    return results
-
-
-def solved_at_each(job: Job, estimator: Estimator, targets: Sequence[Any]) -> list[Solved]:
-    """Return what `Estimator.solve` returns at each checkpoint for the targets' features there."""
-
-    def solve(number: int, train: TrainFeatures, sums: GaussNewton | None) -> Solved:
-        return estimator.solve(train, targets[number], sums)
-
-    return at_each_checkpoint(job, estimator, "Solving", solve)
+_BYTES = 2**26  # of a chunk, at most: in larger blocks products are not faster
+_BYTES_ON_DISK = 2**23  # of one from which scores are read when they are asked for
+_ROWS = 2048  # in a chunk at least, if they take no minute: products with sparse features need many rows
+_PRODUCTS = 2**34  # multiplications in about a second; to read a number takes as long as 128 of them
+_SPARSE = 2**14  # that a product of sparse features takes as long as
+_ROWS_OF_EXTREME = 256  # in a chunk, for each extreme that is kept: these are a fortieth of all scores then
+_FEWEST = 16  # at least, whatever time they take
 
 
 Parts = Mapping[str, Array]  # arrays of some training examples, by name
@@ -75,21 +55,21 @@ Forms = Mapping[str, tuple[tuple[int, ...], npt.DTypeLike]]  # their shapes and 
 
 
 class Work(NamedTuple):
-    """Numbers of all training examples, to be computed in chunks.
+    """Arrays that are computed in chunks, each of some training examples.
 
     Attributes:
-        what: names them.
+        what: what they hold.
         size: how many training examples a chunk has.
         compute: returns the arrays of some training examples.
         forms: returns shapes and types of these arrays, by name.
-        whole: the names of those that have no row for each training example.
+        per_chunk: the names of those that have no row for each training example.
     """
 
     what: str
     size: int
     compute: Callable[[range], Parts]
     forms: Callable[[range], Forms]
-    whole: Sequence[str] = ()
+    per_chunk: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -99,23 +79,35 @@ class Scoring:
     Attributes:
         job: the checkpoints.
         estimator: computes scores.
-        solved: what it returned at each checkpoint.
         targets: the targets.
-        weights: what ``solved`` depends on besides targets and options; JSON can hold it.
+        solve: returns what the estimator solves at each checkpoint; it is called only if scores are to be computed.
+        weights: what that depends on besides targets and options; JSON can hold it.
     """
 
     job: Job
     estimator: Estimator
-    solved: Sequence[Solved]
     targets: TargetFeatures
+    solve: Callable[[], Sequence[Solved]]
     weights: Any = None
 
-    def scores(self) -> tuple[Tensor | StoredScores, Spread | None]:
+    @cached_property
+    def solved(self) -> Sequence[Solved]:
+        """What the estimator solved at each checkpoint."""
+        return self.solve()
+
+    @property
+    def dampings(self) -> list[Damping]:
+        """λ at each checkpoint."""
+        if "solved" in vars(self):
+            return [one.damping for one in self.solved]
+        return dampings_at_each(self.job, self.estimator)
+
+    def scores(self, *, spread: bool = True) -> tuple[Tensor | StoredScores, Spread | None]:
         """Return τ, (n, m), on disk if it is larger than the memory limit; and how scores vary, if they are few."""
-        few = _with_spread(self._n, self._m, len(self.solved), self.job.memory_limit)
+        few = spread and _with_spread(self._n, self._m, len(self.job.entries), self.job.memory_limit)
 
         def compute(rows: range) -> Parts:
-            mean, spread = self.estimator.scores(self.solved, spread=few, rows=rows)
+            mean, spread = self.estimator.scores(self.solved, self._stop, spread=few, rows=rows)
             own = {} if spread is None else {_ERROR: spread.standard_error.numpy(), _SAMPLE: spread.sample.numpy()}
             return {NAME: mean.numpy(), **own}
 
@@ -129,7 +121,7 @@ class Scoring:
         """Return how scores vary from checkpoint to checkpoint."""
 
         def compute(rows: range) -> Parts:
-            spread = self.estimator.scores(self.solved, rows=rows).spread
+            spread = self.estimator.scores(self.solved, self._stop, rows=rows).spread
             assert spread is not None  # there are several checkpoints
             return {NAME: spread.standard_error.numpy(), _SAMPLE: spread.sample.numpy()}
 
@@ -138,14 +130,15 @@ class Scoring:
             found = self._in_memory(work)
             return Spread(found[NAME], found[_SAMPLE])
         chunks = self._filled(work)
-        samples = [torch.from_numpy(_read(chunks, rows, work)[_SAMPLE]) for rows in chunks.all()]
+        with_some = (rows for rows in chunks.all() if len(rows_of_sample(self._n, rows)))
+        samples = [torch.tensor(_read(chunks, rows, work)[_SAMPLE]) for rows in with_some]
         return Spread(StoredScores(chunks, self._m), torch.cat(samples, 1))
 
     def extremes(self, k: int) -> Extremes:
         """Return the k highest and lowest scores of each target; no (n, m) matrix is made."""
 
         def compute(rows: range) -> Parts:
-            found = self.estimator.extremes(self.solved, k, rows=rows)
+            found = self.estimator.extremes(self.solved, k, self._stop, rows=rows)
             sides = found.top, found.bottom
             return {
                 "indices": torch.stack([side.indices for side in sides]).numpy(),
@@ -156,12 +149,14 @@ class Scoring:
             shape = 2, self._m, min(k, len(rows))
             return {"indices": (shape, np.int64), "values": (shape, np.float32)}
 
-        work = Work(f"extremes {k}", max(_PART * k, self._rows_of_work), compute, forms, ("indices", "values"))
-        found = []
-        for _, arrays in self._parts(work):
-            indices, values = (torch.from_numpy(arrays[name]) for name in ("indices", "values"))
-            found.append(Extremes(*(Ranked(*side) for side in zip(indices, values, strict=True))))
-        return merged_extremes(found, min(k, self._n))
+        size = self._rows_of_a_chunk(_ROWS_OF_EXTREME * k, _FEWEST * k)
+        found: Extremes | None = None
+        for _, arrays in self._parts(Work(f"extremes {k}", size, compute, forms, ("indices", "values"))):
+            pairs = zip(*(torch.tensor(arrays[name]) for name in ("indices", "values")), strict=True)
+            part = Extremes(*(Ranked(*side) for side in pairs))
+            found = part if found is None else merged_extremes([found, part], k)
+        assert found is not None  # a train set has examples
+        return found
 
     @property
     def _n(self) -> int:
@@ -176,31 +171,37 @@ class Scoring:
         """Whether scores are too many for memory."""
         return 4 * self._n * self._m > self.job.memory_limit
 
-    @property
-    def _rows_of_work(self) -> int:
-        """How many training examples' scores are about a second's work."""
-        each = min(2048, self.estimator.trains[0].shape[1]) * len(self.solved) * (self._m + 128)
-        return max(_ROWS, _PRODUCTS // each)
+    def _stop(self) -> None:
+        """Stop if the process was told to: called after each block of rows."""
+        stop_if_asked(self.job.trainer)
+
+    def _rows_of_a_chunk(self, enough: int = _ROWS, fewest: int = 1) -> int:
+        """Return how many training examples' scores take a second; or ``enough``, unless these take over a minute."""
+        train = self.estimator.trains[0]
+        product = train.shape[1] if train.squares is None else _SPARSE
+        second = _PRODUCTS // (product * len(self.job.entries) * (self._m + 128))
+        return max(1, second, min(enough, max(60 * second, fewest)))
 
     def _of_scores(self, what: str, names: Sequence[str], compute: Callable[[range], Parts], *, sample: bool) -> Work:
         """Return the work of matrices (n, m), and of the ``sample`` of a `Spread`."""
 
         def forms(rows: range) -> Forms:
             found = dict.fromkeys(names, ((len(rows), self._m), np.float32))
-            sampled = len(self.solved), len(sampled_rows(self._n, rows)), self._m
+            sampled = len(self.job.entries), len(rows_of_sample(self._n, rows)), self._m
             return {**found, **({_SAMPLE: (sampled, np.float32)} if sample else {})}
 
-        size = max(1, min(self._rows_of_work, _BYTES // (4 * self._m)))
-        return Work(what, size, compute, forms, (_SAMPLE,) if sample else ())
+        of_a_row = -(-_size(forms(range(self._n))) // self._n)
+        most = (_BYTES_ON_DISK if self._large else _BYTES) // of_a_row
+        return Work(what, max(1, min(self._rows_of_a_chunk(), most)), compute, forms, (_SAMPLE,) if sample else ())
 
     def _in_memory(self, work: Work) -> dict[str, Tensor]:
-        """Return the whole of all arrays."""
-        names = set(work.forms(range(1))) - set(work.whole)
+        """Return all rows of the matrices, and the sample."""
+        names = set(work.forms(range(1))) - set(work.per_chunk)
         found, samples = {name: torch.empty(self._n, self._m) for name in names}, []
         for rows, arrays in self._parts(work):
-            for name, whole in found.items():
-                whole[rows.start : rows.stop] = torch.from_numpy(arrays[name])
-            samples += [torch.tensor(arrays[name]) for name in work.whole]
+            for name, matrix in found.items():
+                matrix[rows.start : rows.stop] = torch.from_numpy(arrays[name])
+            samples += [torch.tensor(arrays[name]) for name in work.per_chunk]
         return found | ({_SAMPLE: torch.cat(samples, 1)} if samples else {})
 
     def _parts(self, work: Work) -> Iterator[tuple[range, Parts]]:
@@ -223,15 +224,14 @@ class Scoring:
     def _filled(self, work: Work) -> Chunks:
         """Return the chunks of all rows, after computing those that are not in the store yet."""
         job = self.job
-        chunks = job.store.score_chunks(self.targets.digest, self._key(work), work.size, work.whole)
+        chunks = job.store.score_chunks(self.targets.digest, self._key(work), work.size, work.per_chunk)
         missing = chunks.missing()
         if missing:
             chunks.folder.parent.mkdir(parents=True, exist_ok=True)
             check_space(job.store.dirpath, sum(_size(work.forms(rows)) for rows in missing))
             with progress(job.trainer, "Scoring", len(missing)) as advance:
-                for claim, own in shares(chunks, lambda: stop_if_asked(job.trainer)):
+                for claim, own in shares(chunks, partial(say_waiting, self.targets.reader)):
                     for rows in own:
-                        stop_if_asked(job.trainer)
                         claim.write_whole(rows.start, work.compute(rows))
                         advance(1)
         return chunks
@@ -240,15 +240,22 @@ class Scoring:
         """Return all that the arrays depend on besides the targets."""
         estimator, entries = self.estimator, self.job.entries
         of = {
-            "version": _VERSION,
+            "version": (_VERSION, SUMS_VERSION),
             "what": (work.what, *sorted(work.forms(range(1))), work.size, self._n),
-            "features": [(entry.place, entry.derived.name, entry.meta.get("training_time")) for entry in entries],
+            "features": [_identity(entry) for entry in entries],
             "terms": [checksums(train) for train in estimator.trains],
-            "dampings": [one.damping.value for one in self.solved],
             "options": vars(estimator.options) | {"temperature": estimator.temperature},
             "weights": self.weights,
         }
         return json.dumps(of, sort_keys=True)
+
+
+def _identity(entry: CheckpointEntry) -> tuple[Any, ...]:
+    """Return what tells a checkpoint's features from others: from those in the store before it was added again, too.
+
+    Those in an object store may be others if its files have changed. λ follows from the training time.
+    """
+    return entry.place, entry.created, entry.derived.name, entry.meta.get("training_time")
 
 
 def _with_spread(n: int, m: int, checkpoints: int, limit: float) -> bool:
@@ -266,7 +273,8 @@ def bytes_of_scores(n: int, m: int, checkpoints: int, limit: float) -> tuple[int
     if not _with_spread(n, m, checkpoints, limit):
         return scores, scores if scores <= limit else 0
     both = 2 * scores
-    return both + 4 * checkpoints * len(sampled_rows(n, range(n))) * m, both
+    sample = 4 * checkpoints * len(rows_of_sample(n, range(n))) * m
+    return both + sample, both + sample
 
 
 def _size(forms: Forms) -> int:
@@ -274,17 +282,30 @@ def _size(forms: Forms) -> int:
     return sum(prod(shape) * np.dtype(kind).itemsize for shape, kind in forms.values())
 
 
-def _read(chunks: Chunks, rows: range, work: Work) -> Mapping[str, Array]:
+def _read(chunks: Chunks, rows: range, work: Work) -> Parts:
     """Return the arrays of a chunk; if it is damaged, they are computed again."""
     try:
         arrays = chunks.read(rows)
-        found = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-        if found == {name: (shape, np.dtype(kind)) for name, (shape, kind) in work.forms(rows).items()}:
+        if _fits(arrays, work.forms(rows)) and _are_rows(arrays.get("indices"), rows):
             return arrays
         why = "it has other arrays than were written"
     except Damaged as error:
         why = error.why
+    except OSError as error:  # it may not be read, for example
+        why = str(error)
     rank_zero_warn(f"'{chunks.path(rows.start)}' is damaged: {why}. It is computed again.")
     computed = dict(work.compute(rows))
-    chunks.write(rows.start, computed)
+    try:
+        chunks.write(rows.start, computed)
+    except OSError as error:
+        rank_zero_warn(f"Scores could not be stored and will be computed again: {error}")
     return computed
+
+
+def _fits(arrays: Parts, forms: Forms) -> bool:
+    found = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    return found == {name: (shape, np.dtype(kind)) for name, (shape, kind) in forms.items()}
+
+
+def _are_rows(indices: Array | None, rows: range) -> bool:
+    return indices is None or not indices.size or bool(rows.start <= indices.min() <= indices.max() < rows.stop)

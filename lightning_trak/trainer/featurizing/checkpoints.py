@@ -117,7 +117,7 @@ def fill(
     checked as those that are there: they may have another ``model_output``.
     """
     projection, mine = None, {rows.start for rows in chunks.present()}
-    for claim, own in shares(chunks, partial(_say_waiting, loop.reader)):
+    for claim, own in shares(chunks, partial(say_waiting, loop.reader)):
 
         def receive(batch_rows: Sequence[int], arrays: dict[str, Array], claim: Claim = claim) -> None:
             mine.update(batch_rows)
@@ -132,7 +132,7 @@ def fill(
     return projection
 
 
-def _say_waiting(reader: ExampleReader) -> None:
+def say_waiting(reader: ExampleReader) -> None:
     """Say that this process waits for others, unless it was told to stop."""
     reader.reports.tell_once("other processes compute what is missing; waiting for them.")
     stop_if_asked(reader.trainer)
