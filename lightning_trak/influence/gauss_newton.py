@@ -51,9 +51,10 @@ class GaussNewton:
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]], device: torch.device = CPU) -> GaussNewton:
         """Return the sums from what `arrays` returned."""
         k = len(arrays["gradient"])
-        rows, columns = np.triu_indices(k)
-        matrix = np.zeros((k, k))
-        matrix[rows, columns] = matrix[columns, rows] = arrays["upper"]
+        matrix, upper, start = np.empty((k, k)), arrays["upper"], 0
+        for row in range(k):  # by slices: arrays of all indices would be larger than the matrix
+            matrix[row, row:] = matrix[row:, row] = upper[start : start + k - row]
+            start += k - row
         squares, curvature_scale, n_train, damping = arrays["numbers"].tolist()
         own, gradient = (torch.from_numpy(array).to(device) for array in (matrix, arrays["gradient"]))
         return cls(own, gradient, squares, curvature_scale, int(n_train), None if np.isnan(damping) else damping)

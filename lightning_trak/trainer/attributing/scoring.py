@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -41,9 +42,10 @@ from lightning_trak.trainer.host.progress import progress
 _VERSION = 2  # of what is stored; to be raised when scores from the same features become others
 _ERROR, _SAMPLE = "standard_error", "sample"  # names of arrays, as in `Spread`
 _FEW = 2**24  # scores whose standard error is computed at once
-_BYTES = 2**26  # of a chunk, at most: in larger blocks products are not faster
-_BYTES_ON_DISK = 2**23  # of one from which scores are read when they are asked for
-_ROWS = 2048  # in a chunk at least, if they take no minute: products with sparse features need many rows
+_BYTES_ON_DISK = 2**23  # of a chunk, at most, from which scores are read when they are asked for
+_BYTES = 2**24  # of another: memory for more than 32 MiB is new each time, and slow
+_BYTES_OF_SPARSE = 2**26  # of another with sparse features, whose products are faster the more rows they have
+_ROWS = 2048  # in a chunk at least, if they take no minute
 _PRODUCTS = 2**34  # multiplications in about a second; to read a number takes as long as 128 of them
 _SPARSE = 2**14  # that a product of sparse features takes as long as
 _ROWS_OF_EXTREME = 256  # in a chunk, for each extreme that is kept: these are a fortieth of all scores then
@@ -171,14 +173,18 @@ class Scoring:
         """Whether scores are too many for memory."""
         return 4 * self._n * self._m > self.job.memory_limit
 
+    @property
+    def _sparse(self) -> bool:
+        """Whether features are the largest entries of whitened gradients."""
+        return self.estimator.trains[0].squares is not None
+
     def _stop(self) -> None:
         """Stop if the process was told to: called after each block of rows."""
         stop_if_asked(self.job.trainer)
 
     def _rows_of_a_chunk(self, enough: int = _ROWS, fewest: int = 1) -> int:
         """Return how many training examples' scores take a second; or ``enough``, unless these take over a minute."""
-        train = self.estimator.trains[0]
-        product = train.shape[1] if train.squares is None else _SPARSE
+        product = _SPARSE if self._sparse else self.estimator.trains[0].shape[1]
         second = _PRODUCTS // (product * len(self.job.entries) * (self._m + 128))
         return max(1, second, min(enough, max(60 * second, fewest)))
 
@@ -191,50 +197,64 @@ class Scoring:
             return {**found, **({_SAMPLE: (sampled, np.float32)} if sample else {})}
 
         of_a_row = -(-_size(forms(range(self._n))) // self._n)
-        most = (_BYTES_ON_DISK if self._large else _BYTES) // of_a_row
-        return Work(what, max(1, min(self._rows_of_a_chunk(), most)), compute, forms, (_SAMPLE,) if sample else ())
+        most = _BYTES_ON_DISK if self._large else _BYTES_OF_SPARSE if self._sparse else _BYTES
+        size = max(1, min(self._rows_of_a_chunk(), most // of_a_row))
+        return Work(what, size, compute, forms, (_SAMPLE,) if sample else ())
 
     def _in_memory(self, work: Work) -> dict[str, Tensor]:
         """Return all rows of the matrices, and the sample."""
         names = set(work.forms(range(1))) - set(work.per_chunk)
-        found, samples = {name: torch.empty(self._n, self._m) for name in names}, []
+        found, samples = {name: torch.empty(self._n, self._m) for name in names}, dict[int, Tensor]()
         for rows, arrays in self._parts(work):
             for name, matrix in found.items():
                 matrix[rows.start : rows.stop] = torch.from_numpy(arrays[name])
-            samples += [torch.tensor(arrays[name]) for name in work.per_chunk]
-        return found | ({_SAMPLE: torch.cat(samples, 1)} if samples else {})
+            if work.per_chunk:
+                samples[rows.start] = torch.tensor(arrays[_SAMPLE])
+        if not samples:
+            return found
+        return found | {_SAMPLE: torch.cat([samples[start] for start in sorted(samples)], 1)}
 
     def _parts(self, work: Work) -> Iterator[tuple[range, Parts]]:
-        """Yield the arrays of each chunk. The store keeps them if it keeps the targets."""
+        """Yield the arrays of each chunk, in any order. The store keeps them if it keeps the targets."""
+        chunks, done = self._chunks(work), set[int]()
         if self.targets.kept:
             try:
-                chunks = self._filled(work)
+                for rows, arrays in self._computed(chunks, work):
+                    done.add(rows.start)
+                    yield rows, arrays
             except OSError as error:  # a full disk, for example
                 rank_zero_warn(f"Scores could not be stored and will be computed again: {error}")
             else:
-                yield from ((rows, _read(chunks, rows, work)) for rows in chunks.all())
+                yield from ((rows, _read(chunks, rows, work)) for rows in chunks.all() if rows.start not in done)
                 return
-        starts = range(0, self._n, work.size)
-        with progress(self.job.trainer, "Scoring", len(starts)) as advance:
-            for start in starts:
-                rows = range(start, min(start + work.size, self._n))
+        left = [rows for rows in chunks.all() if rows.start not in done]
+        with progress(self.job.trainer, "Scoring", len(left)) as advance:
+            for rows in left:
                 yield rows, work.compute(rows)
                 advance(1)
 
     def _filled(self, work: Work) -> Chunks:
         """Return the chunks of all rows, after computing those that are not in the store yet."""
-        job = self.job
-        chunks = job.store.score_chunks(self.targets.digest, self._key(work), work.size, work.per_chunk)
+        chunks = self._chunks(work)
+        deque(self._computed(chunks, work), maxlen=0)
+        return chunks
+
+    def _chunks(self, work: Work) -> Chunks:
+        return self.job.store.score_chunks(self.targets.digest, self._key(work), work.size, work.per_chunk)
+
+    def _computed(self, chunks: Chunks, work: Work) -> Iterator[tuple[range, Parts]]:
+        """Compute and store the chunks that are missing, and that no other process computes; yield them."""
         missing = chunks.missing()
         if missing:
             chunks.folder.parent.mkdir(parents=True, exist_ok=True)
-            check_space(job.store.dirpath, sum(_size(work.forms(rows)) for rows in missing))
-            with progress(job.trainer, "Scoring", len(missing)) as advance:
+            check_space(self.job.store.dirpath, sum(_size(work.forms(rows)) for rows in missing))
+            with progress(self.job.trainer, "Scoring", len(missing)) as advance:
                 for claim, own in shares(chunks, partial(say_waiting, self.targets.reader)):
                     for rows in own:
-                        claim.write_whole(rows.start, work.compute(rows))
+                        arrays = work.compute(rows)
+                        claim.write_whole(rows.start, arrays)
                         advance(1)
-        return chunks
+                        yield rows, arrays
 
     def _key(self, work: Work) -> str:
         """Return all that the arrays depend on besides the targets."""

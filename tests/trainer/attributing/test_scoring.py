@@ -213,7 +213,7 @@ def reference(trains, phi):
 @pytest.mark.parametrize(
     ("n", "m", "memory_limit", "chunks"),
     [
-        pytest.param(2700, 6000, 4e9, 2, id="64 MiB in a chunk"),
+        pytest.param(2700, 2000, 4e9, 3, id="16 MiB in a chunk"),
         pytest.param(2000, 3000, 0, 3, id="8 MiB on disk"),
         pytest.param(65, 4, 4e9, 1, id="one chunk"),
     ],
