@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -204,57 +203,44 @@ class Scoring:
     def _in_memory(self, work: Work) -> dict[str, Tensor]:
         """Return all rows of the matrices, and the sample."""
         names = set(work.forms(range(1))) - set(work.per_chunk)
-        found, samples = {name: torch.empty(self._n, self._m) for name in names}, dict[int, Tensor]()
+        found, samples = {name: torch.empty(self._n, self._m) for name in names}, []
         for rows, arrays in self._parts(work):
             for name, matrix in found.items():
                 matrix[rows.start : rows.stop] = torch.from_numpy(arrays[name])
-            if work.per_chunk:
-                samples[rows.start] = torch.tensor(arrays[_SAMPLE])
-        if not samples:
-            return found
-        return found | {_SAMPLE: torch.cat([samples[start] for start in sorted(samples)], 1)}
+            samples += [torch.tensor(arrays[name]) for name in work.per_chunk]
+        return found | ({_SAMPLE: torch.cat(samples, 1)} if samples else {})
 
     def _parts(self, work: Work) -> Iterator[tuple[range, Parts]]:
-        """Yield the arrays of each chunk, in any order. The store keeps them if it keeps the targets."""
-        chunks, done = self._chunks(work), set[int]()
+        """Yield the arrays of each chunk, in order. The store keeps them if it keeps the targets."""
         if self.targets.kept:
             try:
-                for rows, arrays in self._computed(chunks, work):
-                    done.add(rows.start)
-                    yield rows, arrays
+                chunks = self._filled(work)
             except OSError as error:  # a full disk, for example
                 rank_zero_warn(f"Scores could not be stored and will be computed again: {error}")
             else:
-                yield from ((rows, _read(chunks, rows, work)) for rows in chunks.all() if rows.start not in done)
+                yield from ((rows, _read(chunks, rows, work)) for rows in chunks.all())
                 return
-        left = [rows for rows in chunks.all() if rows.start not in done]
-        with progress(self.job.trainer, "Scoring", len(left)) as advance:
-            for rows in left:
+        starts = range(0, self._n, work.size)
+        with progress(self.job.trainer, "Scoring", len(starts)) as advance:
+            for start in starts:
+                rows = range(start, min(start + work.size, self._n))
                 yield rows, work.compute(rows)
                 advance(1)
 
     def _filled(self, work: Work) -> Chunks:
         """Return the chunks of all rows, after computing those that are not in the store yet."""
-        chunks = self._chunks(work)
-        deque(self._computed(chunks, work), maxlen=0)
-        return chunks
-
-    def _chunks(self, work: Work) -> Chunks:
-        return self.job.store.score_chunks(self.targets.digest, self._key(work), work.size, work.per_chunk)
-
-    def _computed(self, chunks: Chunks, work: Work) -> Iterator[tuple[range, Parts]]:
-        """Compute and store the chunks that are missing, and that no other process computes; yield them."""
+        job = self.job
+        chunks = job.store.score_chunks(self.targets.digest, self._key(work), work.size, work.per_chunk)
         missing = chunks.missing()
         if missing:
             chunks.folder.parent.mkdir(parents=True, exist_ok=True)
-            check_space(self.job.store.dirpath, sum(_size(work.forms(rows)) for rows in missing))
-            with progress(self.job.trainer, "Scoring", len(missing)) as advance:
+            check_space(job.store.dirpath, sum(_size(work.forms(rows)) for rows in missing))
+            with progress(job.trainer, "Scoring", len(missing)) as advance:
                 for claim, own in shares(chunks, partial(say_waiting, self.targets.reader)):
                     for rows in own:
-                        arrays = work.compute(rows)
-                        claim.write_whole(rows.start, arrays)
+                        claim.write_whole(rows.start, work.compute(rows))
                         advance(1)
-                        yield rows, arrays
+        return chunks
 
     def _key(self, work: Work) -> str:
         """Return all that the arrays depend on besides the targets."""
