@@ -1,4 +1,4 @@
-"""How much memory a computation takes, and how much there is."""
+"""How much memory a computation takes, and how much there is; `selector` halves batches where it is short."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Which examples are nearly the same? Sketches of features, and the nearest neighbour of each example."""
+"""Which examples are nearly the same? Sketches of features, and the nearest neighbour of each example.
+
+How near a duplicate is, is said in `suspicion`.
+"""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from lightning_trak.results.plots.extremes import plot_extremes
 from lightning_trak.results.report.content import Known
 from lightning_trak.results.report.page import notebook_page, write_report
 from lightning_trak.results.saved import Saved, check_saved, read_saved, write_saved
-from lightning_trak.results.split_score import SplitScore
+from lightning_trak.results.score_parts import SplitScore
 from lightning_trak.results.status import status_of
 from lightning_trak.results.stored_scores import StoredScores, scores_at
 from lightning_trak.results.subsets import kept_subset, masks_of

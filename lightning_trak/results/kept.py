@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lightning_trak.influence import Spread
-from lightning_trak.results.split_score import SplitScore
+from lightning_trak.results.score_parts import SplitScore
 from lightning_trak.results.stored_scores import StoredScores
 
 

@@ -25,7 +25,8 @@ from lightning_trak.store.weights import Weights, load_weights
 
 META = "meta.json"
 WEIGHTS = "weights.safetensors"
-FORMER = "former"
+WHITENING = "whitening.safetensors"
+FORMER = "former"  # these names are also in `inspection`, which tells what is not of the store
 _TYPES = {  # of the values in meta.json; all but the first may be None or not there, which is unknown
     "created": (int,),
     "run": (str,),
@@ -63,7 +64,7 @@ class CheckpointEntry:
         self.path, self.digest, self.n_train = path, path.name, n_train
         self._store, self._chunk_rows = store, chunk_rows
         self._root, self._train_folder = path.parent.parent, path / "train"
-        self.weights_path, self.whitening_path = path / WEIGHTS, path / "whitening.safetensors"
+        self.weights_path, self.whitening_path = path / WEIGHTS, path / WHITENING
         self._whitening_place = f"{store}|{self.digest}|whitening"
         self.remedy = (
             f"Delete the folder '{path}': the checkpoint is left out, or featurized again with"

@@ -311,7 +311,7 @@ class Claim:
 
 
 def rows_in_a_chunk(row_bytes: int, n: int, seconds: float | None = None) -> int:
-    """Return how many rows a chunk has: at most 2 MiB, and a minute's work.
+    """Return how many rows a chunk of features has: at most 2 MiB, and a minute's work.
 
     If it is unknown how long they take, a chunk has a 128th of all rows, or 64 if that is more.
 

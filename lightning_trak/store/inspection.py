@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from lightning_trak.store.arrays import verified_place
-from lightning_trak.store.checkpoint import FORMER, META, WEIGHTS, CheckpointEntry
+from lightning_trak.store.checkpoint import FORMER, META, WEIGHTS, WHITENING, CheckpointEntry
 from lightning_trak.store.files import PARTIAL, Damaged
 from lightning_trak.store.known import EXAMPLES, read_examples
 from lightning_trak.store.locks import is_held
@@ -22,7 +22,7 @@ REMOVED = re.compile(r"removed-[0-9a-f]{32}")  # what `FeatureStore.remove` leav
 CHUNK_LOCK = re.compile(r"\d{10}\.lock")
 FOLDERS = ("checkpoints", "scores", "targets")
 _OF_STORE = {"manifest.json", "manifest.lock", *FOLDERS}
-_OF_CHECKPOINT = {META, WEIGHTS, "meta.lock", "whitening.lock", "whitening.safetensors", "train", FORMER}
+_OF_CHECKPOINT = {META, WEIGHTS, "meta.lock", "whitening.lock", WHITENING, "train", FORMER}
 NO_COPY = "Put back a copy of the file, or delete the checkpoint; trainer.attribute(ckpt_path=[...]) adds it again."
 _TRAIN_AGAIN = "trainer.attribute(...) with a train set computes it again."
 _TARGETS_AGAIN = "Delete it: trainer.attribute(...) with these targets computes it again."

@@ -1,4 +1,4 @@
-"""Ready mixins for common tasks: each defines f, L, Q and w.
+"""Ready mixins for common tasks: each defines f, L, Q and w. A new task is a file here.
 
 `base` says what else a module may define: how labels of targets are made, how examples are described, how labels are
 drawn.

@@ -1,4 +1,7 @@
-"""One rule for each type of layer: its parameters' per-sample gradients from its input and output gradient."""
+"""One rule for each type of layer: its parameters' per-sample gradients from its input and output gradient.
+
+A new rule stands in the file of its kind, or in a new one that is imported here.
+"""
 
 from __future__ import annotations
 

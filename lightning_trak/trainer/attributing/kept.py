@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_trak.influence import Estimator, GaussNewton, Kinds, Solved, Spread, TrainFeatures, fit_weights
-from lightning_trak.results.split_score import SplitScore
+from lightning_trak.results.score_parts import SplitScore
 from lightning_trak.results.stored_scores import StoredScores
 from lightning_trak.trainer.attributing.job import Job
+from lightning_trak.trainer.attributing.parts import split_score
 from lightning_trak.trainer.attributing.scoring import Scoring
 from lightning_trak.trainer.attributing.solving import at_each_checkpoint, solved_at_each
-from lightning_trak.trainer.attributing.split import split_score
 from lightning_trak.trainer.attributing.target_features import TargetFeatures
 from lightning_trak.trainer.host.attachment import attached
 

@@ -1,4 +1,4 @@
-"""The curvature of a checkpoint: estimated once, from labels drawn for a few examples; it whitens all gradients."""
+"""The curvature of a checkpoint: estimated once, from labels drawn for as many examples as `Preconditioner` says."""
 
 from __future__ import annotations
 

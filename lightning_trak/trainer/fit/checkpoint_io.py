@@ -1,4 +1,4 @@
-"""Watches which checkpoint files are written and deleted."""
+"""Watches which checkpoint files are written and deleted; `queue` decides what follows."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from lightning_trak.gradients import Engine, ModelFunction
 from lightning_trak.gradients.engine import run_prepared
 from lightning_trak.influence import Estimator, score_products, stack
 from lightning_trak.projection import Projector
-from lightning_trak.results.split_score import SplitScore
+from lightning_trak.results.score_parts import SplitScore
 from lightning_trak.store.weights import Weights
 from lightning_trak.tasks.base import has_parts
 from lightning_trak.trainer.attributing.job import Job
