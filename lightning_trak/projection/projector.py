@@ -23,7 +23,7 @@ class Projector(ABC):
     Each block is added to the features: ``features += gradients @ P[start:start + q]``. The result does not depend on
     how the parameters are cut into blocks, so nothing of shape (b, p) is ever needed.
 
-    To write your own, define `add_`. If k cannot be chosen freely, define `dimension` too. One that has a name is listed
+    To write your own, define `add_`. If k cannot be chosen freely, define `dimension` too. One with a name is listed
     in the room's `__init__`.
 
     Args:
