@@ -24,6 +24,7 @@ def command_line(*arguments, cwd, **environment):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, stdin=subprocess.DEVNULL)
 
 
+@pytest.mark.parametrize("kind", ["kronecker"])
 def test_the_exit_status_of_damage(store, tmp_path):
     flip(chunk(store))
     done = command_line("verify", store, cwd=tmp_path)
@@ -31,6 +32,7 @@ def test_the_exit_status_of_damage(store, tmp_path):
     assert "\nDamaged: " in done.stdout
 
 
+@pytest.mark.parametrize("kind", ["kronecker"])
 def test_nothing_is_deleted_by_a_process_without_a_terminal(store, tmp_path):
     flip(chunk(store))
     done = command_line("clean", store, cwd=tmp_path)
@@ -129,6 +131,7 @@ def test_help_of_a_command(capsys, monkeypatch, name):
     assert max(map(len, out.splitlines())) <= 100
 
 
+@pytest.mark.parametrize("kind", ["kronecker"])
 def test_a_reader_that_has_seen_enough(store, tmp_path):
     command = f"{sys.executable} -m lightning_trak info {store} | true"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

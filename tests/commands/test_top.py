@@ -92,6 +92,7 @@ def test_k_is_positive(store, run, k):
     assert run("top", store, "--k", k)[::2] == (2, f"error: k must be a positive integer, got {k}.\n")
 
 
+@pytest.mark.parametrize("kind", ["kronecker"])
 def test_pipes(store, tmp_path):
     command = f"{sys.executable} -m lightning_trak top {store} --k 100 | head -n 3"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -100,6 +101,7 @@ def test_pipes(store, tmp_path):
     assert len(done.stdout.splitlines()) == 3
 
 
+@pytest.mark.parametrize("kind", ["kronecker"])
 def test_a_terminal_without_unicode(store, tmp_path):
     attribution = Attribution.load(store / "scores" / "blobs")
     attribution.with_columns(targets={"id": ["größe", *"abcdef"]}).save(store / "scores" / "blobs")

@@ -699,6 +699,7 @@ torch.save(scores, f"{folder}/scores-{trainer.global_rank}.pt")
 """
 
 
+@pytest.mark.parametrize("trained", ["kronecker"], indirect=True)
 def test_ranks_share_the_targets_in_the_cache(environment, trained, tmp_path):
     path, local = trained
     url = f"s3://b{uuid4().hex}"

@@ -134,8 +134,7 @@ class Job:
         if loader is None:
             return
         loop, first = self.loop("train"), self.entries[0]
-        if missing:
-            preflight(loop, first.weights(), first.digest)
+        preflight(loop, first.weights(), first.digest)
         check_some(loop, [(entry, entry.train) for entry in complete])
         rows = sum(len(chunk) for entry in missing for chunk in entry.train.missing())
         check_space(self.store.dirpath, rows * loop.form.row_bytes)
