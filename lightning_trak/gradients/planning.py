@@ -27,7 +27,8 @@ def plan_layers(
 
     Every example i gets its own weight vᵢ, and the weighted sum of the outputs is differentiated. The batch axis of a
     layer's output is the axis along which the entries of its gradient scale with vᵢ. This works for every shape. It
-    also shows a layer whose output is shared by all examples. At least two are needed, if there are as many.
+    also shows a layer whose output is shared by all examples. The batch has at least two examples, if there are as
+    many. ``copying`` says whether copies may be used.
 
     Returns:
         The layers; the shapes of copies; and for each parameter that is left to neither, the reason.

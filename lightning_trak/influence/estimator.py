@@ -85,10 +85,12 @@ class Estimator:
 
     Args:
         trains: the train set at each checkpoint.
-        options: see `Options`; an attribute, too.
-        device: where matrices are multiplied; an attribute, too.
+        options: see `Options`.
+        device: where matrices are multiplied.
 
     Attributes:
+        options: as given.
+        device: as given.
         temperature: T, given or chosen.
         trains: the train set, with Q and w at that temperature.
 

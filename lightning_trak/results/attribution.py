@@ -641,7 +641,7 @@ class Attribution:
         known = {} if self._outputs is None else {"outputs": self._outputs}
         if not isinstance(self._scores, Extremes):
             return known | {name: part for name, part in self._parts().items() if isinstance(part, Tensor)}
-        for side, ranked in vars(self._scores).items():
+        for side, ranked in (("top", self._scores.top), ("bottom", self._scores.bottom)):
             known |= {side: ranked.indices, f"{side}_values": ranked.values}
         return known
 

@@ -20,7 +20,7 @@ def status_of(
     *,
     whitened: bool = False,
 ) -> str:
-    """Return one line about what scores were averaged over, by the names of `AttributionInfo`.
+    """Return one line about what scores were averaged over.
 
     ``parameters`` are the numbers of attributed ones and of all. Numbers are 0, texts empty, and the agreement of two
     halves of the checkpoints None, where they are unknown.

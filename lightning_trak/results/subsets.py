@@ -14,7 +14,7 @@ from lightning_trak.results.examples import Examples
 
 
 def kept_subset(train_set: Any, examples: Examples, rows: Any, ids: Any, *, remove: bool = False) -> Subset[Any]:
-    """Return a train set with the examples that rows, a mask or ids choose, or without; see `Attribution.remove`."""
+    """Return a train set with the chosen examples alone or, with ``remove``, without them; see `Attribution.remove`."""
     n = len(examples)
     if not hasattr(train_set, "__getitem__") or not hasattr(train_set, "__len__"):
         raise TypeError(f"train_set must be the data set that was attributed, got {type(train_set).__name__}.")

@@ -108,7 +108,7 @@ class CheckpointEntry:
         return Chunks(self._train_folder, f"{self.place}|train", self.n_train, self._chunk_rows)
 
     def targets(self, digest: str, n: int, chunk_rows: int) -> Chunks:
-        """Return the features and outputs of n targets, by the digest of all, in chunks of ``chunk_rows`` rows."""
+        """Return the features and outputs of n targets; ``digest`` is that of the whole set."""
         return Chunks(targets_folder(self._root, digest) / self.digest, f"{self.place}|targets {digest}", n, chunk_rows)
 
     def set_aside(self) -> None:

@@ -328,7 +328,10 @@ def rows_in_a_chunk(row_bytes: int, n: int, seconds: float | None = None) -> int
 
 
 def shares(chunks: Chunks, waiting: Callable[[], object] = lambda: None) -> Iterator[tuple[Claim, Iterator[range]]]:
-    """Yield claims, with their chunks, until none is missing; while others have all that are, ``waiting`` is called."""
+    """Yield claims, with their chunks, until none is missing.
+
+    ``waiting`` is called again and again while other processes have all missing chunks.
+    """
     wait = _SHORTEST
     while chunks.missing():
         with Claim(chunks) as claim:

@@ -33,7 +33,11 @@ class Damaged(ValueError):
     def __init__(self, path: AnyPath, why: str, remedy: str = "") -> None:
         remedy = _COPY if isinstance(path, RemotePath) else remedy
         super().__init__(f"'{path}' is damaged: {why.rstrip('.')}. {remedy}".rstrip())
-        self.path, self.why = path, why
+        self.path, self.why, self._remedy = path, why, remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let it be pickled: processes of a pool send their errors so."""
+        return type(self), (self.path, self.why, self._remedy)
 
 
 def to_disk(path: Path) -> None:

@@ -102,7 +102,7 @@ def checkpoints_of(store: FeatureStore) -> dict[str, CheckpointEntry | Damaged]:
 def inspect_checkpoint(
     store: FeatureStore, digest: str, entry: CheckpointEntry | Damaged, advance: Advance = lambda _: None
 ) -> CheckpointState:
-    """Read every file of a checkpoint, which is as `checkpoints_of` returned it."""
+    """Read every file of a checkpoint; ``entry`` is what `checkpoints_of` returned for it."""
     path = store.root / "checkpoints" / digest
     state = CheckpointState(path)
     if isinstance(entry, Damaged):  # without its metadata and weights, nothing can be said of the other files

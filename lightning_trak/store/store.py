@@ -277,7 +277,7 @@ class FeatureStore:
         return targets_folder(self.dirpath, digest)
 
     def score_chunks(self, digest: str, key: str, size: int, per_chunk: Collection[str] = ()) -> Chunks:
-        """Return the chunks of numbers of scores; ``key`` is all that they depend on besides the targets' digest."""
+        """Return the chunks of numbers of scores; ``key`` is what they depend on besides the targets. See `Chunks`."""
         name = f"scores-{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}"
         return Chunks(self.targets_folder(digest) / name, f"{digest}|{name}", self.n_train, size, per_chunk)
 

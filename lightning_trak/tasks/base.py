@@ -184,7 +184,7 @@ def loss_derivatives(output_to_loss: Callable[[Tensor], Tensor], output: Tensor)
         curvature = torch.zeros_like(output)
         if slope.requires_grad:
             (curvature,) = torch.autograd.grad(slope.sum(), output, materialize_grads=True)
-    return -slope.detach(), curvature
+    return -slope.detach(), curvature.detach()  # zeros that older versions of torch fill in would require gradients
 
 
 @contextmanager

@@ -224,14 +224,17 @@ class _Members:
     def _place_of_copy(self, dataset: Any, row: int) -> int:
         key = (id(dataset), row)
         if key not in self._found:
-            self._found[key] = self._place_of_content.get(digest_of(dataset, row), -1)
+            content = digest_of(dataset, row)
+            self._found[key] = -1 if content is None else self._place_of_content.get(content, -1)
         return self._found[key]
 
     @cached_property
     def _place_of_content(self) -> dict[bytes | None, int]:
-        """A place for each digest of data: that of the first pair with these data; −1 for data without a digest."""
-        digests = [digest_of(self._dataset, row) for row in self._rows]
-        return {digest: place for place, digest in reversed(list(enumerate(digests)))} | {None: -1}
+        """A place for each digest of data: that of the first pair with these data."""
+        places: dict[bytes | None, int] = {}
+        for place, row in enumerate(self._rows):
+            places.setdefault(digest_of(self._dataset, row), place)
+        return places
 
 
 def _are_embeddings(pair: Any) -> bool:

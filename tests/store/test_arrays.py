@@ -276,3 +276,10 @@ METADATA = st.fixed_dictionaries({}, optional={"place": TEXTS, "notes": TEXTS, "
 )
 def test_any_header(path, header, data):
     assert_read_or_damaged(path, safetensors_file(header, data))
+
+
+def test_an_error_of_a_damaged_file_comes_back_from_another_process(tmp_path):
+    """A pool of processes pickles errors."""
+    error = pickle.loads(pickle.dumps(Damaged(tmp_path / "file", "it is empty", "Delete it.")))
+    assert str(error) == f"'{tmp_path / 'file'}' is damaged: it is empty. Delete it."
+    assert (error.path, error.why) == (tmp_path / "file", "it is empty")

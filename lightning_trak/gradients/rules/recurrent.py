@@ -36,7 +36,7 @@ def recurrent(layer: Any, call: LayerCall) -> dict[str, Gradient | Tensor]:
     gradients: dict[str, Gradient | Tensor] = {}
     for suffix, pairs in steps.items():
         values = torch.stack([value.detach() for value, _ in pairs], dim=1)
-        stacked = torch.stack([next(grads) for _ in pairs], dim=1)
+        stacked = torch.stack([next(grads) for _ in pairs], dim=1).detach()
         gradients[f"weight_{suffix}"] = OuterGradient(stacked, values)
         gradients[f"bias_{suffix}"] = stacked.sum(1)
     return gradients

@@ -30,7 +30,7 @@ def described_examples(job: Job, reader: ExampleReader) -> tuple[Examples, Examp
 
 
 def described_train(job: Job, reader: ExampleReader) -> Examples:
-    """Return what the data set tells of training examples, and what the module says of them, likewise."""
+    """Return what the data set tells of training examples, and what the module says; see `described_examples`."""
     told = annotations_of(reader.dataset)
     return _described(job, reader, told, dict.fromkeys(("label", "prediction"), told.classes))
 

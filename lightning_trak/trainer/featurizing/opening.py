@@ -63,9 +63,11 @@ def fitting_store(
                 return store
             former, now = store.n_train, manifest["n_train"]
             store = store.grown(manifest)
+            store.check(manifest)  # another process may have added other examples
             rank_zero_info(
                 f"TRAKCallback: the train set has {now} examples, of which the store '{path}' knew the first {former}:"
                 f" their features stay, and those of the other {now - former} are computed at each checkpoint."
             )
-    store.check(manifest)  # another process may have added other examples
+            return store
+    store.check(manifest)
     return store

@@ -141,7 +141,7 @@ class Pace:
             self._since = self._trained()
 
     def step_ended(self, per_epoch: float) -> float | None:
-        """Note that a training step ended, of so many in an epoch.
+        """Note that a training step ended; an epoch has ``per_epoch`` steps.
 
         Returns:
             How many seconds an epoch takes, once, when that can be told; else None.

@@ -149,7 +149,7 @@ class CheckpointQueue:
 
     @contextmanager
     def training_goes_on(self, what: str) -> Iterator[None]:
-        """Warn once of each kind of failure, and of what could not be done; go on."""
+        """Warn once of each kind of failure, and go on; the warning says ``what`` could not be done."""
         try:
             yield
         except Exception as error:

@@ -15,7 +15,11 @@ from lightning_trak.trainer.host.framework import (
     is_overridden,
 )
 
-_OF_TARGETS = {"attribute_dataloader": "predict", "predict_dataloader": "predict", "test_dataloader": "test"}  # stages
+_STAGES = {
+    "attribute_dataloader": "predict",
+    "predict_dataloader": "predict",
+    "test_dataloader": "test",
+}  # hooks, as they are tried
 
 
 class Loaders:
@@ -43,7 +47,7 @@ class Loaders:
             check_limit(self._trainer, "limit_predict_batches", loader)
             return loader
         for owner in self._owners:
-            for hook, stage in _OF_TARGETS.items():
+            for hook, stage in _STAGES.items():
                 if is_overridden(hook, owner):
                     loader = check_loader(self._request(owner, hook, stage), hook, remedy)
                     check_limit(self._trainer, f"limit_{stage}_batches", loader)
