@@ -212,35 +212,40 @@ class Scoring:
 
     def _parts(self, work: Work) -> Iterator[tuple[range, Parts]]:
         """Yield the arrays of each chunk, in order. The store keeps them if it keeps the targets."""
+        chunks = self._chunks(work)
         if self.targets.kept:
             try:
-                chunks = self._filled(work)
+                self._fill(chunks, work)
             except OSError as error:  # a full disk, for example
                 rank_zero_warn(f"Scores could not be stored and will be computed again: {error}")
             else:
                 yield from ((rows, _read(chunks, rows, work)) for rows in chunks.all())
                 return
-        starts = range(0, self._n, work.size)
-        with progress(self.job.trainer, "Scoring", len(starts)) as advance:
-            for start in starts:
-                rows = range(start, min(start + work.size, self._n))
+        with progress(self.job.trainer, "Scoring", len(chunks.all())) as advance:
+            for rows in chunks.all():
                 yield rows, work.compute(rows)
                 advance(1)
 
     def _filled(self, work: Work) -> Chunks:
-        """Return the chunks of all rows, after computing those that are not in the store yet."""
-        job = self.job
-        chunks = job.store.score_chunks(self.targets.digest, self._key(work), work.size, work.per_chunk)
+        """Return the chunks of all rows, which are in the store then."""
+        chunks = self._chunks(work)
+        self._fill(chunks, work)
+        return chunks
+
+    def _chunks(self, work: Work) -> Chunks:
+        return self.job.store.score_chunks(self.targets.digest, self._key(work), work.size, work.per_chunk)
+
+    def _fill(self, chunks: Chunks, work: Work) -> None:
+        """Compute the chunks that are not in the store yet, together with other processes."""
         missing = chunks.missing()
         if missing:
             chunks.folder.parent.mkdir(parents=True, exist_ok=True)
-            check_space(job.store.dirpath, sum(_size(work.forms(rows)) for rows in missing))
-            with progress(job.trainer, "Scoring", len(missing)) as advance:
+            check_space(self.job.store.dirpath, sum(_size(work.forms(rows)) for rows in missing))
+            with progress(self.job.trainer, "Scoring", len(missing)) as advance:
                 for claim, own in shares(chunks, partial(say_waiting, self.targets.reader)):
                     for rows in own:
                         claim.write_whole(rows.start, work.compute(rows))
                         advance(1)
-        return chunks
 
     def _key(self, work: Work) -> str:
         """Return all that the arrays depend on besides the targets."""
