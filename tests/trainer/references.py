@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from lightning_trak import TRAKCallback
 from tests.conftest import make_trainer
@@ -27,6 +28,20 @@ def forget_scores(root):
     """Delete stored scores, so that they are computed again from features."""
     for folder in (root / "store" / "targets").glob("*/scores-*"):
         shutil.rmtree(folder)
+
+
+class Noisy(Dataset):
+    """Augments at random."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        x, y = self.dataset[index]
+        return x + torch.randn_like(x), y
 
 
 def features_float64(module, dataset, names, projection):

@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_trak import FeatureStore
 from tests.conftest import Blobs, Classifier, make_data
-from tests.trainer.references import feature_files, forget_scores, fresh
+from tests.trainer.references import Noisy, feature_files, forget_scores, fresh
 
 M = 40
 
@@ -23,14 +23,6 @@ class Counting(Classifier):
     def forward(self, x):
         Counting.rows += len(x)
         return super().forward(x)
-
-
-@pytest.fixture
-def finished(tmp_path, run):
-    """A copy of a finished store, which a test may damage."""
-    root, *_ = run
-    shutil.copytree(root / "store", tmp_path / "store", ignore=shutil.ignore_patterns("targets"))
-    return tmp_path
 
 
 def scores_of(root, targets, model=None, **kwargs):
@@ -116,20 +108,9 @@ def test_a_model_output_that_changed_is_an_error(finished):
         scores_of(finished, make_data(M, 2), Other())
 
 
-class Random(Dataset):
-    """Augments at random."""
-
-    def __len__(self):
-        return M
-
-    def __getitem__(self, row):
-        x, y = make_data(M, 2)[row]
-        return x + torch.randn(4), y
-
-
 def test_random_targets_are_not_kept(finished):
     with pytest.warns(UserWarning, match="Two reads of the same target examples differ"):
-        assert scores_of(finished, Random()).isfinite().all()
+        assert scores_of(finished, Noisy(make_data(M, 2))).isfinite().all()
     assert not list((finished / "store").glob("targets/*/*"))
 
 

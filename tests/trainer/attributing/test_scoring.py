@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.numpy import load_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_trak import FeatureStore, GroundTruth, calibrate
 from lightning_trak.influence import Estimator, Options, TrainFeatures
@@ -21,18 +21,10 @@ from lightning_trak.store.files import read_json, write_json
 from lightning_trak.trainer.attributing.scoring import Scoring
 from lightning_trak.trainer.host.reports import Reports
 from tests.conftest import Classifier, make_data, make_trainer
-from tests.trainer.references import forget_scores, fresh
+from tests.trainer.references import Noisy, forget_scores, fresh
 
 M = 40
 KINDS = [{}, {"top_k": 3}]
-
-
-@pytest.fixture
-def finished(tmp_path, run):
-    """A copy of a finished store, which a test may damage."""
-    root, *_ = run
-    shutil.copytree(root / "store", tmp_path / "store", ignore=shutil.ignore_patterns("targets"))
-    return tmp_path
 
 
 def attribution_of(root, targets=None, **kwargs):
@@ -130,21 +122,10 @@ def test_other_settings_are_other_scores(finished, change):
     assert len(score_files(finished)) > count
 
 
-class Random(Dataset):
-    """Augments at random."""
-
-    def __len__(self):
-        return M
-
-    def __getitem__(self, row):
-        x, y = make_data(M, 2)[row]
-        return x + torch.randn(4), y
-
-
 @pytest.mark.parametrize("kwargs", KINDS)
 def test_scores_of_random_targets_are_not_kept(finished, kwargs):
     with pytest.warns(UserWarning, match="Two reads of the same target examples differ"):
-        attribution = attribution_of(finished, Random(), **kwargs)
+        attribution = attribution_of(finished, Noisy(make_data(M, 2)), **kwargs)
     assert attribution.top(3).values.isfinite().all()
     assert not score_files(finished)
 

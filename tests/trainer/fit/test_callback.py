@@ -26,12 +26,13 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
 from lightning_trak import FeatureStore, TRAKCallback
 from lightning_trak.isolation.module_state import ModuleChanged
 from lightning_trak.store.weights import read_weights, weights_digest
 from tests.conftest import Blobs, Classifier, make_data, make_trainer
+from tests.trainer.references import Noisy
 
 
 def fit(root, *callbacks, seed=0, module=None, data=None, ckpt_path=None, **kwargs):
@@ -297,20 +298,6 @@ def test_featurize_dataloader_takes_precedence(tmp_path):
 
     fit(tmp_path, TRAKCallback(tmp_path / "store"), data=Plain(), max_epochs=1)  # no warning: warnings are errors
     assert FeatureStore(tmp_path / "store").n_train == 40
-
-
-class Noisy(Dataset):
-    """Augments at random."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        x, y = self.dataset[index]
-        return x + torch.randn_like(x), y
 
 
 def test_random_augmentation_is_warned_of_and_still_reproducible_as_data(tmp_path):
