@@ -10,6 +10,7 @@ import sys
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core, so one thread in each; torch reads it when imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis  # noqa: F401 - before `gc.freeze`: it looks for referrers of random states, and would find none
 import lightning as L
 import pytest
 import torch
