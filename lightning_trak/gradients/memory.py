@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 _SHARE = 0.5  # of the free memory: other processes, and the workspaces of operations, need some too
 
@@ -130,10 +129,10 @@ class _LiveBytes(TorchDispatchMode):
         self._sizes: dict[int, int] = {}  # by storage, without the bytes that it had before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {storage._cdata: storage.nbytes() for storage in _storages((args, kwargs))}
+        before = {key: storage.nbytes() for key, storage in _storages((args, kwargs)).items()}
         result = func(*args, **(kwargs or {}))
-        for storage in _storages(result):
-            self._count(storage, before.get(storage._cdata, 0))
+        for key, storage in _storages(result).items():
+            self._count(storage, before.get(key, 0))
         return result
 
     def _count(self, storage: torch.UntypedStorage, before: int) -> None:
@@ -149,6 +148,18 @@ class _LiveBytes(TorchDispatchMode):
         self.live -= self._sizes.pop(key)
 
 
-def _storages(values: Any) -> list[torch.UntypedStorage]:
-    tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor) and value.layout == torch.strided]
-    return list({tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}.values())
+def _storages(values: Any) -> dict[int, torch.UntypedStorage]:
+    """Return the storages, by address, of tensors in nested lists, tuples and dictionaries."""
+    found: dict[int, torch.UntypedStorage] = {}
+    waiting = [values]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            if value.layout == torch.strided:
+                storage = value.untyped_storage()
+                found[storage._cdata] = storage
+        elif isinstance(value, (list, tuple)):
+            waiting.extend(value)
+        elif isinstance(value, dict):
+            waiting.extend(value.values())
+    return found
