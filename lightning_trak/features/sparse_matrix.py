@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 _TABLE = 2**26  # numbers of a dense table of sparse rows, at most
+_ROWS = {"cpu": 64, "cuda": 512}  # that make a table; on a CPU few, so that the cache holds what is used often
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class SparseMatrix:
     def __getitem__(self, rows: Tensor) -> SparseMatrix:
         return SparseMatrix(self.columns[rows], self.values[rows])
 
+    def split(self, size: int) -> Iterator[SparseMatrix]:
+        """Yield ``size`` rows at a time."""
+        return map(SparseMatrix, self.columns.split(size), self.values.split(size))
+
     def largest(self, k: int) -> SparseMatrix:
         """Return the matrix with the k entries of each row that are largest in absolute value; all if there are fewer.
 
@@ -102,18 +107,31 @@ class SparseMatrix:
         return Transposed(partial(self._combined_tables, weights))
 
     def _tables(self) -> Tables:
-        """Yield some of the rows at a time: as many as there is room for in a dense table."""
-        size = max(1, math.isqrt(_TABLE // max(1, self.shape[1])))
-        for columns, values in zip(self.columns.split(size), self.values.split(size), strict=True):
-            used, places = columns.unique(return_inverse=True)
-            table = values.new_zeros(len(used) + 1, len(columns))
-            table[places, torch.arange(len(columns), device=columns.device)[:, None].expand_as(columns)] = values
-            yield used, iter([table])
+        """Yield the columns of some rows at a time, with a dense table for a few of these rows each."""
+        entries = max(1, self.shape[1])
+        width = max(1, min(self._width, math.isqrt(_TABLE // entries)))
+        for part in self.split(max(width, _TABLE // (entries * width))):
+            used = part._used()
+            yield used, map(partial(_table, len(used)), part._places(used).split(width), part.values.split(width))
+
+    @property
+    def _width(self) -> int:
+        """How many columns tables have, if there is room."""
+        return _ROWS.get(self.values.device.type, _ROWS["cuda"])
+
+    def _used(self) -> Tensor:
+        """Return the columns that have entries, ascending."""
+        end = int(self.columns.max()) + 1 if self.columns.numel() else 0
+        if end >= _TABLE:
+            return self.columns.unique()
+        used = torch.zeros(end, dtype=torch.bool, device=self.columns.device)
+        used[self.columns.flatten()] = True
+        return used.nonzero()[:, 0]
 
     def _combined_tables(self, weights: Tensor) -> Tables:
         """Yield all columns with entries, with some linear combinations of the rows, which hardly are sparse, each."""
         columns, starts, rows, values = self._by_column
-        size = max(1, _TABLE // (len(columns) + 1))
+        size = max(1, min(self._width, _TABLE // (len(columns) + 1)))
         parts = (part.T.contiguous() for part in weights.split(size))
         yield columns, (embedding_bag(rows, part, starts, mode="sum", per_sample_weights=values) for part in parts)
 
@@ -124,6 +142,23 @@ class SparseMatrix:
             places = self._places(columns)
             found += [embedding_bag(places, table, mode="sum", per_sample_weights=self.values) for table in tables]
         return torch.cat(found, 1)
+
+    def gram(self) -> Tensor:
+        """Return the inner products of all rows with each other, (r, r): each is computed once.
+
+        >>> SparseMatrix(torch.tensor([[2, 0], [2, 1]]), torch.tensor([[1.0, 2.0], [3.0, 4.0]])).gram()
+        tensor([[ 5.,  3.],
+                [ 3., 25.]])
+        """
+        found, start = self.values.new_empty(len(self), len(self)), 0
+        for columns, tables in self._tables():
+            places = self._places(columns)
+            for table in tables:
+                stop = start + table.shape[1]
+                rest = embedding_bag(places[start:], table, mode="sum", per_sample_weights=self.values[start:])
+                found[start:, start:stop], found[start:stop, start:] = rest, rest.T
+                start = stop
+        return found
 
     def _places(self, columns: Tensor) -> Tensor:
         """Return where each entry's column is among ascending ``columns``, (r, k); len(columns) where it is not."""
@@ -147,6 +182,13 @@ class SparseMatrix:
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])  # the last begins at the end, so it is empty
         rows = order // max(1, self.columns.shape[1])
         return used, starts.int(), rows.int(), self.values.flatten()[order]
+
+
+def _table(count: int, places: Tensor, values: Tensor) -> Tensor:
+    """Return a dense matrix (count + 1, r) of r rows with values at some places; its last row is zero."""
+    table = values.new_zeros(count + 1, len(values))
+    table[places, torch.arange(len(values), device=values.device)[:, None].expand_as(places)] = values
+    return table
 
 
 Tables = Iterator[tuple[Tensor, Iterator[Tensor]]]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_trak.influence.left_out import LeftOut
-from lightning_trak.influence.train_features import CPU, Matrix, TrainFeatures, combined, evenly_spaced
+from lightning_trak.influence.train_features import CPU, Matrix, TrainFeatures, combined, evenly_spaced, gram
 from lightning_trak.precision import full_precision
 
 LARGEST = 4096  # examples in the matrix, which is dense and factored
@@ -80,7 +80,7 @@ class OutputCurvature:
         self._roots = torch.from_numpy(np.array(train.curvature))[self._chosen].clamp(min=0).sqrt().to(device)
         self._sample = train.rows(self._chosen, device)
         with full_precision():
-            self._products = self._sample @ self._sample.T
+            self._products = gram(self._sample)
         self._lower = self._factor(self._roots, self._count)
 
     def solve(self, targets: Any) -> Corrected:

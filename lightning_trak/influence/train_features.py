@@ -117,3 +117,8 @@ def stack(parts: Sequence[Any]) -> Any:
 def combined(rows: Any, weights: Tensor) -> Any:
     """Return the transpose of ``weights`` times rows, (m, r) times (r, k): of a tensor, or of a sparse matrix."""
     return (weights @ rows).T if isinstance(rows, Tensor) else rows.combined(weights)
+
+
+def gram(rows: Any) -> Tensor:
+    """Return the inner products of all rows with each other, (r, r): of a tensor, or of a sparse matrix."""
+    return rows @ rows.T if isinstance(rows, Tensor) else rows.gram()  # type: ignore[no-any-return]

@@ -37,6 +37,24 @@ def test_linear_combinations_are_those_of_dense_rows(first):
     np.testing.assert_allclose(found, dense(one) @ (weights.double() @ dense(other)).T, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("first", [0, 2**27])
+@pytest.mark.parametrize("rows", [0, 1, 64, 150])  # of some, several tables are made
+def test_the_inner_products_of_rows_with_each_other(rows, first):
+    one = matrix(rows, 7) if rows else SparseMatrix(torch.zeros(0, 7).long(), torch.zeros(0, 7))
+    found = SparseMatrix(one.columns + first, one.values).gram()
+    np.testing.assert_allclose(found, dense(one) @ dense(one).T, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_whose_columns_have_no_room_in_one_table():
+    p = 2**15
+    one, other, weights = matrix(150, 2**14, p), matrix(7, 2**14, p), torch.randn(3, 150, generator=GENERATOR)
+    assert [len(columns) <= p for columns, _ in one.T.tables()] == [True] * 3
+    rows, others = dense(one, p), dense(other, p)
+    np.testing.assert_allclose(one.gram(), rows @ rows.T, rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(other @ one.T, others @ rows.T, rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(other @ one.combined(weights), others @ (weights.double() @ rows).T, rtol=1e-4, atol=0.1)
+
+
 def test_rows_without_a_common_column():
     one = SparseMatrix(torch.tensor([[0, 5], [10**9, 7]]), torch.ones(2, 2))
     other = SparseMatrix(torch.tensor([[1, 2]]), torch.ones(1, 2))
