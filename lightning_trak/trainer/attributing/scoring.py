@@ -27,6 +27,7 @@ from lightning_trak.influence import (
 )
 from lightning_trak.results.stored_scores import NAME, StoredScores
 from lightning_trak.store.arrays import Array
+from lightning_trak.store.background import in_background
 from lightning_trak.store.checkpoint import CheckpointEntry
 from lightning_trak.store.chunks import Chunks, shares
 from lightning_trak.store.files import Damaged, check_space
@@ -243,9 +244,10 @@ class Scoring:
             check_space(self.job.store.dirpath, sum(_size(work.forms(rows)) for rows in missing))
             with progress(self.job.trainer, "Scoring", len(missing)) as advance:
                 for claim, own in shares(chunks, partial(say_waiting, self.targets.reader)):
-                    for rows in own:
-                        claim.write_whole(rows.start, work.compute(rows))
-                        advance(1)
+                    with in_background(claim.write_whole) as write_whole:
+                        for rows in own:
+                            write_whole(rows.start, work.compute(rows))
+                            advance(1)
 
     def _key(self, work: Work) -> str:
         """Return all that the arrays depend on besides the targets."""

@@ -15,8 +15,9 @@ from lightning_trak.data.identity import sampled_rows
 from lightning_trak.features.largest import Array, difference
 from lightning_trak.features.loss_projection import LossProjection
 from lightning_trak.features.stored import dense
+from lightning_trak.store.background import in_background
 from lightning_trak.store.checkpoint import CheckpointEntry
-from lightning_trak.store.chunks import Chunks, Claim, shares
+from lightning_trak.store.chunks import Chunks, shares
 from lightning_trak.store.files import Damaged, check_space
 from lightning_trak.store.known import KnownRows, known_of_train
 from lightning_trak.store.weights import Weights
@@ -26,6 +27,7 @@ from lightning_trak.trainer.featurizing.reading import ExampleReader
 from lightning_trak.trainer.host.framework import rank_zero_warn, stop_if_asked
 
 T = TypeVar("T")
+Write = Callable[[Sequence[int], Mapping[str, Array]], object]  # takes rows, and arrays by name
 _CHECKED = 8  # stored rows that are computed again
 _MENDED = 3  # how often damaged features are computed again before that is given up
 
@@ -118,13 +120,15 @@ def fill(
     """
     projection, mine = None, {rows.start for rows in chunks.present()}
     for claim, own in shares(chunks, partial(say_waiting, loop.reader)):
+        total = sum(map(len, chunks.missing()))
+        with in_background(claim.write) as write:
 
-        def receive(batch_rows: Sequence[int], arrays: dict[str, Array], claim: Claim = claim) -> None:
-            mine.update(batch_rows)
-            claim.write(batch_rows, arrays)
+            def receive(batch_rows: Sequence[int], arrays: dict[str, Array], write: Write = write) -> None:
+                mine.update(batch_rows)
+                write(batch_rows, arrays)
 
-        rows, total = _unknown(claim, own, known), sum(map(len, chunks.missing()))
-        found = loop.run(weights, entry.digest, rows, receive, description, whitening, total)
+            rows = _unknown(write, own, known)
+            found = loop.run(weights, entry.digest, rows, receive, description, whitening, total)
         projection = projection or found
     others = [rows for rows in chunks.present() if rows.start not in mine]
     if others and loop.reader.repeatable:
@@ -138,12 +142,12 @@ def say_waiting(reader: ExampleReader) -> None:
     stop_if_asked(reader.trainer)
 
 
-def _unknown(claim: Claim, own: Iterable[range], known: KnownRows) -> Iterator[int]:
+def _unknown(write: Write, own: Iterable[range], known: KnownRows) -> Iterator[int]:
     """Copy the known rows of claimed chunks; yield the others."""
     for rows in own:
         copied: set[int] = set()
         for found, arrays in known.among(rows):
-            claim.write(found, arrays)
+            write(found, arrays)
             copied.update(found)
         yield from (row for row in rows if row not in copied)
 
