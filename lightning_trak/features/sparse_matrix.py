@@ -112,7 +112,7 @@ class SparseMatrix:
         width = max(1, min(self._width, math.isqrt(_TABLE // entries)))
         for part in self.split(max(width, _TABLE // (entries * width))):
             used = part._used()
-            yield used, map(partial(_table, len(used)), part._places(used).split(width), part.values.split(width))
+            yield used, _filled(len(used), part._places(used), part.values, width)
 
     @property
     def _width(self) -> int:
@@ -184,11 +184,17 @@ class SparseMatrix:
         return used, starts.int(), rows.int(), self.values.flatten()[order]
 
 
-def _table(count: int, places: Tensor, values: Tensor) -> Tensor:
-    """Return a dense matrix (count + 1, r) of r rows with values at some places; its last row is zero."""
-    table = values.new_zeros(count + 1, len(values))
-    table[places, torch.arange(len(values), device=values.device)[:, None].expand_as(places)] = values
-    return table
+def _filled(count: int, places: Tensor, values: Tensor, width: int) -> Iterator[Tensor]:
+    """Yield a dense matrix (count + 1, ``width``) of some rows at a time, with values at their places.
+
+    Its last row is zero. The next rows get the same memory: to fill all of it with zeros takes long if few are used.
+    """
+    table = values.new_zeros(count + 1, min(width, len(values)))
+    for own, numbers in zip(places.split(width), values.split(width), strict=True):
+        where = own, torch.arange(len(own), device=own.device)[:, None].expand_as(own)
+        table[where] = numbers
+        yield table[:, : len(own)].contiguous()
+        table[where] = 0
 
 
 Tables = Iterator[tuple[Tensor, Iterator[Tensor]]]
