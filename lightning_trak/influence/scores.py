@@ -222,15 +222,16 @@ def score_products(features: Matrix, loss_grad: Tensor, solved: Any, device: tor
     with full_precision():
         features, solved = features.to(device), solved.to(device)
         products: Tensor = solved.products(features) if isinstance(solved, Corrected) else features @ solved.T
-        return products * loss_grad.to(device)[:, None]
+        return products.mul_(loss_grad.to(device)[:, None])
 
 
 def mean_of(blocks: Iterable[Tensor]) -> Tensor:
-    """Return the mean over checkpoints."""
-    total: Any = 0.0
-    for number, block in enumerate(blocks, 1):
-        total = total + (block - total) / number
-    return total  # type: ignore[no-any-return]
+    """Return the mean over checkpoints; the blocks are used up."""
+    blocks = iter(blocks)
+    total = next(blocks)
+    for number, block in enumerate(blocks, 2):
+        total += block.sub_(total).div_(number)
+    return total
 
 
 def rank(values: Tensor, k: int, largest: bool, indices: Tensor | None = None) -> Ranked:

@@ -153,7 +153,8 @@ class Scoring:
 
         size = self._rows_of_a_chunk(_ROWS_OF_EXTREME * k, _FEWEST * k)
         found: Extremes | None = None
-        for _, arrays in self._parts(Work(f"extremes {k}", size, compute, forms, ("indices", "values"))):
+        work = Work(f"extremes {k}", size, compute, forms, ("indices", "values"))
+        for _, arrays in self._parts(work, in_order=True):  # so that equal scores rank alike in every process
             pairs = zip(*(torch.tensor(arrays[name]) for name in ("indices", "values")), strict=True)
             part = Extremes(*(Ranked(*side) for side in pairs))
             found = part if found is None else merged_extremes([found, part], k)
@@ -204,40 +205,49 @@ class Scoring:
     def _in_memory(self, work: Work) -> dict[str, Tensor]:
         """Return all rows of the matrices, and the sample."""
         names = set(work.forms(range(1))) - set(work.per_chunk)
-        found, samples = {name: torch.empty(self._n, self._m) for name in names}, []
+        found, samples = {name: torch.empty(self._n, self._m) for name in names}, dict[int, Tensor]()
         for rows, arrays in self._parts(work):
             for name, matrix in found.items():
                 matrix[rows.start : rows.stop] = torch.from_numpy(arrays[name])
-            samples += [torch.tensor(arrays[name]) for name in work.per_chunk]
-        return found | ({_SAMPLE: torch.cat(samples, 1)} if samples else {})
+            for name in work.per_chunk:
+                samples[rows.start] = torch.tensor(arrays[name])
+        return found | ({_SAMPLE: torch.cat([samples[start] for start in sorted(samples)], 1)} if samples else {})
 
-    def _parts(self, work: Work) -> Iterator[tuple[range, Parts]]:
-        """Yield the arrays of each chunk, in order. The store keeps them if it keeps the targets."""
-        chunks = self._chunks(work)
+    def _parts(self, work: Work, *, in_order: bool = False) -> Iterator[tuple[range, Parts]]:
+        """Yield the arrays of each chunk. The store keeps them if it keeps the targets.
+
+        Unless ``in_order``, those that this process computes come first, and are not read again.
+        """
+        chunks, yielded = self._chunks(work), set[int]()
         if self.targets.kept:
             try:
-                self._fill(chunks, work)
+                for rows, arrays in self._fill(chunks, work):
+                    if not in_order:
+                        yielded.add(rows.start)
+                        yield rows, arrays
             except OSError as error:  # a full disk, for example
                 rank_zero_warn(f"Scores could not be stored and will be computed again: {error}")
             else:
-                yield from ((rows, _read(chunks, rows, work)) for rows in chunks.all())
+                yield from ((rows, _read(chunks, rows, work)) for rows in chunks.all() if rows.start not in yielded)
                 return
-        with progress(self.job.trainer, "Scoring", len(chunks.all())) as advance:
-            for rows in chunks.all():
+        left = [rows for rows in chunks.all() if rows.start not in yielded]
+        with progress(self.job.trainer, "Scoring", len(left)) as advance:
+            for rows in left:
                 yield rows, work.compute(rows)
                 advance(1)
 
     def _filled(self, work: Work) -> Chunks:
         """Return the chunks of all rows, which are in the store then."""
         chunks = self._chunks(work)
-        self._fill(chunks, work)
+        for _ in self._fill(chunks, work):
+            pass  # it is written
         return chunks
 
     def _chunks(self, work: Work) -> Chunks:
         return self.job.store.score_chunks(self.targets.digest, self._key(work), work.size, work.per_chunk)
 
-    def _fill(self, chunks: Chunks, work: Work) -> None:
-        """Compute the chunks that are not in the store yet, together with other processes."""
+    def _fill(self, chunks: Chunks, work: Work) -> Iterator[tuple[range, Parts]]:
+        """Compute the chunks that are not in the store yet, together with other processes; yield the own ones."""
         missing = chunks.missing()
         if missing:
             chunks.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -246,7 +256,9 @@ class Scoring:
                 for claim, own in shares(chunks, partial(say_waiting, self.targets.reader)):
                     with in_background(claim.write_whole) as write_whole:
                         for rows in own:
-                            write_whole(rows.start, work.compute(rows))
+                            arrays = work.compute(rows)
+                            write_whole(rows.start, arrays)
+                            yield rows, arrays
                             advance(1)
 
     def _key(self, work: Work) -> str:
