@@ -213,4 +213,5 @@ class FeaturizationLoop:
             loss_grad, curvature = self.loss_terms(featurizer.function.call, batch, result.outputs)
         check_terms(loss_grad, curvature, examples, rows)
         numbers = {"loss_grad": loss_grad, "curvature": curvature, "outputs": result.outputs.detach()}
-        return result.features, {name: values.float().cpu().numpy() for name, values in numbers.items()}
+        # They are copied: the module may use the same memory for the next batch, while these are written.
+        return result.features, {name: values.float().cpu().numpy().copy() for name, values in numbers.items()}

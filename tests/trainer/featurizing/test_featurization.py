@@ -557,3 +557,27 @@ def test_gradients_are_checked_where_memory_runs_out(tmp_path, wrap, written):
     with pytest.raises(ValueError, match=r"gradients of net\.5\.shift do not add up"):
         fit_shifted(tmp_path, lambda grad: -grad, batch_size=8)
     assert written == []
+
+
+def test_a_module_may_use_the_same_memory_for_each_batch(run, tmp_path, monkeypatch):
+    """What is written in the background is not changed by the next batch."""
+    shared, held = torch.empty(N), []
+
+    class Reusing(Classifier):
+        def out_to_loss_grad(self, batch):
+            own = super().out_to_loss_grad(batch)
+            return shared[: len(own)].copy_(own)
+
+    def hold(self, rows, arrays):
+        held.append((rows, arrays))
+        write(self, rows, arrays)
+
+    write = Claim.write
+    monkeypatch.setattr(Claim, "write", hold)
+    featurize(run[0], tmp_path, module=Reusing, batch_size=8)
+    expected = [entry.loss_grad for entry in FeatureStore(run[0] / "store").entries()]
+    found = [np.empty(N), np.empty(N)]
+    of_train = [(rows, arrays["loss_grad"]) for rows, arrays in held if arrays["loss_grad"].any()]
+    for number, (rows, loss_grad) in enumerate(of_train):
+        found[number // (N // 8)][rows] = loss_grad
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
