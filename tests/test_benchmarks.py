@@ -108,6 +108,10 @@ def test_scoring(table):
         "top 10 of the scores",
         "H, its solution and scores",
         "H, its solution and top 10",
+        "products of sparse rows",
+        "---",
+        "of all examples with targets",
+        "of 300 examples with each other",
     ]
 
 
